@@ -76,6 +76,7 @@ class Split:
     img_ids:np.ndarray        # (N,) the data set's own ids of the images, unique
     cap_ids:np.ndarray        # (M,) the data set's own ids of the sentences, unique
     boxes:np.ndarray=None     # (N, R, 4) x1, y1, x2, y2 as shares of width and height, or None
+    gallery:np.ndarray=None   # (N,) which gallery each image is searched in; None: all images form one
     source:str='memory'       # where it came from, for messages
 
     def __post_init__(self):
@@ -101,5 +102,6 @@ class Split:
         new = np.full(len(self), -1); new[images] = np.arange(len(images))
         keep = np.flatnonzero(new[self.img_of] >= 0); keep = keep[np.argsort(new[self.img_of[keep]], kind='stable')]
         return replace(self, name=name or self.name, feats=self.feats[images], num=self.num[images], img_ids=self.img_ids[images],
-                       boxes=None if self.boxes is None else self.boxes[images], captions=[self.captions[j] for j in keep],
+                       boxes=None if self.boxes is None else self.boxes[images],
+                       gallery=None if self.gallery is None else self.gallery[images], captions=[self.captions[j] for j in keep],
                        img_of=new[self.img_of[keep]], cap_ids=self.cap_ids[keep])
