@@ -8,7 +8,7 @@ __all__ = ['TIE', 'Ranks', 'ranks_blocks', 'ranks_of', 'exact_matmul', 'ranks', 
            'chance_many', 'Bounds', 'bounds', 'sensitivity', 'bootstrap', 'per_photo', 'Difference', 'paired',
            'corrected_t']
 
-# %% ../nbs/02_metrics.ipynb #4e3cc326
+# %% ../nbs/02_metrics.ipynb #bfd904b7
 import math
 from collections import defaultdict
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .data import DataError
 
-# %% ../nbs/02_metrics.ipynb #be9e3834
+# %% ../nbs/02_metrics.ipynb #a45f5716
 TIE = 2e-6   # share of the largest |score| within which two scores count as equal
 
 def _cut(
@@ -37,14 +37,14 @@ def _cut(
     short = y.double() < x if ties == 'pessimistic' else y.double() <= x
     return torch.where(short, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
 
-# %% ../nbs/02_metrics.ipynb #3acd914d
+# %% ../nbs/02_metrics.ipynb #2687e57b
 @dataclass(frozen=True, eq=False)
 class Ranks:
     "How many wrong answers stand before the right one, for every query of both directions"
     i2t:np.ndarray     # (N,) int64, from 0: the best-placed own sentence of each image
     t2i:np.ndarray     # (M,) int64, from 0: the own image of each sentence
 
-# %% ../nbs/02_metrics.ipynb #dac14569
+# %% ../nbs/02_metrics.ipynb #90a8fba8
 _KEEP = 1_000_000     # undecided scores held before the pass is given up and repeated
 
 class _Tally:
@@ -98,7 +98,7 @@ class _Tally:
         for q,s in self.near[d]: self.counts[d].index_add_(0, q, (s >= cut[q]).long())
         return self.counts[d], cut
 
-# %% ../nbs/02_metrics.ipynb #a7de3abf
+# %% ../nbs/02_metrics.ipynb #8e332bce
 def _slices(n, size): return [slice(a, min(a+size, n)) for a in range(0, n, size)]
 
 def _home(score, img, R, C, tally, own, best):
@@ -137,7 +137,7 @@ def _walk(
             tally.add(S, 0, row, best[row]); tally.add(S, 1, col, own[col])
     return own, best
 
-# %% ../nbs/02_metrics.ipynb #2075dbaa
+# %% ../nbs/02_metrics.ipynb #ad0cae7d
 def _checked(img_of, N:int, M:int)->Tensor:
     "(M,) int64 image of each sentence on the CPU, checked"
     x = torch.as_tensor(np.asarray(img_of.cpu() if isinstance(img_of, Tensor) else img_of))
@@ -190,7 +190,7 @@ def _without_own(tally, own, best, img, order)->Ranks:
     back = t2i if order is None else torch.empty_like(t2i).index_copy_(0, order, t2i)
     return Ranks(i2t, back.numpy())
 
-# %% ../nbs/02_metrics.ipynb #60939bb2
+# %% ../nbs/02_metrics.ipynb #3dbbd1f1
 def ranks_of(
     scores,                     # (N, M) array or tensor, images in rows; a memory-map is read block by block
     img_of,                     # (M,) image of each sentence
@@ -206,7 +206,7 @@ def ranks_of(
         return S if S.is_floating_point() else S.double()
     return ranks_blocks(block, *scores.shape, img_of, ties, tie, **kw)
 
-# %% ../nbs/02_metrics.ipynb #5dfeeb73
+# %% ../nbs/02_metrics.ipynb #4c51a7f3
 @contextmanager
 def exact_matmul():
     "Full fp32 products inside: no autocast, no TF32, no bf16 passes"
@@ -249,14 +249,14 @@ def ranks(
     with exact_matmul():
         return ranks_blocks(_Dots(img, txt, device), len(img), len(txt), img_of, ties, tie, **kw)
 
-# %% ../nbs/02_metrics.ipynb #47b5c153
+# %% ../nbs/02_metrics.ipynb #92c75991
 def in_galleries(
     rank:Callable,      # (image indices, sentence indices, (m,) image of each sentence within them) -> Ranks
     img_of,             # (M,) image of each sentence
     gallery,            # (N,) gallery of each image
 )->Ranks:               # of all N images and M sentences
     "Ranks where every query is searched in its own gallery"
-    gallery, img_of = np.asarray(gallery), np.asarray(img_of)
+    gallery, img_of = np.array(gallery), np.array(img_of)
     i2t, t2i = np.zeros(len(gallery), np.int64), np.zeros(len(img_of), np.int64)
     for g in np.unique(gallery):
         i, j = np.flatnonzero(gallery == g), np.flatnonzero(gallery[img_of] == g)
@@ -275,7 +275,7 @@ def galleries(
     if gallery is None: return ranks(img, txt, img_of, **kw)
     return in_galleries(lambda i, j, own: ranks(img[i], txt[j], own, **kw), img_of, gallery)
 
-# %% ../nbs/02_metrics.ipynb #10e575c2
+# %% ../nbs/02_metrics.ipynb #34b63ee3
 def recalls(
     ranks:Ranks,
     ks:tuple=(1, 5, 10),    # cut-offs
@@ -311,7 +311,7 @@ def by_gallery(
     gallery = np.asarray(gallery); of = gallery[np.asarray(img_of)]
     return [summary(Ranks(ranks.i2t[gallery == g], ranks.t2i[of == g]), ks) for g in np.unique(gallery)]
 
-# %% ../nbs/02_metrics.ipynb #5ff05ec6
+# %% ../nbs/02_metrics.ipynb #200a4ef7
 @dataclass(frozen=True, eq=False)
 class Matches:
     "One direction with several right answers per query; arrays follow `query`"
@@ -339,7 +339,7 @@ def relevant(
     if res.shape != tuple(shape): raise DataError('right answers', f'shape {res.shape}', f'{tuple(shape)}')
     return res
 
-# %% ../nbs/02_metrics.ipynb #61b74535
+# %% ../nbs/02_metrics.ipynb #a2fd36fe
 def _match_block(S:Tensor, pos, out, eps:float, ties:str):
     "(average precision, R-Precision, first rank) of the rows of a block; `pos`, `out`: CSR rows of right and ignored answers"
     R = torch.as_tensor(np.diff(pos.indptr)).to(S.device)
@@ -401,7 +401,7 @@ def match_summary(
     if all(res.values()): res['map_r'] = sum(x['map_r'] for x in res.values()) / len(res)
     return res
 
-# %% ../nbs/02_metrics.ipynb #1bf5b839
+# %% ../nbs/02_metrics.ipynb #51c00a0e
 def _choose(n, k): return gammaln(n+1) - gammaln(k+1) - gammaln(n-k+1)
 
 def _reach(tied:np.ndarray, own:np.ndarray, k)->np.ndarray:
@@ -428,10 +428,9 @@ def oracle(
     ks:tuple=(1, 5, 10),
 )->dict:                    # as `summary`, expectations
     "Identity metrics of the best possible model: its score is the truth, ties are broken at random"
-    own = np.asarray(img_of); M = len(own)
+    own = np.array(img_of); M = len(own)
     true = relevant(positives, (N or positives.shape[0], M)); N = true.shape[0]
-    pairs = sparse.csr_matrix((np.ones(M, bool), (own, np.arange(M))), (N, M))
-    told = np.asarray(true.multiply(pairs).sum(0)).ravel() > 0                 # is the own pair true? (captions contain errors)
+    told = np.asarray(true[own, np.arange(M)]).ravel()                         # is the own pair true? (captions contain errors)
     per, good = np.bincount(own, minlength=N), np.bincount(own, told, N).astype(int)
     T, K = np.diff(true.indptr), np.asarray(true.sum(0)).ravel()
     i2t = (np.where(good, 0, T), np.where(good, T, M-T), np.where(good, good, per))
@@ -459,7 +458,7 @@ def chance_many(
     ap = (harmonic + (R-harmonic)*(R-1)/max(K-1, 1)) / K
     return dict(map_r=100*float(ap.mean()), rp=100*float((R/K).mean()))
 
-# %% ../nbs/02_metrics.ipynb #2b6ac762
+# %% ../nbs/02_metrics.ipynb #62dc4d22
 @dataclass(frozen=True)
 class Bounds:
     "What share of some picks is true, when only part of them was judged (0..1)"
@@ -490,7 +489,7 @@ def sensitivity(
     a, b = (np.where(t+f > 0, x, x.sum()) for x in (t, f))                  # a stratum without judgements borrows the overall odds
     return {L: float((t + u * np.divide(L*a, L*a+b, out=np.zeros_like(a), where=L*a+b > 0)).sum() / (t+f+u).sum()) for L in odds}
 
-# %% ../nbs/02_metrics.ipynb #3463b35f
+# %% ../nbs/02_metrics.ipynb #0cfe990c
 def _sums(values, clusters):
     "Sum and number of the values of each cluster"
     values = np.asarray(values, dtype=np.float64)
@@ -520,7 +519,7 @@ def bootstrap(
     if len(s) < 2: return float(_ratio(s, c)), math.nan, math.nan
     return (float(_ratio(s, c)), *map(float, np.quantile(_drawn(s, c, n, seed), [(1-level)/2, (1+level)/2])))
 
-# %% ../nbs/02_metrics.ipynb #f393c149
+# %% ../nbs/02_metrics.ipynb #dfd581f9
 def per_photo(
     ranks:Ranks,
     img_of,                 # (M,) image of each sentence
@@ -531,7 +530,7 @@ def per_photo(
     N, M = len(ranks.i2t), len(ranks.t2i)
     return 100 * (hits(ranks.i2t) + np.bincount(np.asarray(img_of), hits(ranks.t2i), N) * N/M)
 
-# %% ../nbs/02_metrics.ipynb #4582ccc9
+# %% ../nbs/02_metrics.ipynb #4d45ebc0
 @dataclass(frozen=True)
 class Difference:
     "A mean difference with its interval"
@@ -562,7 +561,7 @@ def paired(
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     return Difference(d, float(lo), float(hi), float(min(1, flip.pvalue)), len(s), float(min(1, 2*(tail+1)/(n+1))))
 
-# %% ../nbs/02_metrics.ipynb #d07f0905
+# %% ../nbs/02_metrics.ipynb #b93d3032
 def corrected_t(
     differences,        # (k,) one difference per block
     n_train:int,        # photographs a block was trained on
