@@ -115,7 +115,8 @@ class RegionTower(nn.Module):
         return self.linear(x) + self.mlp(x) if self.mlp else self.linear(x)
 
     def forward(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, dim)
-        "One vector for every image"
+        "One vector for every image; a linear map and a mean commute, so the mean is taken first where that is all there is"
+        if self.pool is mean_pool and not self.mlp: return self.linear(mean_pool(self.drop(feats), num))
         return self.pool(self.states(feats), num)
 
 # %% ../nbs/03_encoders.ipynb #3b107945
@@ -147,7 +148,8 @@ class MeanTower(nn.Module):
         return self.linear(self.words(tokens))
 
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
-        "One vector for every sentence"
+        "One vector for every sentence; with mean pooling the mean is taken before the linear map, at a tenth of the products"
+        if self.pool is mean_pool: return self.linear(mean_pool(self.words(tokens), lengths))
         return self.pool(self.states(tokens, lengths), lengths)
 
 # %% ../nbs/03_encoders.ipynb #84907ecf
