@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from .data import DataError, purpose_key
-from .metrics import Ranks, summary
+from .metrics import Matches, Ranks, by_gallery, match_summary, mean_summary
 
 # %% ../nbs/15_records.ipynb #e091b817
 def pack(
@@ -44,41 +44,28 @@ def unpack(
     return np.frombuffer(raw, np.uint8).astype(np.int64)
 
 # %% ../nbs/15_records.ipynb #050efb62
-def _galleries(
-    img_of:np.ndarray,    # (M,) photo of each sentence
-    gallery:np.ndarray,   # (N,) gallery of each photo
-):                        # yields (bool (N,), bool (M,)) per gallery, by rising label
-    "Which photos and which sentences belong to each gallery"
-    for g in np.unique(gallery): yield gallery == g, (gallery == g)[img_of]
-
-def _mean(parts:list)->dict:    # of nested dictionaries with the same names
-    "Leaf by leaf, the mean"
-    return {k: _mean([p[k] for p in parts]) if isinstance(v, dict) else math.fsum(p[k] for p in parts)/len(parts) for k, v in parts[0].items()}
-
 def gallery_summary(
     ranks:Ranks,               # of N photos and M sentences
     img_of:np.ndarray,         # (M,) photo of each sentence
     gallery:np.ndarray=None,   # (N,) gallery of each photo; None: all in one
 )->dict:                       # i2t and t2i with r1, r5, r10, medr, meanr; rsum; percent
     "Recalls in every gallery, then their mean"
-    if gallery is None: gallery = np.zeros(len(ranks.i2t), int)
-    return _mean([summary(Ranks(ranks.i2t[p], ranks.t2i[c])) for p, c in _galleries(img_of, gallery)])
+    return mean_summary(by_gallery(ranks, img_of, np.zeros(len(ranks.i2t), int) if gallery is None else gallery))
 
 # %% ../nbs/15_records.ipynb #7ebe8b0d
-_PER_PHOTO = ('map_at_r', 'r1')   # per-query values that are kept photo by photo
-
-def _by_photo(x, img_of):
-    "(N,) mean over the sentences of each photo"
-    return np.bincount(img_of, weights=x) / np.bincount(img_of)
-
-def _truth(per_query, img_of, gallery):
-    "Means over galleries of per-query values in percent, and the same photo by photo"
-    owner = dict(i2t=np.arange(len(gallery)), t2i=img_of)
-    mean = {d: {k: math.fsum(float(np.mean(x[gallery[owner[d]] == g])) for g in np.unique(gallery))/len(np.unique(gallery))
-                for k, x in v.items()} for d, v in per_query.items()}
-    if all('map_at_r' in mean[d] for d in owner): mean['map_at_r'] = (mean['i2t']['map_at_r'] + mean['t2i']['map_at_r'])/2
-    photo = {d: {k: pack(np.rint(_by_photo(x, owner[d]))) for k, x in v.items() if k in _PER_PHOTO} for d, v in per_query.items()}
-    return mean, photo
+def _photo_means(
+    matches:list,          # per gallery: what `many_positives` found, with indices within the gallery
+    img_of:np.ndarray,     # (M,) photo of each sentence
+    gallery:np.ndarray,    # (N,) gallery of each photo
+)->dict:                   # direction -> {'map_r', 'r1'}: packed (N,) whole percents; t2i: means over a photo's sentences
+    "Per-query values under truth, photo by photo; 255 where no query of a photo has a right answer"
+    out = {}
+    for d, home in (('i2t', np.arange(len(gallery))), ('t2i', img_of)):
+        photo = np.concatenate([home[gallery[home] == g][m[d].query] for g, m in zip(np.unique(gallery), matches, strict=True)])
+        values = dict(map_r=np.concatenate([m[d].ap for m in matches]), r1=np.concatenate([m[d].first < 1 for m in matches]))
+        n = np.bincount(photo, minlength=len(gallery))
+        out[d] = {k: pack(np.where(n, np.rint(100*np.bincount(photo, v, len(gallery))/np.maximum(n, 1)), 255)) for k, v in values.items()}
+    return out
 
 def _stored_ranks(ranks, img_of, gallery, clip):
     "The `ranks` part: sentences in the order of their photos, how many each photo has, and the galleries unless there is one"
@@ -113,7 +100,7 @@ def record(
     ranks:Ranks=None,          # of N photos and M sentences; None for a control that has none
     img_of:np.ndarray=None,    # (M,) photo of each sentence
     gallery:np.ndarray=None,   # (N,) gallery of each photo, labels 0..; None: all in one
-    per_query:dict=None,       # direction -> {name: (N,) or (M,) percent}, where truth has many positives
+    matches:list=None,         # per gallery, by its number: what `many_positives` found, indices counted within the gallery
     test:dict=None,            # metrics of a control without ranks
     val:dict=None,             # metrics on the validation split
     kind:str='run',            # 'run' or 'control'
@@ -122,12 +109,13 @@ def record(
     "What is kept of a run; recalls are computed from the ranks"
     rec = dict(schema=1, kind=kind, **about, data=dict(data), metrics=dict(val=val, test=dict(test or {})), **rest)
     if ranks is not None:
-        if min(ranks.i2t.min(), ranks.t2i.min()) < 1: raise DataError('record', 'a rank below 1', 'ranks from 1, the top')
         img_of = np.asarray(img_of)
         gallery = np.zeros(len(ranks.i2t), int) if gallery is None else np.asarray(gallery)
-        rec['data'].update(images=len(ranks.i2t), captions=len(img_of), gallery=np.bincount(gallery).tolist())
+        rec['data'].update(images=len(ranks.i2t), captions=len(img_of), gallery=np.unique(gallery, return_counts=True)[1].tolist())
         rec['metrics']['test'] |= gallery_summary(ranks, img_of, gallery)
-    if per_query: rec['metrics']['test']['truth'], rec['perphoto'] = _truth(per_query, img_of, gallery)
+    if matches:
+        rec['metrics']['test']['truth'] = mean_summary([match_summary(m) for m in matches])
+        rec['perphoto'] = _photo_means(matches, img_of, gallery)
     if rec.get('curves'): rec['curves'] = _thin(rec['curves'])
     for clip in () if ranks is None else _CLIPS:
         rec['ranks'] = _stored_ranks(ranks, img_of, gallery, clip)
@@ -157,7 +145,7 @@ def recompute(
     for d, x in (('i2t', ranks.i2t), ('t2i', ranks.t2i)):
         own = gallery if d == 'i2t' else gallery[img_of]
         if x.max() >= clip: del out[d]['meanr']
-        if max(np.median(x[own == g]) for g in np.unique(gallery)) >= clip: del out[d]['medr']
+        if max(np.sort(x[own == g])[np.sum(own == g)//2] for g in np.unique(gallery)) >= clip: del out[d]['medr']   # the upper of two middle values
     return out
 
 def mismatches(
@@ -261,7 +249,7 @@ def made_up_record(
     photos:int=200,
     per_image:int=5,          # sentences of each photo
     galleries:int=1,
-    truth:bool=False,         # also per-query values as if many answers were true
+    truth:bool=False,         # also values as if many answers were true
     **more                    # passed to `record`: curves, cost, kind ...
 )->dict:                      # a valid record
     "A record of ranks that no model made: for examples and tests. Methods share how hard a photo is, as real ones do"
@@ -269,9 +257,10 @@ def made_up_record(
     g, world = (np.random.default_rng(purpose_key(*k)) for k in ((code,), ('photos', fold, photos)))
     hit = strength + np.repeat(world.normal(0, .8, photos), per_image) + g.normal(0, .9, photos*per_image)
     size, img_of = photos//galleries, np.repeat(np.arange(photos), per_image)
-    t2i = 1 + g.binomial(size-1, ndtr(-hit)); i2t = 1 + g.binomial(size*per_image-1, ndtr(-hit).reshape(photos, -1).min(1)/4)
-    per_query = dict(i2t=dict(map_at_r=100/i2t**.5, r1=100.*(i2t < 3)), t2i=dict(map_at_r=100/t2i**.5, r1=100.*(t2i < 3))) if truth else None
+    ranks = Ranks(g.binomial(size*per_image - per_image, ndtr(-hit).reshape(photos, -1).min(1)/4), g.binomial(size-1, ndtr(-hit)))
+    found = lambda r: Matches(np.arange(len(r)), np.ones(len(r), int), 1/(1+r)**.5, 1/(1+r)**.5, r//2, 0)
+    parts = [dict(i2t=found(i), t2i=found(t)) for i, t in zip(np.split(ranks.i2t, galleries), np.split(ranks.t2i, galleries))]
     about = dict(id=code, sweep='made-up', method=method, preset=None, seed=seed, block=dict(fold=fold, seed=seed), config=dict(strength=strength),
                  commit='none', source='none', versions={}, device='none', threads=1)
     data = dict(name='made-up', label='made-up ranks', fingerprint='made-up', split='test', train=4*photos)
-    return record(about, data, Ranks(i2t, t2i), img_of, np.arange(photos)//size, per_query, **more)
+    return record(about, data, ranks, img_of, np.arange(photos)//size, parts if truth else None, **more)
