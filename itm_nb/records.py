@@ -27,7 +27,8 @@ def pack(
 )->str:       # base64 of the deflated bytes
     "Small whole numbers as text"
     x = np.asarray(x)
-    if x.ndim != 1 or x.min(initial=0) < 0: raise DataError('pack', f'shape {x.shape}, smallest {x.min(initial=0)}', 'a row of numbers from 0')
+    low = x.min(initial=0)
+    if x.ndim != 1 or low < 0: raise DataError('pack', f'shape {x.shape}, smallest {low}', 'a row of numbers from 0')
     return base64.b64encode(zlib.compress(np.minimum(x, 255).astype(np.uint8).tobytes(), 9)).decode()
 
 def unpack(
@@ -39,8 +40,10 @@ def unpack(
     try:
         inflate = zlib.decompressobj()
         raw = inflate.decompress(base64.b64decode(text, validate=True), limit)
-    except (ValueError, TypeError, zlib.error) as e: raise DataError(where, f'text that does not decode ({e})', 'base64 of deflated bytes') from None
-    if not inflate.eof or inflate.unused_data: raise DataError(where, 'cut, too long, or with something behind its end', f'up to {limit} packed numbers')
+    except (ValueError, TypeError, zlib.error) as e:
+        raise DataError(where, f'text that does not decode ({e})', 'base64 of deflated bytes') from None
+    if not inflate.eof or inflate.unused_data:
+        raise DataError(where, 'cut, too long, or with something behind its end', f'up to {limit} packed numbers')
     return np.frombuffer(raw, np.uint8).astype(np.int64)
 
 # %% ../nbs/15_records.ipynb #050efb62
@@ -128,12 +131,13 @@ def stored_ranks(
 )->tuple:         # Ranks, clipped; (M,) photo of each sentence; (N,) gallery of each photo
     "The per-query ranks of a record"
     r, where = rec['ranks'], f"record {rec['id']}"
-    ranks = Ranks(unpack(r['i2t'], where), unpack(r['t2i'], where)); N = len(ranks.i2t)
+    ranks = Ranks(unpack(r['i2t'], where), unpack(r['t2i'], where)); N, M = len(ranks.i2t), len(ranks.t2i)
     count = np.full(N, r['captions']) if isinstance(r['captions'], int) else unpack(r['captions'], where)
     gallery = np.zeros(N, np.int64) if r['gallery'] is None else unpack(r['gallery'], where)
-    if len(count) != N or len(gallery) != N or count.sum() != len(ranks.t2i) or (N, len(ranks.t2i)) != (rec['data']['images'], rec['data']['captions']):
-        raise DataError(where, f"{N} photos and {len(ranks.t2i)} sentences in the ranks, {count.sum()} sentences by count, {len(gallery)} gallery labels",
-                        f"{rec['data']['images']} photos and {rec['data']['captions']} sentences, as in `data`")
+    images, captions = rec['data']['images'], rec['data']['captions']
+    if (N, len(count), len(gallery), M, count.sum()) != (images, images, images, captions, captions):
+        raise DataError(where, f'{N} photos, {M} sentences in the ranks, {count.sum()} sentences by count, {len(gallery)} gallery labels',
+                        f'{images} photos and {captions} sentences, as in `data`')
     return ranks, np.repeat(np.arange(N), count), gallery
 
 def recompute(
@@ -145,7 +149,8 @@ def recompute(
     for d, x in (('i2t', ranks.i2t), ('t2i', ranks.t2i)):
         own = gallery if d == 'i2t' else gallery[img_of]
         if x.max() >= clip: del out[d]['meanr']
-        if max(np.sort(x[own == g])[np.sum(own == g)//2] for g in np.unique(gallery)) >= clip: del out[d]['medr']   # the upper of two middle values
+        upper = max(np.sort(x[own == g])[np.sum(own == g)//2] for g in np.unique(gallery))   # of the two values in the middle
+        if upper >= clip: del out[d]['medr']
     return out
 
 def mismatches(
@@ -159,8 +164,8 @@ def mismatches(
 
 # %% ../nbs/15_records.ipynb #16e86342
 _ID = re.compile('[0-9a-f]{12}')
-_FIELDS = dict(schema=int, id=str, sweep=str, method=str, kind=str, seed=int, preset=(str, type(None)), block=dict, data=dict, config=dict, commit=str,
-               source=str, versions=dict, device=str, threads=int, metrics=dict)              # what every record has
+_FIELDS = dict(schema=int, id=str, sweep=str, method=str, kind=str, seed=int, preset=(str, type(None)), block=dict, data=dict, config=dict,
+               commit=str, source=str, versions=dict, device=str, threads=int, metrics=dict)              # what every record has
 _MORE = dict(best_epoch=(int, type(None)), last=(dict, type(None)), cost=dict, curves=dict, ranks=dict, perphoto=dict)   # what it may have
 _DATA = dict(name=str, label=str, fingerprint=str, split=str, train=int, images=int, captions=int, gallery=list)
 _RANKS = dict(clip=int, i2t=str, t2i=str, captions=(int, str), gallery=(str, type(None)))
@@ -171,14 +176,16 @@ def _typed(where, part, have, fields, more={}):
     missing, unknown = [k for k in fields if k not in have], [k for k in have if k not in fields and k not in more]
     if missing or unknown: raise DataError(where, f'{part} without {missing}, with unknown {unknown}', want)
     for k, kind in (fields | more).items():
-        if k in have and (not isinstance(have[k], kind) or isinstance(have[k], bool)): raise DataError(where, f'{part}.{k} = {str(have[k])[:40]!r}', str(kind))
+        if k in have and (not isinstance(have[k], kind) or isinstance(have[k], bool)):
+            raise DataError(where, f'{part}.{k} = {str(have[k])[:40]!r}', str(kind))
 
 def _numbers(where, path, x):
     "Every number finite; percents of the test within their range"
     if isinstance(x, dict): return [_numbers(where, f'{path}.{k}', v) for k, v in x.items()]
     name = path.rsplit('.', 1)[-1]
     top = 600 if name == 'rsum' else math.inf if name in ('medr', 'meanr') else 100
-    if not isinstance(x, (int, float)) or isinstance(x, bool) or not 0 <= x <= top: raise DataError(where, f'{path} = {x!r}', f'a number from 0 to {top}')
+    if not isinstance(x, (int, float)) or isinstance(x, bool) or not 0 <= x <= top:
+        raise DataError(where, f'{path} = {x!r}', f'a number from 0 to {top}')
 
 # %% ../nbs/15_records.ipynb #371aa202
 def _check(
@@ -260,7 +267,7 @@ def made_up_record(
     ranks = Ranks(g.binomial(size*per_image - per_image, ndtr(-hit).reshape(photos, -1).min(1)/4), g.binomial(size-1, ndtr(-hit)))
     found = lambda r: Matches(np.arange(len(r)), np.ones(len(r), int), 1/(1+r)**.5, 1/(1+r)**.5, r//2, 0)
     parts = [dict(i2t=found(i), t2i=found(t)) for i, t in zip(np.split(ranks.i2t, galleries), np.split(ranks.t2i, galleries))]
-    about = dict(id=code, sweep='made-up', method=method, preset=None, seed=seed, block=dict(fold=fold, seed=seed), config=dict(strength=strength),
-                 commit='none', source='none', versions={}, device='none', threads=1)
+    about = dict(id=code, sweep='made-up', method=method, preset=None, seed=seed, block=dict(fold=fold, seed=seed),
+                 config=dict(strength=strength), commit='none', source='none', versions={}, device='none', threads=1)
     data = dict(name='made-up', label='made-up ranks', fingerprint='made-up', split='test', train=4*photos)
     return record(about, data, ranks, img_of, np.arange(photos)//size, parts if truth else None, **more)
