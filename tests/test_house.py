@@ -1,0 +1,98 @@
+"""The rules of the house, as far as a machine can see them."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+ROOMS = [p for p in NOTEBOOKS if p.parent.name == 'nbs' and p.stem[:2].isdigit()]
+MODULES = sorted(p for p in (ROOT/'itm_nb').glob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+cells = lambda p: json.loads(p.read_text('utf-8'))['cells']
+source = lambda c: ''.join(c['source'])
+
+
+def exported(p): return '\n'.join(source(c) for c in cells(p) if re.match(r'#\|\s*exports?\b', source(c)))
+
+
+def module_of(p):
+    return next((m.group(1) for c in cells(p) if (m := re.search(r'#\|\s*default_exp (\S+)', source(c)))), None)
+
+
+@pytest.mark.parametrize('p', ROOMS, ids=lambda p: p.stem)
+def test_a_room_imports_only_earlier_rooms(p):
+    place = {module_of(q): q.stem for q in ROOMS}
+    top = [n for n in ast.parse(exported(p)).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    for n in top:
+        names = [a.name for a in n.names] if isinstance(n, ast.Import) else [n.module] + [f'{n.module}.{a.name}' for a in n.names]
+        for name in names:
+            if name.startswith('itm_nb.') and (m := name.split('.')[1]) in place: assert place[m] < p.stem, f'{p.stem} imports {place[m]}'
+
+
+@pytest.mark.parametrize('p', MODULES, ids=lambda p: p.stem)
+def test_nothing_dangerous(p):
+    "No pickle, no eval or exec, no unsafe yaml, no star import"
+    for n in ast.walk(ast.parse(p.read_text())):
+        if isinstance(n, (ast.Import, ast.ImportFrom)):
+            assert not {'pickle', 'dill', 'joblib', 'marshal', 'shelve'} & {a.name.split('.')[0] for a in n.names} and getattr(n, 'module', '') != 'pickle'
+            assert not any(a.name == '*' for a in n.names)
+        if isinstance(n, ast.Call):
+            name = ast.unparse(n.func); kw = {k.arg: ast.unparse(k.value) for k in n.keywords}
+            assert name not in ('eval', 'exec', 'yaml.load', 'torch.load', 'os.system'), name
+            assert kw.get('allow_pickle', 'False') == 'False' and kw.get('shell', 'False') == 'False' and 'trust_remote_code' not in kw
+            if name in ('np.load', 'numpy.load'): assert kw.get('allow_pickle') == 'False', f'line {n.lineno}'
+
+
+def length(n):
+    "Lines of a body without its docstring"
+    body = n.body[1:] if isinstance(n.body[0], ast.Expr) and isinstance(n.body[0].value, ast.Constant) else n.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize('p', MODULES, ids=lambda p: p.stem)
+def test_functions_are_short_and_documented(p):
+    tree = ast.parse(p.read_text())
+    for line, text in enumerate(p.read_text().splitlines(), 1): assert len(text) <= 140, f'line {line} has {len(text)} columns'
+    for n in ast.walk(tree):
+        if isinstance(n, ast.FunctionDef): assert length(n) <= 25, f'{n.name}: {length(n)} lines'
+    for n in tree.body:
+        if isinstance(n, ast.ClassDef): assert length(n) <= 48, f'{n.name}: {length(n)} lines'
+        if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith('_'): assert ast.get_docstring(n), f'{n.name} has no docstring'
+
+
+@pytest.mark.parametrize('p', MODULES, ids=lambda p: p.stem)
+def test_inheritance_is_one_deep(p):
+    ours = {n.name for q in MODULES for n in ast.walk(ast.parse(q.read_text())) if isinstance(n, ast.ClassDef)}
+    for n in ast.walk(ast.parse(p.read_text())):
+        if isinstance(n, ast.ClassDef): assert not {ast.unparse(b).split('.')[-1] for b in n.bases} & ours, n.name
+
+
+@pytest.mark.parametrize('p', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_small_whole_and_clean(p):
+    assert p.stat().st_size <= 200_000, f'{p.stat().st_size} bytes'
+    code = [c for c in cells(p) if c['cell_type'] == 'code' and source(c).strip()]
+    assert any(c['outputs'] for c in code), 'no saved output: execute it'
+    assert not any(o['output_type'] == 'error' for c in code for o in c['outputs'])
+    assert source(cells(p)[0]).startswith('# '), 'the first cell is the title'
+    assert not any(re.search(r'^\s*#\s*(for|if|import|from|def|return)\b.*[:=(]', l) for c in code for l in source(c).splitlines()), 'code commented out'
+
+
+@pytest.mark.parametrize('p', NOTEBOOKS + MODULES + sorted(ROOT.glob('*.*')) + sorted((ROOT/'figures').rglob('*.md')), ids=lambda p: p.name)
+def test_no_machine_is_named(p):
+    if p.is_dir(): return
+    assert not re.search(r'(?<![\w.])/(home|root|tmp|work|Users|mnt|srv)/\w', p.read_text('utf-8')), 'a path of some machine'
+
+
+def test_experiments_have_one_parameters_cell():
+    templates = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')); assert {p.stem for p in templates} >= {'train', 'evaluate', 'study', 'benchmark'}
+    for p in templates: assert sum('parameters' in c['metadata'].get('tags', []) for c in cells(p)) == 1, p.name
+    assert (ROOT/'nbs'/'experiments'/'.notest').is_file()
+
+
+def test_the_right_torch_and_no_torchvision():
+    import importlib.util
+    import torch
+    major, minor = map(int, torch.__version__.split('.')[:2])
+    assert (2, 11) <= (major, minor) < (2, 14) and importlib.util.find_spec('torchvision') is None

@@ -1,0 +1,168 @@
+"""Commands are strict and light; sweeps lose nothing, repeat nothing, and end with the same tables."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from itm_nb import runs
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(name, *argv, cwd=ROOT, **kw):
+    code = f'import sys; from itm_nb.runs import {name}; {name}()'
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, argv)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | dict(PYTHONPATH=str(ROOT)), **kw)
+
+
+def call(name, *argv, **kw):
+    p = command(name, *argv, **kw); out, err = p.communicate(timeout=600)
+    return p.returncode, out, err
+
+
+@pytest.mark.parametrize('name', ['itm_run', 'itm_sweep', 'itm_data', 'itm_readme'])
+def test_help_is_light(name):
+    code = f'''import sys
+from itm_nb.runs import {name}
+try: {name}(['--help'])
+except SystemExit as e: assert e.code == 0
+heavy = {{'torch', 'papermill', 'nbdev', 'matplotlib', 'transformers', 'numpy', 'pandas', 'fastcore'}} & set(sys.modules)
+assert not heavy, heavy'''
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert r.returncode == 0, r.stderr
+    assert 'usage' in r.stdout
+
+
+def test_import_is_light():
+    r = subprocess.run([sys.executable, '-c', "import sys, itm_nb; assert not {'torch', 'numpy', 'nbdev'} & set(sys.modules)"], cwd=ROOT)
+    assert r.returncode == 0
+
+
+@pytest.mark.parametrize('argv,wanted', [(['-p', 'sede', '3'], "did you mean 'seed'"), (['-p', 'seed', 'abc'], 'wanted int'), (['-p', 'lr', 'fast'], 'wanted float'),
+                                         (['-p', 'progress', 'perhaps'], 'wanted bool')])
+def test_wrong_parameters_stop_at_once(argv, wanted, tmp_path):
+    began = time.perf_counter(); code, out, err = call('itm_run', 'train', *argv)
+    assert code == 2 and wanted in err and 'Traceback' not in err and time.perf_counter()-began < 5
+    if 'sede' in argv: assert 'seed' in err and 'method' in err and 'epochs' in err           # the valid names
+
+
+def test_unknown_experiment_or_sweep():
+    assert call('itm_run', 'trian')[0] == 2 and 'train' in call('itm_run', 'trian')[2]
+    assert call('itm_sweep', 'scnes')[0] == 2 and 'scenes' in call('itm_sweep', 'scnes')[2]
+
+
+def test_templates_agree_with_the_settings():
+    "The parameters of `train` are exactly the settings of a run, with the same defaults, and places"
+    from dataclasses import asdict
+    from itm_nb.train import Config
+    have = {k: p.default for k, p in runs.parameters(runs.template('train')).items()}
+    places = {k: have.pop(k) for k in ('arm', *runs.PLACES) if k in have}
+    assert have == asdict(Config()) and set(places) == {'arm', 'out', 'folder', 'device', 'progress', 'sweep'}
+    assert all(p.about for k, p in runs.parameters(runs.template('train')).items() if k not in ('epochs',))
+
+
+def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
+    pytest.importorskip('nbdev')
+    import shutil
+    for f in ('settings.ini', 'setup.py'): shutil.copy(ROOT/f, tmp_path)
+    (tmp_path/'nbs').mkdir(); (tmp_path/'itm_nb').mkdir(); nb = tmp_path/'nbs'/'train.ipynb'; shutil.copy(ROOT/'nbs'/'experiments'/'train.ipynb', nb)
+    raw = json.loads(nb.read_text()); raw['cells'][0]['metadata']['junk'] = 1; nb.write_text(json.dumps(raw))
+    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', '--fname', str(nb)], cwd=tmp_path, check=True)
+    cleaned = json.loads(nb.read_text())
+    assert 'junk' not in cleaned['cells'][0]['metadata'], 'nothing was cleaned'
+    assert sum('parameters' in c['metadata'].get('tags', []) for c in cleaned['cells']) == 1
+
+
+BAD_SWEEPS = {'not yaml': '{', 'a list': '- 1', 'unknown part': 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\nblokcs: 1', 'no arms': 'title: a\nblocks: [{seed: 0}]',
+              'wrong kind': 'title: a\nblocks: {seed: 0}\narms: {a: {}}', 'unknown setting': 'title: a\nblocks: [{seed: 0}]\narms: {a: {sede: 1}}',
+              'twice the same': 'title: a\nblocks: [{seed: 0}, {seed: 0}]\narms: {a: {}}', 'code': 'title: !!python/object/apply:os.getcwd []\nblocks: []\narms: {}'}
+
+
+@pytest.mark.parametrize('what', BAD_SWEEPS)
+def test_bad_sweep_files(what, tmp_path):
+    f = tmp_path/'bad.yaml'; f.write_text(BAD_SWEEPS[what])
+    with pytest.raises(runs.SetupError): runs.entries(runs.read_sweep(f), 'bad', tmp_path)
+
+
+def test_sweep_files_resolve():
+    "Every sweep of the project names known settings, and completes a block before the next"
+    for f in sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')):
+        todo = runs.entries(runs.read_sweep(f), f.stem, Path('runs'))
+        seeds = [e.values['seed'] for e in todo]
+        assert seeds == sorted(seeds) and len({e.out for e in todo}) == len(todo)
+
+
+def fingerprints(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+
+def finished(folder): return sorted(p.parent.name for p in Path(folder).glob('*/*/DONE'))
+
+
+def small(folder):
+    "A sweep of four runs of seconds"
+    spec = yaml.safe_load((ROOT/'nbs'/'experiments'/'sweeps'/'tiny.yaml').read_text())
+    f = Path(folder)/'toy.yaml'; f.write_text(yaml.safe_dump(spec | dict(blocks=[dict(seed=0)]))); return f
+
+
+def test_a_sweep_ends_with_tables_and_does_nothing_twice(tmp_path):
+    f = small(tmp_path)
+    code, out, err = call('itm_sweep', f, '--runs', tmp_path/'runs'); assert code == 0, out + err
+    report = tmp_path/'runs'/'toy'/'report'; before, ends = fingerprints(report), {p: p.stat().st_mtime_ns for p in (tmp_path/'runs'/'toy').glob('*/DONE')}
+    assert len(ends) == 4 and {'table_toy.md', 'table_toy.csv', 'dots_toy.svg'} <= set(before)
+    assert 'oracle' in out and 'chance' in out and str(report/'table_toy.md') in out
+    code, out, err = call('itm_sweep', f, '--runs', tmp_path/'runs'); assert code == 0, out + err
+    assert fingerprints(report) == before and '4 of them finished before' in out
+    assert {p: p.stat().st_mtime_ns for p in ends} == ends
+
+
+def kill_children(pid, how):
+    "Also what the driver started, workers and kernels"
+    import psutil
+    for p in psutil.Process(pid).children(recursive=True):
+        try: p.send_signal(how)
+        except psutil.NoSuchProcess: pass
+
+
+@pytest.mark.parametrize('who', ['driver', 'workers', 'stop'])
+def test_killed_in_the_middle_nothing_is_lost_or_repeated(who, tmp_path):
+    "SIGKILL of the driver, of its workers and kernels, or a polite stop; then the same command again"
+    f = small(tmp_path); argv = (f, '--runs', tmp_path/'runs', '--jobs', '1')
+    p = command('itm_sweep', *argv)
+    for _ in range(1200):
+        if finished(tmp_path/'runs'): break
+        time.sleep(.1)
+    time.sleep(3.)                                            # into the second run
+    early = {q: q.stat().st_mtime_ns for q in (tmp_path/'runs').glob('*/*/DONE')}; assert early
+    if who == 'driver': p.send_signal(signal.SIGKILL); p.communicate()
+    elif who == 'stop': p.send_signal(signal.SIGTERM); p.communicate(timeout=120); assert p.returncode in (0, runs.RESUMABLE)
+    else: kill_children(p.pid, signal.SIGKILL); p.communicate(timeout=600)
+    code, out, err = call('itm_sweep', *argv); assert code == 0, out + err
+    assert len(finished(tmp_path/'runs')) == 4
+    assert all(q.stat().st_mtime_ns == t for q, t in early.items()), 'a finished run was run again'
+
+
+def test_two_drivers_share_a_folder(tmp_path):
+    "No run is run twice: papermill starts exactly one notebook per run"
+    f = small(tmp_path); both = [command('itm_sweep', f, '--runs', tmp_path/'runs', '--jobs', '1') for _ in range(2)]
+    for p in both: out, err = p.communicate(timeout=600); assert p.returncode == 0, out + err
+    assert len(finished(tmp_path/'runs')) == 4
+    for log in (tmp_path/'runs'/'toy').glob('*/timing.jsonl'):
+        steps = [json.loads(l)['step'] for l in log.read_text().splitlines()]
+        assert steps == sorted(set(steps)), 'a run was done twice'
+
+
+def test_readme_is_made_from_the_index():
+    text = (ROOT/'README.md').read_text()
+    assert text.startswith('<!-- made from nbs/index.ipynb') and 'pip install -e . && itm_sweep scenes' in text
+    assert "pip install -e '.[dev]' && nbdev_test && pytest" in text
+    import re
+    for link in re.findall(r'\]\(([^)#]+)\)', text):
+        if not link.startswith('http'): assert (ROOT/link).exists(), link
