@@ -212,13 +212,14 @@ def _edit(rng, s, kind, one, two, types):
     row, ok = np.arange(len(kind)), np.ones(len(kind), bool)
     is_ = lambda name: np.flatnonzero(kind == EDITS.index(name))
     named = _colour(s['hue'], s['light'])
-    k = is_('colour'); new = (named.argmax(-1)[k,one[k]] + rng.integers(1, 10, len(k))) % 10
+    k = is_('colour'); new = (named[k,one[k]].argmax(-1) + rng.integers(1, 10, len(k))) % 10
     ok[k] = named[k,one[k],new] == 0
     s['hue'][k,one[k]], s['light'][k,one[k]] = _paint(rng, new)
+    ok[k] &= _colour(s['hue'][k,one[k]], s['light'][k,one[k]]).max(-1) == 2              # a twin's new colour has a certain name
     k = is_('shape'); s['shape'][k,one[k]] = (s['shape'][k,one[k]] + rng.integers(1, 12, len(k))) % 12
     k = is_('texture'); s['texture'][k,one[k]] = (s['texture'][k,one[k]] + rng.integers(1, 3, len(k))) % 3
     k = is_('order'); dx, dy = (np.abs(s[v][k,one[k]] - s[v][k,two[k]]) for v in 'xy')
-    ok[k] = np.maximum(dx, dy) >= .12
+    ok[k] = (np.maximum(dx, dy) >= .12) & (s['shape'][k,one[k]] != s['shape'][k,two[k]])
     for v in 'xy': s[v][k,one[k]], s[v][k,two[k]] = s[v][k,two[k]], s[v][k,one[k]]
     k = is_('swap'); certain = named.max(-1) == 2
     ok[k] = ((s['shape'][k,one[k]] != s['shape'][k,two[k]]) & (named[k,one[k]].argmax(-1) != named[k,two[k]].argmax(-1))
