@@ -228,10 +228,14 @@ class _Dots:
         both = (self.img, self.txt)
         if any(x.ndim != 2 or not x.is_floating_point() for x in both) or len({x.shape[1] for x in both}) > 1:
             raise DataError('embeddings', ' and '.join(f'{tuple(x.shape)} {x.dtype}' for x in both), '(N, D) and (M, D) floats')
-        self.cols, self.ready = None, None
+        self.cols, self.ready, self.buf = None, None, self.txt[:0].clone()
     def __call__(self, r, c):
-        if self.cols is not c: self.cols, self.ready = c, self.txt[c if isinstance(c, slice) else c.to(self.txt.device)].float()
+        if self.cols is not c: self.cols, self.ready = c, (self.txt[c] if isinstance(c, slice) else self._pick(c)).float()
         return self.img[r].float() @ self.ready.T
+    def _pick(self, c):
+        "Rows in any order, into one buffer: fresh ones for every block would scatter the heap"
+        if len(self.buf) < len(c): self.buf = self.txt.new_empty(len(c), self.txt.shape[1])
+        return torch.index_select(self.txt, 0, c.to(self.txt.device), out=self.buf[:len(c)])
 
 def ranks(
     img:Tensor,                 # (N, D) image embeddings, normalised if cosine is meant
