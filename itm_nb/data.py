@@ -133,6 +133,7 @@ def regular_file(
         raise DataError(path, f'cannot be opened ({why})', 'an ordinary file', 'Check the name and the link.') from None
     if not stat.S_ISREG(s.st_mode):
         raise DataError(path, 'not an ordinary file', 'a file, not a folder, device or pipe', 'Put the file itself there.')
+    if not os.access(path, os.R_OK): raise DataError(path, 'no right to read it', 'a readable file', 'Change its permissions.')
     if s.st_size == 0: raise DataError(path, 'a file of length zero', 'a file with something in it', 'Fetch or write it again.')
     return Path(path)
 
@@ -142,8 +143,8 @@ def _npy(path, ok, wanted, remedy):
     if magic != b'\x93NUMPY': raise DataError(path, 'not an npy file', wanted, 'Write it with numpy.save.')
     try: x = np.load(path, mmap_mode='r', allow_pickle=False)
     except Exception as e:                                        # a damaged header can fail anywhere in numpy's parser
-        raise DataError(path, f'an array that cannot be mapped ({e})', wanted,
-                        'The file is cut off, damaged or holds Python objects: fetch it again, or write plain numbers with numpy.save.') from None
+        raise DataError(path, f'an array that cannot be mapped ({str(e)[:120]})', wanted,
+                        'It is cut off, damaged or holds Python objects: fetch it again, or write plain numbers with numpy.save.') from None
     if not (x.dtype.isnative and ok(x)): raise DataError(path, f'{x.dtype} {x.shape}', wanted, remedy)
     if 0 in x.shape: raise DataError(path, f'an empty array {x.shape}', wanted, 'Fetch or write it again.')
     extra = os.path.getsize(path) - x.offset - x.nbytes
@@ -205,10 +206,12 @@ def _owners(
     if N < K:
         again = np.setdiff1d(np.arange(K), first)[0]
         raise DataError(where, f'image id {ids[again]} for the second time, {N} different ids for {n_rows} feature rows',
-                        'every image once, or an id for every sentence', 'Remove the repeated image, or write one id per sentence.', again + 1)
+                        'every image once, or an id for every sentence', 'Remove the repeated image, or write one id per sentence.',
+                        int(again) + 1)
     if n_caps % K or n_rows not in (K, n_caps):
-        raise DataError(where, f'{K} ids, {n_rows} feature rows, {n_caps} sentences', 'as many ids as images (or sentences), and equally many '
-                        'sentences for each image', 'Where images have different numbers of sentences, write the image id once per sentence.')
+        raise DataError(where, f'{K} ids, {n_rows} feature rows, {n_caps} sentences',
+                        'as many ids as images (or sentences), and equally many sentences for each image',
+                        'Where images have different numbers of sentences, write the image id once per sentence.')
     return np.arange(K) * (n_rows // K), np.arange(n_caps) // (n_caps // K), ids
 
 # %% ../nbs/00_data.ipynb #84d23dbf
@@ -249,15 +252,14 @@ def _check_repeats(x, rows, img_of, where, sample=256):
 def _pick(x, idx, axis):
     "`x` at increasing indices along an axis; evenly spaced ones stay a view, so that a mapped file stays on disk"
     gap = np.unique(np.diff(idx))
-    if len(gap) > 1: return np.take(x, idx, axis)
-    at = slice(idx[0], idx[-1] + 1, gap[0] if len(gap) else 1)
-    return x[(slice(None),)*axis + (at,)]
+    if len(gap) < 2: idx = slice(idx[0], idx[-1] + 1, gap[0] if len(gap) else 1)
+    return x[(slice(None),)*axis + (idx,)]
 
 def _columns(regions, n, where):
     "Which of n region columns to keep, increasing, so that real regions stay first"
     try: cols = np.atleast_1d(np.arange(n)[slice(None) if regions is None else regions])
     except (IndexError, TypeError, ValueError) as e:
-        raise DataError(where, f'regions={regions!r} of {n} columns ({e})', f'indices or a slice in 0..{n-1}', 'Correct `regions`.') from None
+        raise DataError(where, f'regions={regions!r} ({e})', f'indices or a slice in 0..{n-1}', 'Correct `regions`.') from None
     if cols.ndim != 1 or not len(cols) or (np.diff(cols) <= 0).any():
         raise DataError(where, f'regions={regions!r}', 'at least one column, in increasing order',
                         'Sort the indices (real regions must stay first).')
@@ -266,13 +268,13 @@ def _columns(regions, n, where):
 def _features(path, dims=None):
     "The feature file, mapped, as (rows, regions, dims); what is unusual is said by a warning"
     x = _npy(path, lambda x: x.ndim in (2, 3) and x.dtype in (np.float16, np.float32, np.float64),
-             '(images, regions, dims) float16 or float32', "Save features as floating-point numbers, e.g. numpy.save(file, x.astype('float32')).")
+             '(images, regions, dims) float16 or float32', "Save them as floating-point numbers: numpy.save(file, x.astype('float32')).")
     if x.ndim == 2: warnings.warn(f'{path}: one vector per image, read as one region'); x = x[:, None]
     if dims is not None:
         if isinstance(dims, bool) or not isinstance(dims, (int, np.integer)) or not 1 <= dims <= x.shape[2]:
             raise DataError(path, f'dims={dims!r} of {x.shape[2]}', f'an integer from 1 to {x.shape[2]}', 'Correct `dims`.')
         x = x[:, :, :dims]
-    if x.dtype == np.float64: warnings.warn(f'{path}: float64 features, converted to float32 in memory'); x = x.astype(np.float32)
+    if x.dtype == np.float64: warnings.warn(f'{path}: float64 features, converted to float32 in memory'); x = np.array(x, dtype=np.float32)
     return x
 
 # %% ../nbs/00_data.ipynb #5adc52c8
@@ -316,7 +318,7 @@ def read_scan(
     check_finite(x, ims, _spread(len(x))); _check_repeats(x, rows, img_of, ims)
     num, boxes = _counts(files['num.npy'], x), _boxes(files['boxes.npy'], x)
     cols = _columns(regions, x.shape[1], ims)
-    keep = lambda a: _pick(_pick(a, rows, 0), cols, 1)
+    keep = lambda a: _pick(_pick(a, cols, 1), rows, 0)
     num = (cols < num[rows, None]).sum(1)
     if (num == 0).any():
         raise DataError(ims, f'image {img_ids[num == 0][0]} has none of the regions {regions!r}', 'a real region in every image',
@@ -357,8 +359,9 @@ def check_parts(
         for b in names[:i]:
             both = np.intersect1d(parts[a].img_ids, parts[b].img_ids)
             if len(both):
-                raise DataError(parts[a].source, f'{len(both)} image ids that are also in {b}, e.g. {both[0]}', 'every image in one part only',
-                                'Remove them from one part, or, if ids start anew in each part, number the images through.')
+                raise DataError(parts[a].source, f'{len(both)} image ids that are also in {b}, e.g. {both[0]}',
+                                'every image in one part only',
+                                'Remove them from one part; where ids start anew in each part, number the images through.')
         if (d := parts[a].feats.shape[2]) != (e := parts[names[0]].feats.shape[2]):
             raise DataError(parts[a].source, f'{d} feature dimensions, but {e} in {names[0]}', 'features of one network',
                             'Extract all parts the same way.')
@@ -394,12 +397,15 @@ def write_atomic(
     "Write a file so that, whatever happens, either the old or the whole new one is there"
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with open(tmp, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    at = os.open(path.parent, os.O_RDONLY)                          # the new name itself must reach the disk
-    try: os.fsync(at)
-    finally: os.close(at)
+        try:
+            with open(tmp, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+            os.replace(tmp, path)
+        except BaseException: tmp.unlink(missing_ok=True); raise
+        at = os.open(path.parent, os.O_RDONLY)                      # the new name itself must reach the disk
+        try: os.fsync(at)
+        finally: os.close(at)
+    except OSError as e:
+        raise DataError(path, f'cannot be written ({e.strerror})', 'a writable place', 'Check folder, permissions and disk.') from e
 
 # %% ../nbs/00_data.ipynb #949f92e0
 SPECIALS = ('<pad>', '<start>', '<end>', '<unk>')
@@ -470,6 +476,16 @@ def fingerprint(
     return h.hexdigest()
 
 # %% ../nbs/00_data.ipynb #408ed00d
+def _on_device(split, device, dtype):
+    "All features on the device, block by block (no second copy of everything on the host), and every number looked at"
+    feats = torch.empty(split.feats.shape, dtype=dtype, device=device)
+    for at in _blocks(split.feats):
+        feats[at] = torch.from_numpy(np.array(split.feats[at])).to(device, dtype)
+        if not feats[at].isfinite().all():
+            check_finite(split.feats, split.source)                # bad on disk, or only too large for the type?
+            raise DataError(split.source, 'too large features', f'features that fit {dtype}', 'Keep them as torch.float32.')
+    return feats
+
 class Batches:
     "A split on the device: `take` gives training batches, `images` and `texts` give chunks for evaluation"
     def __init__(self,
@@ -479,12 +495,7 @@ class Batches:
         dtype:torch.dtype=torch.float32,   # how features are kept; float16 halves the memory; batches are float32 either way
     ):
         self.split, self.device, N, R = split, torch.device(device), len(split), split.feats.shape[1]
-        self.feats = torch.empty(split.feats.shape, dtype=dtype, device=device)
-        for at in _blocks(split.feats):                            # block by block: no second copy of everything on the host
-            self.feats[at] = torch.from_numpy(np.array(split.feats[at])).to(device, dtype)
-            if not self.feats[at].isfinite().all():
-                check_finite(split.feats, split.source)            # bad on disk, or only too large for the type?
-                raise DataError(split.source, 'features too large to be stored', f'features that fit {dtype}', 'Keep them as torch.float32.')
+        self.feats = _on_device(split, device, dtype)
         self.mask = (torch.arange(R) < torch.tensor(np.array(split.num))[:,None]).to(device)
         tokens, lengths = vocab.encode(split.captions)
         self.tokens, self.lengths, self._lengths = tokens.to(device), lengths.numpy(), lengths.to(device)

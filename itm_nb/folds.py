@@ -164,6 +164,8 @@ def fold_split(
 )->dict:               # {'train', 'val', 'test'}: Split; the test part has galleries
     "The parts of one fold, cut from the official parts; features in memory, in their own precision"
     every = concat(list(parts.values())); ids = np.concatenate(list(fold.values()))
+    if len(ids) > len(np.unique(ids)):
+        raise DataError('fold', f'{len(ids) - len(np.unique(ids))} photos in two parts', 'every photo once', 'Make the folds again.')
     if len(odd := np.setxor1d(ids, every.img_ids)):
         raise DataError(every.source, f'{len(odd)} photos that only the folds or only the data have, e.g. {odd[0]}',
                         'the photos for which the folds were made', 'Use the fold file of this data set, and all of its parts.')
