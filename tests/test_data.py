@@ -356,7 +356,9 @@ def test_check_parts_and_concat(scan):
         assert e.value.where.endswith('test') and e.value.remedy
 
 
-def test_check_finite_reads_everything(tmp_path):
+@pytest.mark.parametrize('size', [64 << 20, 100, 24 * 7])                       # one block, blocks of a few rows, an uneven last block
+def test_check_finite_reads_everything(tmp_path, monkeypatch, size):
+    blocks = data._blocks; monkeypatch.setattr(data, '_blocks', lambda x: blocks(x, size))
     x = np.zeros((1000, 2, 3), dtype='float32'); data.check_finite(x)
     for row in (0, 1, 499, 999):
         y = x.copy(); y[row, 1, 2] = -np.inf
@@ -510,6 +512,8 @@ def test_batches_refuse_what_float16_cannot_hold():
 
 
 def test_order():
+    draw = data.uniform(torch.arange(50), 'order', 1, 3, 2)[:, 0].tolist()
+    assert data.order(50, 3, 2).tolist() == sorted(range(50), key=lambda i: draw[i])
     for n in (1, 2, 500): assert torch.equal(data.order(n, 1, 2).sort()[0], torch.arange(n))
     assert len({tuple(data.order(50, s, e).tolist()) for s in range(3) for e in range(3)}) == 9
     where = torch.stack([data.order(20, e).argsort() for e in range(400)]).double()      # the place of each caption over 400 orders
