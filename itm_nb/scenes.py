@@ -7,7 +7,7 @@ import numpy as np
 
 from itm_nb.data import DataError, Split
 from itm_nb.truth import (ALL, COLOURS, COUNT, FAMILIES, MOST, MOST_OBJECTS, NO, NONE, ONLY, PAIR, PLACES, PREDICATES, RELATIONS, SHAPES, SIZES, SPELLINGS,
-                          TEXTURES, THERE, VOCABULARY, WIDTH, Scenes, encode, judge, judge_all, judge_clauses, parse, plural, scene, truth, _sets, _unique_rows)
+                          TEXTURES, THERE, VOCABULARY, WIDTH, Facts, Scenes, encode, judge, judge_all, judge_clauses, parse, plural, scene, truth, _sets, _unique_rows)
 from itm_nb.world import (EDITS, MIXED, MOST_REGIONS, Kin, Types, boxes_of, colour_name, detect, draw, latents, make_scenes, make_twins, make_types, show,
                           stream, visible, _choose, _MIX)
 
@@ -23,7 +23,7 @@ _THERE, _PLACE, _AND, _RELATION, _COUNT, _QUANTITY, _NO = range(1, 8)
 
 def _say(rng, names, much, forced):
     "A noun phrase for each object: (K, 5) certain names -> (K, 4) predicates; `much` in [0, 1] is how much to say"
-    out = np.where((rng.random((len(names), 3)) < much[:,None]*[.6, .8, 1.2]) | forced[:,:3], names[:,:3], 0)
+    out = np.where((rng.random((len(names), 3)) < much[:,None]*[.75, .9, 1.2]) | forced[:,:3], names[:,:3], 0)
     u = rng.random(len(names)) + .25*much + forced[:,3]
     noun = np.where(u < .1, 0, np.where((u < .25) & (names[:,4] > 0), names[:,4], names[:,3]))
     return np.concatenate([out, noun[:,None]], 1)
@@ -60,7 +60,7 @@ def _numbers(rng, facts, own, c, k):
     c[k,2:5] = np.select([(way == w)[:,None] for w in range(3)], [np.stack([n, n, zero], 1), np.stack([least, zero + 99, zero], 1), vague], 0)
     return c
 
-def _draft(rng, facts, own, form, lead, forced, gone, veil):
+def _draft(rng, facts, own, form, lead, forced, gone, veil, least):
     "(K, 2, 17) things that may be said of scenes `own`; objects with a small `lead` are spoken of first"
     n = np.bitwise_count(facts.atoms[0,0,own])
     order = np.argsort(rng.random((len(own), MOST_OBJECTS)) + lead + 9*(np.arange(MOST_OBJECTS) >= n[:,None]), 1)
@@ -73,7 +73,7 @@ def _draft(rng, facts, own, form, lead, forced, gone, veil):
     lost = gone[:,3] > 0                                                          # an object that is no longer there: count what is left
     names[lost,0], first[lost] = gone[lost], _COUNT
     first = np.where((forced[:,1] & (forced[:,0].sum(-1) == 0)[:,None]).any(-1), _RELATION, first)
-    much = rng.random(len(own))
+    much = least + (1-least)*rng.random(len(own))
     less = np.where(np.isin(first, (_COUNT, _QUANTITY)), .5*much, much)
     a, b = _say(rng, names[:,0], less, forced[:,0]), _say(rng, names[:,1], much, forced[:,1])
     pair = np.isin(first, (_AND, _RELATION))
@@ -111,17 +111,31 @@ def _fits(codes):
 
 
 #| export
+def _rows(facts, clauses, block=1024):
+    "Strict truth of clauses on all scenes of a pool, as packed bits"
+    simple = np.isin(clauses[:,0], (THERE, PAIR)) & ~clauses[:,14:16].any(1)       # the strict reading of these needs no other
+    out, strict = np.empty((len(clauses), (facts.atoms.shape[-1]+7)//8), 'u1'), Facts(facts.atoms[:1], facts.pairs[:1], facts.names)
+    for f, k in ((strict, np.flatnonzero(simple)), (facts, np.flatnonzero(~simple))):
+        for i in range(0, len(k), block): out[k[i:i+block]] = np.packbits(judge_clauses(f, clauses[k[i:i+block]])[0], axis=-1)
+    return out
+
 def frequency(
-    pool,                  # `Facts` of the reference scenes
+    pool:Facts,            # of the reference scenes
     codes:np.ndarray,      # (K, 2, 17) meanings
-    block:int=1024,        # clauses at a time
-)->np.ndarray:             # (K,) how many scenes of the pool each is true of
-    "How often each meaning is strictly true ('another' is read as 'a')"
-    clauses, row = _unique_rows(codes.reshape(-1, WIDTH))
-    clauses = clauses[order := np.argsort(clauses[:,0], kind='stable')]; row = np.argsort(order)[row].reshape(-1, 2)
-    bits = np.concatenate([np.packbits(judge_clauses(pool, clauses[i:i+block])[0], axis=-1) for i in range(0, len(clauses), block)])
-    out = [np.bitwise_count(bits[row[i:i+block,0]] & bits[row[i:i+block,1]]).sum(-1, dtype='i4') for i in range(0, len(row), block)]
-    return np.concatenate(out)
+    kappa:float=300.,      # how many scenes the product of the parts is worth
+    block:int=4096,        # sentences at a time
+)->np.ndarray:             # (K,) estimated share of scenes each is strictly true of ('another' is read as 'a')
+    "How often a sentence is true, by experience and by its parts"
+    size = pool.atoms.shape[-1]
+    parts = np.zeros((len(codes), 2, 3, WIDTH), 'i1'); parts[:,:,0] = codes         # a clause, and the two noun phrases of a pair
+    is_pair = codes[...,0] == PAIR
+    for k, at in ((1, slice(5, 9)), (2, slice(10, 14))): parts[...,k,0], parts[...,k,5:9] = is_pair*THERE, codes[...,at]*is_pair[...,None]
+    clauses, row = _unique_rows(parts.reshape(-1, WIDTH))
+    bits, row = _rows(pool, clauses), row.reshape(-1, 2, 3)
+    share = np.bitwise_count(bits).sum(-1)/size
+    guess = np.where(is_pair, share[row[...,1]]*share[row[...,2]], share[row[...,0]]).prod(-1)
+    hits = np.concatenate([np.bitwise_count(bits[row[i:i+block,0,0]] & bits[row[i:i+block,1,0]]).sum(-1) for i in range(0, len(row), block)])
+    return (hits + kappa*guess)/(size + kappa)
 
 
 
@@ -180,14 +194,13 @@ def speak(
         if tries == 30: duty[todo] = _ANY
         k = np.repeat(todo, candidates); w = replace(wish.rows(k), duty=duty[k])
         if tries > 3: w = replace(w, form=np.where(rng.random(len(k)) < .7, 0, 1 + rng.integers(0, 3, len(k))))
-        c = _draft(rng, scenes.facts, w.own, w.form, w.lead, w.forced, w.gone, w.veil)
+        c = _draft(rng, scenes.facts, w.own, w.form, w.lead, w.forced, w.gone, w.veil, np.clip((-2.5 - aim[k])/2, 0, .9))
         ok = _fits(c) & (judge(scenes.facts, c, w.own) == 2)
         twin = np.flatnonzero(ok & (w.duty > 0))
         ok[twin] &= judge(scenes.facts, c[twin], w.parent[twin]) == np.where(w.duty[twin] == _MENTION, 0, 2)
-        hits = np.zeros(len(k), 'i4')
-        if ok.any(): hits[ok] = frequency(pool, c[ok])
-        size = pool.atoms.shape[-1]
-        miss = np.where(ok & (hits <= common*size), np.abs(np.log10((hits + .5)/size) - aim[k]), np.inf).reshape(-1, candidates)
+        often = np.ones(len(k))
+        if ok.any(): often[ok] = frequency(pool, c[ok])
+        miss = np.where(ok & (often <= common), np.abs(np.log10(often + 1e-9) - aim[k]), np.inf).reshape(-1, candidates)
         best = miss.argmin(1); found = np.isfinite(miss[np.arange(len(todo)),best])
         codes[todo[found]] = c.reshape(len(todo), candidates, 2, WIDTH)[np.arange(len(todo)),best][found]
         todo, tries = todo[~found], tries + 1
@@ -251,6 +264,59 @@ def word(
 
 
 #| export
+_COLOUR_WORDS = {w for c in COLOURS for w in SPELLINGS[c]}
+_CLASSES = [{w for p in group for w in SPELLINGS[p]} for group in (SIZES, TEXTURES, COLOURS, SHAPES, FAMILIES)]
+_CLASSES += [{plural(w) for w in _CLASSES[3]}, set(PLACES), {'above', 'below'}, {'two', 'three', 'four', 'five', 'six'}]
+_CLASS_OF = {w: sorted(c) for c in reversed(_CLASSES) for w in c}
+
+def articles(
+    words:list,         # of one sentence
+)->str:
+    "The sentence with 'a' and 'an' as the next words want them"
+    vowel = [w[0] in 'aeiou' for w in words[1:]] + [False]
+    return ' '.join(('an' if v else 'a') if w in ('a', 'an') else w for w, v in zip(words, vowel))
+
+def swapped(
+    sentence:str,
+)->str:                 # None unless exactly two different colours are named
+    "The sentence with its two colour words exchanged"
+    words = sentence.split(); at = [i for i, w in enumerate(words) if w in _COLOUR_WORDS]
+    if len(at) != 2 or words[at[0]] == words[at[1]]: return None
+    words[at[0]], words[at[1]] = words[at[1]], words[at[0]]
+    return articles(words)
+
+def neighbours(
+    sentences:list,
+)->dict:                # (word, neighbour, side) -> count
+    "How often each word stands before and after each other word; articles count as one word"
+    out = {}
+    for s in sentences:
+        words = ['', *('a' if w == 'an' else w for w in s.split()), '']
+        for pair in zip(words, words[1:]):
+            for side in (0, 1): out[(pair[side], pair[1-side], side)] = out.get((pair[side], pair[1-side], side), 0) + 1
+            out[pair[1]] = out.get(pair[1], 0) + 1
+    return out
+
+def one_word(
+    rng:np.random.Generator,
+    sentence:str,
+    beside:dict,          # from `neighbours`; None: every replacement is kept
+)->str:                   # None where the proposal is refused
+    "One content word replaced by another of its class"
+    words = sentence.split()
+    at = [i for i, w in enumerate(words) if w in _CLASS_OF and not (words[i+1:i+2] == ['of'] and w in PLACES)]
+    if not at: return None
+    i = at[rng.integers(len(at))]; old = words[i]
+    new = (others := [w for w in _CLASS_OF[old] if w != old])[rng.integers(len(others))]
+    if beside:
+        before, after = (words[i-1] if i else '').replace('an', 'a') if i and words[i-1] == 'an' else (words[i-1] if i else ''), words[i+1] if i+1 < len(words) else ''
+        p = lambda w: (beside.get((w, before, 1), 0) + .5)*(beside.get((w, after, 0), 0) + .5)/(beside.get(w, 0) + 1)
+        if rng.random() >= p(new)/p(old): return None
+    return articles(words[:i] + [new] + words[i+1:])
+
+
+
+#| export
 PRESETS = dict(tiny=(256, 64, (128,)), small=(2000, 500, (1000,)*2), full=(10_000, 1000, (1000,)*5))   # train, val, galleries of test
 PARTS = ('train', 'val', 'test')
 
@@ -262,6 +328,15 @@ class Part:
     codes:np.ndarray        # (M, 2, 17) meanings
     duty:np.ndarray         # (M,) 1: mentions the twin's edit, 2: does not, 0: not a twin's caption
     split:Split             # the model's
+
+@dataclass(frozen=True, eq=False)
+class Twins:
+    "Pairs of scenes that differ by one edit"
+    twin:np.ndarray         # (T,) image
+    original:np.ndarray     # (T,) image it repeats
+    edit:np.ndarray         # (T,) which kind of edit, see EDITS
+    mention:np.ndarray      # captions of twins that tell the edit: false of the original
+    silent:np.ndarray       # captions of twins that do not: true of the original, hence false negatives
 
 @dataclass(frozen=True, eq=False)
 class World:
@@ -287,7 +362,10 @@ class World:
         captions,            # caption indices, broadcast against them
     )->np.ndarray:           # uint8 half units 0, 1, 2 in the broadcast shape
         "Truth of pairs, judged when asked"
-        p = self.part(name); i, c = np.broadcast_arrays(images, captions)
+        p = self.part(name); images, captions = np.asarray(images), np.asarray(captions)
+        if images.ndim == captions.ndim == 2 and images.shape[1] == captions.shape[0] == 1:          # a full block
+            return judge_all(p.scenes.facts.at(images[:,0]), p.codes[captions[0]])
+        i, c = np.broadcast_arrays(images, captions)
         flat = [judge(p.scenes.facts, p.codes[c.ravel()[k:k+2**18]], i.ravel()[k:k+2**18]) for k in range(0, max(i.size, 1), 2**18)]
         return np.concatenate(flat).reshape(i.shape)
 
@@ -298,7 +376,7 @@ class World:
         "Truth of every pair of a gallery"
         images, captions = self.gallery(name, gallery)
         p = self.part(name)
-        return judge_all((p.scenes if gallery is None else p.scenes[images]).facts, p.codes[captions])
+        return judge_all(p.scenes.facts.at(images), p.codes[captions])
 
     def gallery(self,
         name:str,            # split
@@ -309,6 +387,20 @@ class World:
         if not keep.any(): raise DataError('world', f'gallery {gallery} of {name}', f'0 to {s.gallery.max()}')
         return np.flatnonzero(keep), np.flatnonzero(keep[s.img_of])
 
+    def twins(self,
+        name:str,            # split
+    )->'Twins':
+        "Which scenes are twins of which, and which of their captions tell"
+        p = self.part(name); twin = np.flatnonzero(p.kin.parent >= 0)
+        return Twins(twin, p.kin.parent[twin], np.array(EDITS)[p.kin.edit[twin]], np.flatnonzero(p.duty == _MENTION), np.flatnonzero(p.duty == _SILENT))
+
+    def novel(self,
+        name:str='test',     # split
+    )->np.ndarray:           # (N,) bool
+        "Which images hold a colour-shape pair that training never shows"
+        s = self.scenes(name)
+        return (self.types.held_out[s.shape, colour_name(s)] & s.present).any(1)
+
 def make(
     preset:str='small',      # 'tiny', 'small' or 'full'
     rho:float=.25,           # wanted share of true cross pairs, percent
@@ -318,12 +410,13 @@ def make(
     eps:float=0.,            # share of captions that are wrong by one word
 )->World:
     "A world: the same arguments give the same bytes"
+    if not 0 <= tau <= .8 or not 0 <= eps <= .5 or sigma < 0: raise DataError('scenes', f'tau {tau}, eps {eps}, sigma {sigma}', 'tau 0 to .8, eps 0 to .5, sigma >= 0')
     if preset not in PRESETS: raise DataError('scenes', f'preset {preset!r}', f'one of {", ".join(PRESETS)}')
-    types = make_types(seed); pool = make_scenes(stream(seed, 'pool'), types, POOL)
+    types = make_types(seed); pools = [make_scenes(stream(seed, 'pool'), types, POOL, novel) for novel in (False, True)]
     train, val, tests = PRESETS[preset]
     parts, images, captions = {}, 0, 0
     for name, sizes in zip(PARTS, ((train,), (val,), tests)):
-        parts[name] = p = _make_part(name, sizes, rho, seed, sigma, tau, eps, types, pool, images, captions)
+        parts[name] = p = _make_part(name, sizes, rho, seed, sigma, tau, eps, types, pools[name == 'test'], images, captions)
         images, captions = images + len(p.scenes), captions + len(p.codes)
     return World(preset, rho, seed, sigma, tau, eps, types, parts)
 
@@ -338,15 +431,101 @@ def _make_part(name, sizes, rho, seed, sigma, tau, eps, types, pool, first_image
     codes, duty = speak(rng('speaker'), scenes, wish, pool.facts, aim_for(rho, tau, sizes[0]))
     sentences = word(rng('words'), codes)
     feats, boxes, num = detect(rng('regions'), scenes, pool, sigma)
+    if eps: codes, sentences = _spoil(rng('errors'), scenes, codes, sentences, wish.own, eps)
     split = Split(name, feats, num, sentences, wish.own, first_image + np.arange(len(scenes)), first_caption + np.arange(len(codes)), boxes,
                   np.repeat(np.arange(len(sizes)), sizes), f'scenes seed {seed}')
     return Part(scenes, kin, codes, duty, split)
+
+# measured without twins on train and test of `small`, seeds 0 and 1: mean log-frequency aimed at -> share of true cross pairs, percent
+_AIMS = np.array([-5.5, -5., -4.6, -4.2, -3.8, -3.4, -3., -2.6, -2.2, -1.9, -1.6, -1.3])
+_SHARES = np.array([.0145, .0197, .0267, .039, .0636, .1205, .241, .452, .745, .985, 1.2, 1.35])
+
+def twin_share(
+    tau:float,               # share of twins
+    images:int,              # in a gallery
+)->float:                    # percent
+    "Share of cross pairs that are true because of twins: captions that do not mention the edit, of twin, original and siblings"
+    return (110*tau + 66*tau**2/(1-tau))/images
 
 def aim_for(
     rho:float,               # wanted share of true cross pairs, percent
     tau:float,               # share of twins
     images:int,              # in a gallery
 )->float:                    # mean of log10 of the frequencies to aim at
-    "Calibration of the speaker"
-    return np.log10(rho/100) - .4
+    "What the speaker must aim at, given what twins add; at least a quarter of `rho` is left to him"
+    if not _SHARES[0] <= rho <= _SHARES[-1]: raise DataError('scenes', f'rho {rho}', f'{_SHARES[0]} to {_SHARES[-1]} percent')
+    return float(np.interp(np.log(max(rho - twin_share(tau, images), rho/4)), np.log(_SHARES), _AIMS))
+
+
+
+#| export
+def _spoil(rng, scenes, codes, sentences, own, eps):
+    "Make a share of the captions wrong by one word"
+    codes, sentences = codes.copy(), list(sentences)
+    for j in np.flatnonzero(rng.random(len(codes)) < eps):
+        for _ in range(50):
+            foil = one_word(rng, sentences[j], None); m = parse(foil or '')
+            if m is not None and judge(scenes.facts, m.code[None], own[j:j+1])[0] == 0:
+                codes[j], sentences[j] = m.code, foil
+                break
+    return codes, sentences
+
+def twin_foils(
+    world:World,
+    name:str='test',       # split
+    kind:str='swap',       # 'swap': colours exchanged, same bag of words
+)->list:                   # of (image, caption index, foil)
+    "Captions of swap twins that tell the swap, each with a foil of the same words that is false of the image"
+    if kind != 'swap': raise DataError('twin_foils', f'kind {kind!r}', "'swap'")
+    s, twins = world.split(name), world.twins(name)
+    of_kind = np.isin(s.img_of[twins.mention], twins.twin[twins.edit == kind])
+    found = [(s.img_of[j], j, f) for j in twins.mention[of_kind] if (f := swapped(s.captions[j]))]
+    false = truth(world.scenes(name), [f for *_, f in found], [i for i, *_ in found]) == 0 if found else []
+    return [f for f, ok in zip(found, false) if ok]
+
+def word_foils(
+    world:World,
+    name:str='test',       # split
+    tries:int=4,           # proposals per caption
+)->list:                   # of (image, caption index, foil)
+    "Captions with one word replaced, false of their image and no less likely as sentences"
+    s, rng, beside = world.split(name), stream(world.seed, 'foils', name), neighbours(world.split('train').captions)
+    found = [(s.img_of[j], j, f) for j, c in enumerate(s.captions) for _ in range(tries) if (f := one_word(rng, c, beside))]
+    false = truth(world.scenes(name), [f for *_, f in found], [i for i, *_ in found]) == 0
+    return [f for f, ok in zip(found, false) if ok]
+
+
+
+#| export
+def read(
+    split:Split,           # regions of N images
+    sigma:float=.35,       # noise of the features: what fits worse than noise explains shows no single object
+)->Scenes:                 # what a reader believes they show
+    "Nearest prototype per region; at most the six that fit best, at least one"
+    shape, colour, texture = (v.ravel() for v in np.indices((12, 10, 3)))
+    hue, light = np.where(colour < 8, colour/8, np.nan), np.where(colour == 9, .9, .12)
+    proto = latents(Scenes(*(v[:,None] for v in (np.ones(360), shape, hue, light, texture, np.full(360, .115), shape*0., shape*0., shape)))) [:,0] @ _MIX
+    box, x = split.boxes.astype(float), split.feats[...,:MIXED].astype(float)
+    r = (box[...,2:] - box[...,:2]).mean(-1)/2
+    x = x - ((r - .115)/.0375)[...,None]*_MIX[25]
+    far = (x**2).sum(-1)[...,None] - 2*x @ proto.T + (proto**2).sum(-1)
+    best = far.argmin(-1); miss = np.where(np.arange(x.shape[1]) < split.num[:,None], far.min(-1), np.inf)
+    keep = np.argsort(miss, 1)[:,:MOST_OBJECTS]
+    take = lambda v: np.take_along_axis(v, keep, 1)
+    k = take(best)
+    limit = MIXED*sigma**2 + 3*np.sqrt(2*MIXED)*sigma**2 + .5                      # mean and three deviations of the noise, and an error of the radius
+    n = np.clip((take(miss) < limit).sum(1), 1, MOST_OBJECTS)
+    return Scenes(n, shape[k], hue[k], light[k], texture[k], take(r), take((box[...,0]+box[...,2])/2),
+                  take((box[...,1]+box[...,3])/2), np.zeros(len(k), 'i1'))
+
+def reader_scores(
+    world:World,
+    name:str,              # split
+    gallery:int=None,
+)->np.ndarray:             # (N, M) float32 in [0, 1]
+    "How true every caption is of what the reader believes to see, averaged over eight looks at the regions, each shaken once more"
+    images, captions = world.gallery(name, gallery); s, codes = world.split(name), world.part(name).codes[captions]
+    rng, shake = stream(world.seed, 'reader', name, gallery), .8*world.sigma
+    looks = [replace(s, feats=s.feats + shake*rng.standard_normal(s.feats.shape, 'f4')) for _ in range(8)]
+    return sum(judge_all(read(look, np.hypot(world.sigma, shake)).facts.at(images), codes).astype('f4') for look in looks)/16
 
