@@ -15,16 +15,16 @@ from itm_nb.world import (EDITS, MIXED, MOST_REGIONS, Kin, Types, boxes_of, colo
 
 #| export
 FORMS = dict(two=.55, conjunction=.20, relation=.15, count=.05, one=.03, quantity=.01, no=.01)
-_FIRST = np.array([[.45, .2, .15, .15, .05, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [.6, .4, 0, 0, 0, 0, 0],
+_FIRST = np.array([[.47, .21, .16, .16, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [.6, .4, 0, 0, 0, 0, 0],
                    [0, 0, 0, 0, 0, 1, 0], [.4, .3, .3, 0, 0, 0, 0]])     # form -> there, place, and, relation, count, quantity, no
-_SECOND = np.array([[0, .6, .3, 0, 0, .1, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [.7, .3, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0],
+_SECOND = np.array([[0, .65, .35, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [.3, .5, .2, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0],
                     [0, .7, .3, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]]) # form -> nothing, there, place, and, relation, count, quantity, no
 _THERE, _PLACE, _AND, _RELATION, _COUNT, _QUANTITY, _NO = range(1, 8)
 
 def _say(rng, names, much, forced):
     "A noun phrase for each object: (K, 5) certain names -> (K, 4) predicates; `much` in [0, 1] is how much to say"
     out = np.where((rng.random((len(names), 3)) < much[:,None]*[.75, .9, 1.2]) | forced[:,:3], names[:,:3], 0)
-    u = rng.random(len(names)) + .25*much + forced[:,3]
+    u = rng.random(len(names)) + .25*much - .15*(much < .25) + forced[:,3]
     noun = np.where(u < .1, 0, np.where((u < .25) & (names[:,4] > 0), names[:,4], names[:,3]))
     return np.concatenate([out, noun[:,None]], 1)
 
@@ -32,7 +32,7 @@ def _any_true(rng, true):
     "The index of one of the true columns, -1 where there is none"
     return np.where(true.any(-1), (rng.random(true.shape)*true).argmax(-1), -1)
 
-def _clauses(rng, facts, own, template, a, b, one, two):
+def _clauses(rng, facts, own, template, a, b, one, two, lost):
     "(K, 17) clauses made from noun phrases a, b about objects one, two of the scenes `own`"
     c = np.zeros((len(own), WIDTH), 'i1')
     c[:,0] = np.array([0, THERE, THERE, PAIR, PAIR, COUNT, ALL, NO])[template]
@@ -46,18 +46,20 @@ def _clauses(rng, facts, own, template, a, b, one, two):
     k = is_(_QUANTITY); c[k,0] = rng.choice([ALL, MOST, ONLY], len(k))
     k = k[c[k,0] != ONLY]; c[k,10:13] = np.where(np.arange(3) == rng.integers(0, 3, len(k))[:,None], facts.names[own[k],one[k],:3], 0)
     c[k[c[k,10:13].any(1) == 0],0] = ONLY
-    return _numbers(rng, facts, own, c, is_(_COUNT))
+    c[:,14] = np.isin(c[:,0], (THERE, PAIR)) & (rng.random(len(own)) < .05)      # 'one': only kept where it is true
+    return _numbers(rng, facts, own, c, is_(_COUNT), lost)
 
-def _numbers(rng, facts, own, c, k):
-    "Count what the noun phrases of rows k fit: none, one, or a number said in one of several ways"
+def _numbers(rng, facts, own, c, k, lost):
+    "Count what the noun phrases of rows k fit, in one of several ways; none and one are worth saying only where an object was lost"
     n = np.bitwise_count(_sets(facts, c[k,5:9], own[k]))[0].astype('i1')
-    c[k,0] = np.where(n == 0, NO, np.where(n == 1, THERE, COUNT)); c[k,14] = n == 1
+    few = lost[k] & (n < 2)
+    c[k,0] = np.where(few, np.where(n == 0, NO, THERE), COUNT); c[k,14] = few & (n == 1)
     way = np.where(n >= 2, rng.integers(0, 3, len(k)), -1)
     vague = np.array([[2, 3, 1], [3, 5, 1], [4, 99, 1]], 'i1')[_choose(rng, np.array([[1, 1, 1], [1, 1, 1], [1, 0, 0], [.5, .5, 0], [0, .5, .5], [0, .5, .5], [0, 0, 1]])[n]
                                                                      / np.array([3, 3, 1, 1, 1, 1, 1])[n,None])]
     least = np.minimum(n, 2 + (rng.random(len(k))*(n-1)).astype('i1'))
     zero = np.zeros_like(n)
-    c[k,2:5] = np.select([(way == w)[:,None] for w in range(3)], [np.stack([n, n, zero], 1), np.stack([least, zero + 99, zero], 1), vague], 0)
+    c[k,2:5] = np.select([few[:,None], *[(way == w)[:,None] for w in range(3)]], [zero[:,None], np.stack([n, n, zero], 1), np.stack([least, zero + 99, zero], 1), vague], 9)
     return c
 
 def _draft(rng, facts, own, form, lead, forced, gone, veil, least):
@@ -81,7 +83,7 @@ def _draft(rng, facts, own, form, lead, forced, gone, veil, least):
     about = np.where(pair, three, two)
     other = rng.integers(0, facts.names.shape[0], len(own))                       # what is not there is taken from other scenes
     d = np.where((second == _NO)[:,None], _say(rng, facts.names[other,0], np.minimum(1, much + .3), np.zeros((len(own), 4), bool)), d)
-    c = np.stack([_clauses(rng, facts, own, first, a, b, one, two), _clauses(rng, facts, own, second, d, d, about, about)], 1)
+    c = np.stack([_clauses(rng, facts, own, first, a, b, one, two, lost), _clauses(rng, facts, own, second, d, d, about, about, ~lost & False)], 1)
     again = np.isin(c[:,0,0], (THERE, PAIR)) & (c[:,1,0] == THERE) & (c[:,1,14] == 0) & (c[:,1,8] == c[:,0,8])
     c[:,1,-1] = again & (rng.random(len(own)) < .7)
     return c
@@ -338,11 +340,30 @@ class Twins:
     mention:np.ndarray      # captions of twins that tell the edit: false of the original
     silent:np.ndarray       # captions of twins that do not: true of the original, hence false negatives
 
+def _gallery(part, name, gallery):
+    "Indices of the images and of the captions of one gallery"
+    s = part.split; keep = np.ones(len(s), bool) if gallery is None else s.gallery == gallery
+    if not keep.any(): raise DataError('world', f'gallery {gallery} of {name}', f'0 to {s.gallery.max()}')
+    return np.flatnonzero(keep), np.flatnonzero(keep[s.img_of])
+
+def _truth(part, images, captions, block=2**18):
+    "Truth of image and caption indices broadcast against each other; a full block goes by bit rows"
+    images, captions = np.asarray(images), np.asarray(captions)
+    if images.ndim == captions.ndim == 2 and images.shape[1] == captions.shape[0] == 1:
+        return judge_all(part.scenes.facts.at(images[:,0]), part.codes[captions[0]])
+    i, c = np.broadcast_arrays(images, captions); i, c = i.ravel(), c.ravel()
+    flat = [judge(part.scenes.facts, part.codes[c[k:k+block]], i[k:k+block]) for k in range(0, max(len(i), 1), block)]
+    return np.concatenate(flat).reshape(np.broadcast_shapes(images.shape, captions.shape))
+
+def _twins(part):
+    twin = np.flatnonzero(part.kin.parent >= 0)
+    return Twins(twin, part.kin.parent[twin], np.array(EDITS)[part.kin.edit[twin]], np.flatnonzero(part.duty == _MENTION), np.flatnonzero(part.duty == _SILENT))
+
 @dataclass(frozen=True, eq=False)
 class World:
-    "Scenes, captions and the truth of every pair"
+    "Scenes, captions and the truth of every pair; `name` is 'train', 'val' or 'test', a gallery of None is the whole split"
     preset:str
-    rho:float               # aimed share of true cross pairs, percent
+    rho:float               # wanted share of true cross pairs, percent
     seed:int
     sigma:float             # noise of the regions
     tau:float               # share of twins
@@ -350,56 +371,29 @@ class World:
     types:Types
     parts:dict              # name -> Part
 
-    def part(self, name):
+    def part(self, name:str)->Part:
         if name not in self.parts: raise DataError('world', f'split {name!r}', f'one of {", ".join(PARTS)}')
         return self.parts[name]
-    def split(self, name:str)->Split: return self.part(name).split
-    def scenes(self, name:str)->Scenes: return self.part(name).scenes
-
+    def split(self, name:str)->Split: return self.part(name).split       # what a model sees
+    def scenes(self, name:str)->Scenes: return self.part(name).scenes    # what is really there
+    def twins(self, name:str)->Twins: return _twins(self.part(name))
+    def gallery(self, name:str, gallery:int=None)->tuple: return _gallery(self.part(name), name, gallery)  # (N,) images, (M,) captions
     def truth(self,
-        name:str,            # split
+        name:str,
         images,              # image indices, any shape
         captions,            # caption indices, broadcast against them
     )->np.ndarray:           # uint8 half units 0, 1, 2 in the broadcast shape
-        "Truth of pairs, judged when asked"
-        p = self.part(name); images, captions = np.asarray(images), np.asarray(captions)
-        if images.ndim == captions.ndim == 2 and images.shape[1] == captions.shape[0] == 1:          # a full block
-            return judge_all(p.scenes.facts.at(images[:,0]), p.codes[captions[0]])
-        i, c = np.broadcast_arrays(images, captions)
-        flat = [judge(p.scenes.facts, p.codes[c.ravel()[k:k+2**18]], i.ravel()[k:k+2**18]) for k in range(0, max(i.size, 1), 2**18)]
-        return np.concatenate(flat).reshape(i.shape)
-
-    def matrix(self,
-        name:str,            # split
-        gallery:int=None,    # None: the whole split
-    )->np.ndarray:           # (N, M) uint8 half units
+        "Truth of pairs, judged when asked for"
+        return _truth(self.part(name), images, captions)
+    def matrix(self, name:str, gallery:int=None)->np.ndarray:            # (N, M) uint8 half units
         "Truth of every pair of a gallery"
         images, captions = self.gallery(name, gallery)
-        p = self.part(name)
-        return judge_all(p.scenes.facts.at(images), p.codes[captions])
-
-    def gallery(self,
-        name:str,            # split
-        gallery:int=None,    # None: the whole split
-    )->tuple:                # image indices, caption indices
-        "Which images and captions are searched together"
-        s = self.split(name); keep = np.ones(len(s), bool) if gallery is None else s.gallery == gallery
-        if not keep.any(): raise DataError('world', f'gallery {gallery} of {name}', f'0 to {s.gallery.max()}')
-        return np.flatnonzero(keep), np.flatnonzero(keep[s.img_of])
-
-    def twins(self,
-        name:str,            # split
-    )->'Twins':
-        "Which scenes are twins of which, and which of their captions tell"
-        p = self.part(name); twin = np.flatnonzero(p.kin.parent >= 0)
-        return Twins(twin, p.kin.parent[twin], np.array(EDITS)[p.kin.edit[twin]], np.flatnonzero(p.duty == _MENTION), np.flatnonzero(p.duty == _SILENT))
-
-    def novel(self,
-        name:str='test',     # split
-    )->np.ndarray:           # (N,) bool
+        return _truth(self.part(name), images[:,None], captions[None])
+    def novel(self, name:str='test')->np.ndarray:                        # (N,) bool
         "Which images hold a colour-shape pair that training never shows"
         s = self.scenes(name)
         return (self.types.held_out[s.shape, colour_name(s)] & s.present).any(1)
+    def card(self)->dict: return _card(self)                              # measured properties
 
 def make(
     preset:str='small',      # 'tiny', 'small' or 'full'
@@ -528,4 +522,86 @@ def reader_scores(
     rng, shake = stream(world.seed, 'reader', name, gallery), .8*world.sigma
     looks = [replace(s, feats=s.feats + shake*rng.standard_normal(s.feats.shape, 'f4')) for _ in range(8)]
     return sum(judge_all(read(look, np.hypot(world.sigma, shake)).facts.at(images), codes).astype('f4') for look in looks)/16
+
+
+
+#| export
+def _measure(world, name, gallery):
+    "Shares of one gallery, percent"
+    m, s = world.matrix(name, gallery), world.part(name)
+    images, captions = world.gallery(name, gallery); own = np.searchsorted(images, s.split.img_of[captions])
+    true, M = m == 2, np.arange(len(captions))
+    cross = ~np.eye(len(images), dtype=bool)[:,own]
+    family = np.where(s.kin.parent[images] >= 0, s.kin.parent[images], images)
+    kin = (family[:,None] == family[own][None]) & cross
+    decided = (cross & (m != 1)).sum()
+    return dict(rho=100*(true & cross).sum()/decided, rho_kin=100*(true & kin).sum()/decided, half=100*((m == 1) & cross).sum()/cross.sum(),
+                own_true=100*true[own,M].mean(), oracle_t2i=100*(true[own,M]/np.maximum(true.sum(0), 1)).mean(),
+                oracle_i2t=100*((true & ~cross).sum(1)/np.maximum(true.sum(1), 1)).mean(), images_99=float(np.percentile((true & cross).sum(0), 99)))
+
+def kinds(
+    codes:np.ndarray,     # (M, 2, 17) meanings
+)->np.ndarray:            # (M,) index into FORMS, by what is said
+    "Which form each meaning has"
+    k, name = codes[...,0], list(FORMS).index
+    return np.select([(k == NO).any(1), np.isin(k, (ALL, MOST, ONLY)).any(1), (k == COUNT).any(1), k[:,1] > 0, k[:,0] == THERE, codes[:,0,1] == 0],
+                     [name('no'), name('quantity'), name('count'), name('two'), name('one'), name('conjunction')], name('relation'))
+
+def _card(world):
+    "Everything a reader of a table should know about the data"
+    lengths = {n: np.array([len(c.split()) for c in world.split(n).captions]) for n in PARTS}
+    galleries = {n: [_measure(world, n, g) for g in range(int(world.split(n).gallery.max()) + 1)] for n in PARTS}
+    share = np.bincount(kinds(np.concatenate([world.part(n).codes for n in PARTS])), minlength=len(FORMS))
+    edits = np.concatenate([world.twins(n).edit for n in PARTS])
+    return dict(preset=world.preset, wanted_rho=world.rho, seed=world.seed, sigma=world.sigma, tau=world.tau, eps=world.eps,
+                images={n: len(world.split(n)) for n in PARTS}, captions={n: len(world.split(n).captions) for n in PARTS},
+                **{key: {n: [round(float(g[key]), 4) for g in galleries[n]] for n in PARTS} for key in galleries['test'][0]},
+                words={n: [int(v.min()), round(float(v.mean()), 2), int(v.max())] for n, v in lengths.items()}, vocabulary=len(VOCABULARY),
+                kinds={f: round(float(100*v/share.sum()), 2) for f, v in zip(FORMS, share)},
+                twins={n: len(world.twins(n).twin) for n in PARTS}, edits={e: int((edits == e).sum()) for e in EDITS}, novel=round(100*float(world.novel().mean()), 2))
+
+
+
+#| export
+def _bag(sentence, index):
+    words = ['', *sentence.split(), '']
+    return [index[g] for g in (*words, *zip(words, words[1:])) if g in index]
+
+def language_leak(
+    world:World,
+    penalty:float=3.,
+)->float:                  # percent of (caption, foil) pairs of test that a judge of texts gets right; 50 = chance
+    "Can one tell a caption from a one-word foil without the image?"
+    pairs = {n: [(world.split(n).captions[j], f) for _, j, f in word_foils(world, n, 1)] for n in ('train', 'test')}
+    count = {}
+    for pair in pairs['train']:
+        for s in pair:
+            words = ['', *s.split(), '']
+            for g in (*words, *zip(words, words[1:])): count[g] = count.get(g, 0) + 1
+    index = {g: k for k, g in enumerate(sorted((g for g, n in count.items() if n >= 10), key=str))}
+    def contrast(n):
+        x = np.zeros((len(pairs[n]), len(index)), 'f4')
+        for row, (caption, foil) in zip(x, pairs[n]):
+            np.add.at(row, _bag(caption, index), 1); np.subtract.at(row, _bag(foil, index), 1)
+        return x
+    x = contrast('train')
+    w = np.linalg.solve(x.T @ x + penalty*np.eye(len(index), dtype='f4'), x.sum(0))
+    return float(100*((z := contrast('test') @ w) > 0).mean() + 50*(z == 0).mean())
+
+
+
+#| export
+def acceptance(
+    world:World,
+    metric,                # (scores (Q, K), relevant (Q, K) bool) -> percent, e.g. mAP@R
+    gallery:int=0,         # of test
+)->dict:                   # name -> (value, least, most, holds)
+    "The figures of a world that need no trained model, each with its bounds"
+    m = world.matrix('test', gallery); true, read_as = m == 2, reader_scores(world, 'test', gallery)
+    both = lambda scores: (metric(scores, true) + metric(scores.T, true.T))/2
+    card = world.card()
+    rows = {f'rho {n}': (np.mean(card['rho'][n]), .8*world.rho, 1.2*world.rho) for n in PARTS}
+    rows |= {'own captions true': (np.mean([v for n in PARTS for v in card['own_true'][n]]), 100*(1-1.5*world.eps), 100), 'oracle mAP@R': (both(m), 100, 100),
+             'reader mAP@R': (both(read_as), 60, 90), 'language leak': (language_leak(world), 0, 55)}
+    return {k: (round(float(v), 3), low, high, bool(low - 1e-6 <= v <= high + 1e-6)) for k, (v, low, high) in rows.items()}
 

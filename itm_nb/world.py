@@ -275,7 +275,7 @@ def make_twins(
 
 # %% ../nbs/00b_world.ipynb #18df5a2f
 MOST_REGIONS, MIXED = 10, 64
-_MIX = stream(0, 'mix').normal(0, 1/4, (27, MIXED))                        # columns of length about two
+_MIX = stream(0, 'mix').normal(0, 1/2, (27, MIXED))                        # columns of length about four
 
 def latents(
     scenes:Scenes,     # S of them
