@@ -123,6 +123,8 @@ class Facts(NamedTuple):
     pairs:np.ndarray    # (2, 9, 6, S) uint8 objects to which object o stands in a relation
     names:np.ndarray    # (S, 6, 5) int8 certain names of an object: size, texture, colour, shape, family; 0 = none
 
+    def at(self, images): return Facts(np.ascontiguousarray(self.atoms[...,images]), np.ascontiguousarray(self.pairs[...,images]), self.names[images])
+
 _bits = lambda b: (b.astype('u1') << np.arange(MOST_OBJECTS, dtype='u1')).sum(-1, dtype='u1')
 _span = lambda group: slice(PREDICATES.index(group[0]), PREDICATES.index(group[0]) + len(group))
 
@@ -258,31 +260,48 @@ _count = np.bitwise_count
 
 def _sets(facts, ids, images):
     "(2, C[, S]) objects that fit all predicates of a row; images None: of every scene, else of one scene per row"
-    get = (lambda p: facts.atoms[:,p]) if images is None else (lambda p, at=...: facts.atoms[:,p,images[at]])
-    out = get(ids[:,-1]) if images is None else facts.atoms[:,ids[:,-1],images]
+    get = lambda p, at: facts.atoms[:,p] if images is None else facts.atoms[:,p,images[at]]
+    out = get(ids[:,-1], slice(None))
     for column in ids.T[:-1]:
-        at = np.flatnonzero(column)
-        if len(at): out[:,at] &= facts.atoms[:,column[at]] if images is None else facts.atoms[:,column[at],images[at]]
+        at = np.flatnonzero(column)                                              # predicate 0 fits every object
+        if len(at): out[:,at] &= get(column[at], at)
     return out
 
-def _one(facts, c, column, ids, images):
-    "(2, C[, S]) where 'one N' was said: is there exactly one?"
-    flagged = c[:,column].astype(bool)
-    if not flagged.any(): return True
-    n = _count(_sets(facts, ids, images))
-    exact = np.stack([(n[0] == 1) & (n[1] == 1), (n[0] <= 1) & (n[1] >= 1)])
-    return exact | ~flagged.reshape((-1,) + (1,)*(exact.ndim-2))
+def _one(facts, c, column, ids, images, found):
+    "Where 'one N' was said, there must be exactly one: narrows `found`"
+    at = np.flatnonzero(c[:,column])
+    if len(at):
+        n = _count(_sets(facts, ids[at], None if images is None else images[at]))
+        found[:,at] &= np.stack([(n[0] == 1) & (n[-1] == 1), (n[0] <= 1) & (n[-1] >= 1)])[:len(n)]
+    return found
 
 def _there(facts, c, images, drop, keep):
-    return ((_sets(facts, c[:,5:10], images) & np.uint8(keep & ~drop)) != 0) & _one(facts, c, 14, c[:,5:9], images)
+    found = (_sets(facts, c[:,5:10], images) & np.uint8(keep & ~drop)) != 0
+    return _one(facts, c, 14, c[:,5:9], images, found)
 
 def _pair(facts, c, images, drop, keep):
-    a, b = _sets(facts, c[:,5:9], images) & np.uint8(keep & ~drop), _sets(facts, c[:,10:14], images) & np.uint8(63 & ~drop)
-    found = np.zeros(a.shape, bool)
-    for o in range(MOST_OBJECTS):
-        to = facts.pairs[:,c[:,1],o] if images is None else facts.pairs[:,c[:,1],o,images]
-        found |= ((to & b) != 0) & ((a >> np.uint8(o)) & np.uint8(1)).astype(bool)
-    return found & _one(facts, c, 14, c[:,5:9], images) & _one(facts, c, 15, c[:,10:14], images)
+    if images is None: found = _pair_rows(facts, c)
+    else:
+        a, b = _sets(facts, c[:,5:9], images) & np.uint8(keep & ~drop), _sets(facts, c[:,10:14], images) & np.uint8(63 & ~drop)
+        found = np.zeros(a.shape, bool)
+        for o in range(MOST_OBJECTS): found |= ((facts.pairs[:,c[:,1],o,images] & b) != 0) & ((a >> np.uint8(o)) & np.uint8(1)).view(bool)
+    found = _one(facts, c, 14, c[:,5:9], images, found)
+    return _one(facts, c, 15, c[:,10:14], images, found)
+
+def _slices(sets): return np.stack([np.packbits((sets >> np.uint8(o)) & np.uint8(1), axis=-1) for o in range(MOST_OBJECTS)])   # (6, ..., S/8)
+
+def _pair_rows(facts, c):
+    "Pairs on every scene: one row of bits per object, noun phrase and reading; 30 and-ors of such rows find the witnesses"
+    (a, ai), (b, bi) = _unique_rows(c[:,5:9]), _unique_rows(c[:,10:14])
+    a, b, S = _slices(_sets(facts, a, None)), _slices(_sets(facts, b, None)), facts.atoms.shape[-1]
+    found = np.zeros(a.shape[1:2] + (len(c), a.shape[-1]), 'u1')
+    for relation in np.unique(c[:,1]):
+        to, at = _slices(facts.pairs[:,relation]), np.flatnonzero(c[:,1] == relation)              # (6 of object two, 2, 6 of object one, S/8)
+        mine, theirs = [a[o][:,ai[at]] for o in range(MOST_OBJECTS)], [b[o][:,bi[at]] for o in range(MOST_OBJECTS)]
+        for one in range(MOST_OBJECTS):
+            met = np.bitwise_or.reduce([theirs[two] & to[two,:,None,one] for two in range(MOST_OBJECTS) if two != one])
+            found[:,at] |= mine[one] & met
+    return np.unpackbits(found, axis=-1, count=S).view(bool)
 
 def _counted(facts, c, images, drop, keep):
     lo, hi = _count(_sets(facts, c[:,5:9], images)).astype('i2')
@@ -356,7 +375,8 @@ def judge_all(
     for i in range(0, len(codes), step):
         both = np.unpackbits(bits[:,first[i:i+step]] & bits[:,second[i:i+step]], axis=-1, count=S)
         out[i:i+step] = both[0] + both[1]
-    for j in np.flatnonzero(codes[:,1,-1]): out[j] = judge(facts, np.broadcast_to(codes[j], (S, 2, WIDTH)), np.arange(S))
+    j, i = np.nonzero(out * (codes[:,1,-1:] > 0))                                # 'another' only narrows: look again where it is not false yet
+    out[j,i] = judge(facts, codes[j], i)
     return out.T
 
 def _unique_rows(a):
@@ -376,12 +396,13 @@ def encode(
 
 def truth(
     scenes:Scenes,        # S scenes
-    sentences,            # one string, or M of them
-    images=None,          # (M,) one scene index per string; None: every string of every scene
-)->np.ndarray:            # uint8 half units 0, 1, 2; 255 = none. (S,) for a string, (S, M) for a list, (M,) with `images`
+    sentences,            # one string, or a list of M
+    images=None,          # (M,) one scene index per sentence; None: every sentence of every scene
+)->np.ndarray:            # uint8 half units 0, 1, 2; 255 = none. (S,) for one string, (S, M) for a list, (M,) with `images`
     "Is the sentence true of the scene?"
     single = isinstance(sentences, str)
-    codes, known, _ = encode([sentences] if single else list(sentences))
-    if images is None: out = np.where(known, judge_all(scenes.facts, codes), np.uint8(NONE))
-    else: out = np.where(known, judge(scenes.facts, codes, np.asarray(images)), np.uint8(NONE))
-    return out[:,0] if single and images is None else out[0] if single else out
+    if single and images is not None: sentences = [sentences]*len(images)
+    codes, known, _ = encode([sentences] if isinstance(sentences, str) else list(sentences))
+    out = judge_all(scenes.facts, codes) if images is None else judge(scenes.facts, codes, np.asarray(images))
+    out = np.where(known, out, np.uint8(NONE))
+    return out[:,0] if single and images is None else out

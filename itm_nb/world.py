@@ -105,7 +105,7 @@ def _choose(rng, p):
 def _paint(rng, colour):
     "Colour names -> (hue, light); one chromatic object in twenty lies between two names"
     hue = (colour/8 + np.clip(rng.normal(0, .0115, colour.shape), -.06, .06)) % 1
-    light = np.where(colour == 8, .12, np.where(colour == 9, .9, .5)) + np.clip(rng.normal(0, .06, colour.shape), -.3, .3)
+    light = np.where(colour == 8, .12, np.where(colour == 9, .93, .5)) + np.clip(rng.normal(0, .06, colour.shape), -.3, .3)
     return np.where(colour < 8, hue, np.nan), np.clip(light, 0, 1)
 
 def colour_name(scenes):
@@ -143,7 +143,7 @@ def _arrange(rng, scenes):
 
 # %% ../nbs/00b_world.ipynb #439a1e61
 _RGB = np.array([[214, 39, 40], [245, 130, 30], [240, 205, 40], [60, 160, 60], [50, 195, 205], [40, 90, 200], [130, 70, 170], [240, 130, 180]], float)
-_GROUNDS = ('#f4f1ea', '#e6edf2', '#e9efe3', '#efe6ee')
+_GROUNDS = ('#d9d3c4', '#c3d0da', '#c9d3bd', '#d6c8d3')
 
 def _rgb(hue, light):
     "One colour of the circle, or a grey"
@@ -195,6 +195,7 @@ def show(
 
 # %% ../nbs/00b_world.ipynb #426a841c
 EDITS = ('colour', 'shape', 'texture', 'number', 'order', 'swap')
+_PROPOSED = np.array([1., 1.1, .9, 1.2, 1.5, 3.3])/9.          # a swap is often impossible: proposed more often, all are about equally frequent
 
 @dataclass(frozen=True, eq=False)
 class Kin:
@@ -260,7 +261,7 @@ def make_twins(
     todo = np.flatnonzero(twin)
     while len(todo):
         s = {k: v[parent[todo]].copy() for k, v in _columns(scenes).items()}
-        kind = rng.integers(0, len(EDITS), len(todo))
+        kind = _choose(rng, np.broadcast_to(_PROPOSED, (len(todo), len(EDITS))))
         one, two = np.argsort(rng.random((len(todo), MOST_OBJECTS)) + 9*(np.arange(MOST_OBJECTS) >= s['n'][:,None]), 1)[:,:2].T.copy()
         ok, fewer = _edit(rng, s, kind, one, two, types)
         new = Scenes(**s)
@@ -274,7 +275,7 @@ def make_twins(
 
 # %% ../nbs/00b_world.ipynb #18df5a2f
 MOST_REGIONS, MIXED = 10, 64
-_MIX = stream(0, 'mix').normal(0, 1/8, (27, MIXED))                        # columns of length about one
+_MIX = stream(0, 'mix').normal(0, 1/2, (27, MIXED))                        # columns of length about four
 
 def latents(
     scenes:Scenes,     # S of them
