@@ -104,9 +104,7 @@ def record(
     img_of:np.ndarray=None,    # (M,) photo of each sentence
     gallery:np.ndarray=None,   # (N,) gallery of each photo, labels 0..; None: all in one
     matches:list=None,         # per gallery, by its number: what `many_positives` found, indices counted within the gallery
-    test:dict=None,            # metrics of a control without ranks
-    val:dict=None,             # metrics on the validation split
-    kind:str='run',            # 'run' or 'control'
+    test:dict=None, val:dict=None, kind:str='run',   # metrics of a control without ranks; on the validation split; 'run' or 'control'
     **rest,                    # best_epoch, last, cost, curves
 )->dict:                       # ready for `write_record`
     "What is kept of a run; recalls are computed from the ranks"
@@ -116,9 +114,8 @@ def record(
         gallery = np.zeros(len(ranks.i2t), int) if gallery is None else np.asarray(gallery)
         rec['data'].update(images=len(ranks.i2t), captions=len(img_of), gallery=np.unique(gallery, return_counts=True)[1].tolist())
         rec['metrics']['test'] |= gallery_summary(ranks, img_of, gallery)
-    if matches:
-        rec['metrics']['test']['truth'] = mean_summary([match_summary(m) for m in matches])
-        rec['perphoto'] = _photo_means(matches, img_of, gallery)
+    if matches: rec['perphoto'] = _photo_means(matches, img_of, gallery)
+    if matches: rec['metrics']['test']['truth'] = mean_summary([match_summary(m) for m in matches])
     if rec.get('curves'): rec['curves'] = _thin(rec['curves'])
     for clip in () if ranks is None else _CLIPS:
         rec['ranks'] = _stored_ranks(ranks, img_of, gallery, clip)

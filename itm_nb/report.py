@@ -163,7 +163,7 @@ def _t(d, records)->tuple:
 
 def _matched(runs, base, metric)->tuple:
     "The runs of both rows that know the metric and share a block, in the same order"
-    a, b = ({k: r for k, r in _one_per_block(x, name).items() if not math.isnan(value(r, metric))} for name, x in (('row', runs), ('base', base)))
+    a, b = (_one_per_block([r for r in x if not math.isnan(value(r, metric))], name) for name, x in (('row', runs), ('base', base)))
     both = sorted(a.keys() & b.keys(), key=str)
     return [a[k] for k in both], [b[k] for k in both]
 
@@ -277,7 +277,8 @@ def lint_records(
 def _provenance(at, r, by_id)->list:
     "What is wrong with the run ids of one line"
     ids = r['runs'].split() if isinstance(r['runs'], str) else []
-    if math.isnan(r['mean']) != (not ids) or len(ids) != r['n']: return [f"{at}: {r['metric']} = {r['mean']:g} with n = {r['n']} and {len(ids)} run ids"]
+    if math.isnan(r['mean']) != (not ids) or len(ids) != r['n']:
+        return [f"{at}: {r['metric']} = {r['mean']:g} with n = {r['n']} and {len(ids)} run ids"]
     if by_id is None or not ids: return []
     if lost := [i for i in ids if i not in by_id]: return [f"{at}: {r['metric']}: no record of {', '.join(lost)}"]
     mean = math.fsum(value(by_id[i], r['metric']) for i in ids)/len(ids)
