@@ -23,8 +23,8 @@ from .report import interval, label, per_photo, pick, value
 def style():
     "The one plotting style; inside it, equal figures give equal bytes"
     mine = {'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 9, 'axes.labelsize': 8, 'xtick.labelsize': 8,
-            'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.frameon': False, 'figure.dpi': 80, 'savefig.dpi': 160, 'axes.spines.top': False,
-            'axes.spines.right': False, 'lines.linewidth': 1.4, 'svg.hashsalt': 'itm_nb', 'svg.fonttype': 'path'}
+            'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.frameon': False, 'figure.dpi': 80, 'savefig.dpi': 160,
+            'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.4, 'svg.hashsalt': 'itm_nb', 'svg.fonttype': 'path'}
     with mpl.rc_context():                                       # a user's own matplotlibrc is neither used nor changed
         mpl.rcdefaults(); sns.set_theme('paper', 'ticks', 'colorblind', rc=mine); yield
 
