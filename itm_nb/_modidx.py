@@ -130,6 +130,7 @@ d = { 'settings': { 'branch': 'main',
                                'itm_nb.report.number': ('report.html#number', 'itm_nb/report.py'),
                                'itm_nb.report.per_photo': ('report.html#per_photo', 'itm_nb/report.py'),
                                'itm_nb.report.pick': ('report.html#pick', 'itm_nb/report.py'),
+                               'itm_nb.report.published': ('report.html#published', 'itm_nb/report.py'),
                                'itm_nb.report.table': ('report.html#table', 'itm_nb/report.py'),
                                'itm_nb.report.value': ('report.html#value', 'itm_nb/report.py'),
                                'itm_nb.report.write_table': ('report.html#write_table', 'itm_nb/report.py')}}}

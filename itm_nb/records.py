@@ -193,7 +193,7 @@ _ranks = _object(dict(
 # %% ../nbs/15_records.ipynb #371aa202
 _series = dict(type='array', items=dict(type=['number', 'null']))
 _id = dict(type='string', pattern='^[0-9a-f]{12}$', description="hash of what defines the run; the file's name")
-_block = _object(dict(fold=dict(type=['integer', 'null']), seed=dict(type='integer')), description='runs with equal block and data are paired')
+_block = _object(dict(fold=dict(type=['integer', 'null']), seed=dict(type='integer')), description='with equal data: runs that are paired')
 _per = _object({}, dict(map_r=_packed, r1=_packed))
 _title = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'The record of one run of itm_nb (schema 1)'}
 
@@ -203,7 +203,8 @@ SCHEMA = _title | _object(
          kind=dict(type='string', enum=['run', 'control'], description='a control needs no ranks'), seed=dict(type='integer'),
          preset=dict(type=['string', 'null'], description='e.g. faithful or corrected'), block=_block, data=_data,
          config=dict(type='object', description='resolved settings, flat'), commit=_text,
-         source=dict(_text, description="hash of the package's source"), versions=_of(_text), device=_text, threads=_count, metrics=_metrics),
+         source=dict(_text, description="hash of the package's source"), versions=_of(_text), device=_text, threads=_count,
+         metrics=_metrics),
     dict(best_epoch=dict(type=['integer', 'null']), last=dict(_or_null(_numbers), description='validation at the last epoch'),
          cost=_of(dict(type=['number', 'null'])), curves=_of(_series, required=['epoch']), ranks=_ranks,
          perphoto=_object({}, dict(i2t=_per, t2i=_per), description='whole percents under truth; 255: none; t2i: mean over the sentences')),
