@@ -38,6 +38,8 @@ def _cut(
     return torch.where(short, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
 
 # %% ../nbs/02_metrics.ipynb #2687e57b
+def _array(x): return np.array(x.cpu().numpy() if isinstance(x, Tensor) else x)
+
 @dataclass(frozen=True, eq=False)
 class Ranks:
     "How many wrong answers stand before the right one, for every query of both directions"
@@ -47,47 +49,36 @@ class Ranks:
 # %% ../nbs/02_metrics.ipynb #90a8fba8
 _KEEP = 1_000_000     # undecided scores held before the pass is given up and repeated
 
+def _reaching(S, cut, d):
+    "How many scores of a block reach the bar of each row (d=0) or column (d=1); a float sum: exact below 2**24, far faster than bools"
+    return torch.ge(S, cut if d else cut[:,None], out=torch.empty_like(S)).sum(1-d).long()
+
 class _Tally:
     "Counts for both directions, while the largest |score| is still being learned"
-    def __init__(self,
-        sizes:tuple,         # (N, M): queries of i2t and of t2i
-        tie:float,           # share of the largest |score| that is a tie
-        ties:str,
-        scale:float=None,    # the largest |score|, where it is known
-        device='cpu',
-    ):
+    def __init__(self, sizes, tie, ties, scale=None, device='cpu'):    # (N, M); see `ranks_blocks`; the largest |score|, if known
         self.tie, self.ties, self.scale, self.reach, self.max, self.held = tie, ties, scale, scale, 0., 0
-        self.counts, self.near, self.buf = [torch.zeros(n, dtype=torch.int64, device=device) for n in sizes], [[], []], None
+        self.counts, self.near = [torch.zeros(n, dtype=torch.int64, device=device) for n in sizes], [[], []]
 
     def see(self, S:Tensor):
         "Learn the largest |score| of a block; refuse NaN"
         lo, hi = S.aminmax()
         m = torch.maximum(-lo, hi).item()
-        if not math.isfinite(m): raise DataError('scores', 'NaN or an infinite score', 'finite scores', 'A NaN has no rank; give what shall come last a low finite score.')
+        if not math.isfinite(m):
+            raise DataError('scores', 'NaN or an infinite score', 'finite scores', 'Give what shall come last a low finite score.')
         self.max = max(self.max, m)
         if self.reach is None: self.reach = 2*m
 
     @property
     def lost(self): return self.max > self.reach or self.held > _KEEP
 
-    def _before(self, S, cut, d):
-        "How many scores of a block reach each query's bar (a float sum: exact below 2**24, and far faster than summing bools)"
-        if self.buf is None or self.buf.numel() < S.numel() or self.buf.dtype != S.dtype: self.buf = torch.empty(S.numel(), dtype=S.dtype, device=S.device)
-        return torch.ge(S, cut if d else cut[:,None], out=self.buf[:S.numel()].view(S.shape)).sum(1-d).long()
-
-    def add(self,
-        S:Tensor,       # (rows, columns) a block of scores
-        d:int,          # 0: its rows are the queries (i2t), 1: its columns (t2i)
-        at:slice,       # which queries
-        pos:Tensor,     # their right answers' scores
-    ):
+    def add(self, S:Tensor, d:int, at:slice, pos:Tensor):    # d: 0 if its rows are the queries, 1 if its columns; which; their own scores
         "Count what stands before the right answers for certain, keep what cannot be decided yet"
         if self.lost: return
         a, b = (_cut(pos, self.tie*x, self.ties) for x in (self.scale or self.max, self.reach))
         lo, hi = torch.minimum(a, b), torch.maximum(a, b)
-        sure = self._before(S, hi, d); self.counts[d][at] += sure
+        sure = _reaching(S, hi, d); self.counts[d][at] += sure
         if self.tie == 0 or self.scale is not None: return
-        q = (self._before(S, lo, d) != sure).nonzero().squeeze(1)
+        q = (_reaching(S, lo, d) != sure).nonzero().squeeze(1)
         T = S[:,q].T if d else S[q]
         close = (T >= lo[q,None]) & (T < hi[q,None])
         self.near[d].append((at.start + q[close.nonzero()[:,0]], T[close])); self.held += int(close.sum())
@@ -140,21 +131,42 @@ def _walk(
 # %% ../nbs/02_metrics.ipynb #ad0cae7d
 def _checked(img_of, N:int, M:int)->Tensor:
     "(M,) int64 image of each sentence on the CPU, checked"
-    x = torch.as_tensor(np.asarray(img_of.cpu() if isinstance(img_of, Tensor) else img_of))
+    x = torch.from_numpy(_array(img_of))
     def need(ok, found, wanted, remedy=''):
         if not ok: raise DataError('img_of', found, wanted, remedy)
     need(N > 0 and M > 0, f'{N} images and {M} sentences', 'at least one of each')
     need(x.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8), f'type {x.dtype}', 'integer image indices')
     x = x.long()
-    need(x.shape == (M,), f'shape {tuple(x.shape)}', f'one image index for each of the {M} sentences', 'Scores have images in rows and sentences in columns.')
+    need(x.shape == (M,), f'shape {tuple(x.shape)}', f'one image index for each of the {M} sentences',
+         'Scores have images in rows and sentences in columns.')
     need(0 <= int(x.min()) and int(x.max()) < N, f'indices from {int(x.min())} to {int(x.max())}', f'0 to {N-1}')
     lone = int((torch.bincount(x, minlength=N) == 0).sum())
     need(lone == 0, f'{lone} images without a sentence', 'a sentence for every image', 'Leave such images out of the queries.')
     return x
 
+def _reader(block, order):
+    "The user's scorer behind slices of the ordered sentences; the last column indices are kept, so that a scorer knows them again"
+    look = [None, None]
+    def score(r, c):
+        if look[0] != c: look[:] = [c, c if order is None else order[c]]
+        S = torch.as_tensor(block(r, look[1]))
+        want = (r.stop-r.start, c.stop-c.start)
+        if S.shape != want: raise DataError('scores', f'a block of {tuple(S.shape)}', f'{want}')
+        return S if S.dtype == torch.float64 else S.float()
+    return score
+
+def _without_own(tally, own, best, img, order)->Ranks:
+    "Take the own answers out of the counts and bring the sentences back into their order"
+    (i2t, bar), (t2i, bar_t) = tally.close(0, best), tally.close(1, own)
+    img = img.to(own.device)
+    i2t = i2t.index_add(0, img, -(own >= bar[img]).long()).cpu().numpy()
+    t2i = (t2i - (own >= bar_t).long()).cpu()
+    back = t2i if order is None else torch.empty_like(t2i).index_copy_(0, order, t2i)
+    return Ranks(i2t, back.numpy())
+
 @torch.no_grad()
 def ranks_blocks(
-    block:Callable,             # (rows, columns) -> scores; rows: slice of images, columns: slice, or (n,) indices if `img_of` is not sorted
+    block:Callable,             # (rows, columns) -> scores; a slice of images; a slice, or (n,) indices if `img_of` is unsorted
     N:int,                      # images
     M:int,                      # sentences
     img_of,                     # (M,) image of each sentence
@@ -166,29 +178,13 @@ def ranks_blocks(
     if ties not in ('pessimistic', 'optimistic'): raise DataError('ties', repr(ties), "'pessimistic' or 'optimistic'")
     img_of = _checked(img_of, N, M)
     order = None if bool((img_of[1:] >= img_of[:-1]).all()) else img_of.argsort(stable=True)
-    img = img_of if order is None else img_of[order]
-    look = [None, None]                                        # the last columns asked for: indices are cut out once per column block
-    def score(r, c):
-        if look[0] != c: look[:] = [c, c if order is None else order[c]]
-        S = torch.as_tensor(block(r, look[1]))
-        if S.shape != (r.stop-r.start, c.stop-c.start): raise DataError('scores', f'a block of {tuple(S.shape)}', f'{(r.stop-r.start, c.stop-c.start)}')
-        return S if S.dtype == torch.float64 else S.float()
-    like = score(slice(0, 1), slice(0, 1))
-    tally = _Tally((N, M), tie, ties, None, like.device)
-    own, best = _walk(score, img, N, tally, rows, cols, like.dtype, like.device)
-    if tally.lost:
-        tally = _Tally((N, M), tie, ties, tally.max, like.device)
+    img, score = img_of if order is None else img_of[order], _reader(block, order)
+    like, scale = score(slice(0, 1), slice(0, 1)), None
+    while True:
+        tally = _Tally((N, M), tie, ties, scale, like.device)
         own, best = _walk(score, img, N, tally, rows, cols, like.dtype, like.device)
-    return _without_own(tally, own, best, img, order)
-
-def _without_own(tally, own, best, img, order)->Ranks:
-    "Take the own answers out of the counts and bring the sentences back into their order"
-    (i2t, bar), (t2i, bar_t) = tally.close(0, best), tally.close(1, own)
-    img = img.to(own.device)
-    i2t = i2t.index_add(0, img, -(own >= bar[img]).long()).cpu().numpy()
-    t2i = (t2i - (own >= bar_t).long()).cpu()
-    back = t2i if order is None else torch.empty_like(t2i).index_copy_(0, order, t2i)
-    return Ranks(i2t, back.numpy())
+        if not tally.lost: return _without_own(tally, own, best, img, order)
+        scale = tally.max
 
 # %% ../nbs/02_metrics.ipynb #3dbbd1f1
 def ranks_of(
@@ -229,12 +225,17 @@ class _Dots:
     def __init__(self, img, txt, device=None):
         self.img, self.txt = (torch.as_tensor(x).detach() for x in (img, txt))
         if device is not None: self.img, self.txt = self.img.to(device), self.txt.to(device)
-        if self.img.ndim != 2 or self.txt.ndim != 2 or self.img.shape[1] != self.txt.shape[1] or not self.img.is_floating_point() or not self.txt.is_floating_point():
-            raise DataError('embeddings', f'{tuple(self.img.shape)} {self.img.dtype} and {tuple(self.txt.shape)} {self.txt.dtype}', '(N, D) and (M, D) floats')
-        self.cols, self.ready = None, None
+        both = (self.img, self.txt)
+        if any(x.ndim != 2 or not x.is_floating_point() for x in both) or len({x.shape[1] for x in both}) > 1:
+            raise DataError('embeddings', ' and '.join(f'{tuple(x.shape)} {x.dtype}' for x in both), '(N, D) and (M, D) floats')
+        self.cols, self.ready, self.buf = None, None, self.txt[:0].clone()
     def __call__(self, r, c):
-        if self.cols is not c: self.cols, self.ready = c, self.txt[c if isinstance(c, slice) else c.to(self.txt.device)].float()
+        if self.cols is not c: self.cols, self.ready = c, (self.txt[c] if isinstance(c, slice) else self._pick(c)).float()
         return self.img[r].float() @ self.ready.T
+    def _pick(self, c):
+        "Rows in any order, into one buffer: fresh ones for every block would scatter the heap"
+        if len(self.buf) < len(c): self.buf = self.txt.new_empty(len(c), self.txt.shape[1])
+        return torch.index_select(self.txt, 0, c.to(self.txt.device), out=self.buf[:len(c)])
 
 def ranks(
     img:Tensor,                 # (N, D) image embeddings, normalised if cosine is meant
@@ -256,7 +257,7 @@ def in_galleries(
     gallery,            # (N,) gallery of each image
 )->Ranks:               # of all N images and M sentences
     "Ranks where every query is searched in its own gallery"
-    gallery, img_of = np.array(gallery), np.array(img_of)
+    gallery, img_of = _array(gallery), _array(img_of)
     i2t, t2i = np.zeros(len(gallery), np.int64), np.zeros(len(img_of), np.int64)
     for g in np.unique(gallery):
         i, j = np.flatnonzero(gallery == g), np.flatnonzero(gallery[img_of] == g)
@@ -308,7 +309,7 @@ def by_gallery(
     ks:tuple=(1, 5, 10),
 )->list:                # a `summary` for each gallery, in the order of their numbers
     "The row of each gallery; `mean_summary` makes one of them"
-    gallery = np.asarray(gallery); of = gallery[np.asarray(img_of)]
+    gallery = _array(gallery); of = gallery[_array(img_of)]
     return [summary(Ranks(ranks.i2t[gallery == g], ranks.t2i[of == g]), ks) for g in np.unique(gallery)]
 
 # %% ../nbs/02_metrics.ipynb #200a4ef7
@@ -332,10 +333,10 @@ def relevant(
         q = np.repeat(np.array(list(given), dtype=np.int64), [len(v) for v in given.values()])
         k = np.concatenate([np.asarray(list(v), dtype=np.int64) for v in given.values()]) if given else q
         if len(q) and not (0 <= min(q.min(), k.min()) and q.max() < shape[0] and k.max() < shape[1]):
-            raise DataError('right answers', f'queries up to {q.max()} and items up to {k.max()}', f'indices below {shape}', 'Translate ids into indices first.')
+            raise DataError('right answers', f'queries to {q.max()}, items to {k.max()}', f'indices below {shape}',
+                            'Translate ids into indices first.')
         given = sparse.coo_matrix((np.ones(len(q), bool), (q, k)), shape)
-    if isinstance(given, Tensor): given = given.cpu().numpy()
-    res = sparse.csr_matrix(given).astype(bool); res.sum_duplicates(); res.eliminate_zeros()
+    res = sparse.csr_matrix(given if sparse.issparse(given) else _array(given)).astype(bool); res.sum_duplicates(); res.eliminate_zeros()
     if res.shape != tuple(shape): raise DataError('right answers', f'shape {res.shape}', f'{tuple(shape)}')
     return res
 
@@ -361,10 +362,22 @@ def _match_block(S:Tensor, pos, out, eps:float, ties:str):
 def _match(score:Callable, pos, out, eps:float, ties:str, rows:int)->Matches:
     "One direction: blocks of whole rows that have a right answer"
     keep = np.flatnonzero(np.diff(pos.indptr))
-    if len(pos[keep].multiply(out[keep]).nonzero()[0]): raise DataError('ignore', 'pairs that are also right answers', 'pairs that are neither right nor wrong')
+    if pos[keep].multiply(out[keep]).nnz:
+        raise DataError('ignore', 'pairs that are also right answers', 'pairs that are neither right nor wrong')
     got = [_match_block(score(keep[s]), pos[keep[s]], out[keep[s]], eps, ties) for s in _slices(len(keep), rows)]
     ap, rp, first = (torch.cat(x).cpu().numpy() for x in zip(*got)) if got else (np.zeros(0), np.zeros(0), np.zeros(0, np.int64))
-    return Matches(keep, np.diff(pos.indptr)[keep], ap, rp, first, pos.shape[0] - len(keep))
+    return Matches(keep, np.diff(pos.indptr)[keep].astype(np.int64), ap, rp, first, pos.shape[0] - len(keep))
+
+def _parts(scores)->tuple:
+    "(rows, columns) -> that part of the scores; N; M"
+    if isinstance(scores, tuple):
+        dots = _Dots(*scores)
+        return (lambda i, j: dots.img[i].float() @ dots.txt[j].float().T), len(dots.img), len(dots.txt)
+    if len(scores.shape) != 2: raise DataError('scores', f'shape {tuple(scores.shape)}', '(images, sentences)')
+    def part(i, j):
+        S = scores.detach()[i][:,j] if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores[i, j]))
+        return S if S.dtype == torch.float64 else S.float() if S.is_floating_point() else S.double()
+    return part, *scores.shape
 
 @torch.no_grad()
 def many_positives(
@@ -376,20 +389,15 @@ def many_positives(
     rows:int=128,               # queries scored at once
 )->dict:                        # {'i2t': Matches, 't2i': Matches}
     "mAP@R, R-Precision and first ranks of queries with several right answers, both directions"
-    dots = _Dots(*scores) if isinstance(scores, tuple) else None
-    N, M = (len(dots.img), len(dots.txt)) if dots else scores.shape
-    def part(i, j):
-        if dots: return dots.img[i].float() @ dots.txt[j].float().T
-        S = torch.as_tensor(scores[i][:,j] if isinstance(scores, Tensor) else np.array(scores[i][:,j]))
-        return S if S.dtype == torch.float64 else S.float() if S.is_floating_point() else S.double()
+    part, N, M = _parts(scores)
     if not isinstance(positives, dict) or not {'i2t', 't2i'} & set(positives):
         pos = relevant(positives, (N, M)); positives = dict(i2t=pos, t2i=pos.T)
-    out, every = relevant(ignore, (N, M)), slice(None)
-    look = _Tally((0, 0), 0., ties)
+    out, every, look = relevant(ignore, (N, M)), slice(None), _Tally((0, 0), 0., ties)
     with exact_matmul():
         for s in _slices(N, rows): look.see(part(s, every))
-        return dict(i2t=_match(lambda q: part(q, every), relevant(positives.get('i2t'), (N, M)), out, tie*look.max, ties, rows),
-                    t2i=_match(lambda q: part(every, q).T.contiguous(), relevant(positives.get('t2i'), (M, N)), out.T.tocsr(), tie*look.max, ties, rows))
+        i2t, t2i = (relevant(positives.get(d), shape) for d,shape in (('i2t', (N, M)), ('t2i', (M, N))))
+        return dict(i2t=_match(lambda q: part(q, every), i2t, out, tie*look.max, ties, rows),
+                    t2i=_match(lambda q: part(every, q).T.contiguous(), t2i, out.T.tocsr(), tie*look.max, ties, rows))
 
 def match_summary(
     matches:dict,           # from `many_positives`
@@ -428,7 +436,7 @@ def oracle(
     ks:tuple=(1, 5, 10),
 )->dict:                    # as `summary`, expectations
     "Identity metrics of the best possible model: its score is the truth, ties are broken at random"
-    own = np.array(img_of); M = len(own)
+    own = _array(img_of); M = len(own)
     true = relevant(positives, (N or positives.shape[0], M)); N = true.shape[0]
     told = np.asarray(true[own, np.arange(M)]).ravel()                         # is the own pair true? (captions contain errors)
     per, good = np.bincount(own, minlength=N), np.bincount(own, told, N).astype(int)
@@ -444,8 +452,10 @@ def chance(
     ks:tuple=(1, 5, 10),
 )->dict:                    # as `summary`, expectations
     "Expected metrics of random scores"
-    per = np.full(N, M//N) if per_image is None else np.asarray(per_image)
-    if per.sum() != M or len(per) != N or per.min() < 1: raise DataError('per_image', f'{per.sum()} sentences of {len(per)} images', f'{M} of {N}, at least one each', 'Give the number of sentences of every image.')
+    per = np.full(N, M//N) if per_image is None else _array(per_image)
+    if per.sum() != M or len(per) != N or per.min() < 1:
+        raise DataError('per_image', f'{per.sum()} sentences of {len(per)} images', f'{M} of {N}, at least one each',
+                        'Give the number of sentences of every image.')
     return _both((np.zeros(N, int), np.full(N, M), per), (np.zeros(M, int), np.full(M, N), np.ones(M, int)), ks)
 
 def chance_many(
@@ -468,7 +478,7 @@ class Bounds:
     judged:float           # share of the picks that was judged
     n:int                  # picks
 
-def _count(x): return int(np.asarray(x).sum())
+def _count(x): return int(_array(x).sum())
 
 def bounds(
     true,         # picks judged true: a count, counts, or a mask
@@ -492,20 +502,22 @@ def sensitivity(
 # %% ../nbs/02_metrics.ipynb #0cfe990c
 def _sums(values, clusters):
     "Sum and number of the values of each cluster"
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all(): raise DataError('values', f'shape {values.shape}, finite: {bool(np.isfinite(values).all())}', 'a row of finite numbers')
+    values = _array(values).astype(np.float64)
+    sound = bool(np.isfinite(values).all())
+    if values.ndim != 1 or not len(values) or not sound:
+        raise DataError('values', f'shape {values.shape}, finite: {sound}', 'a row of finite numbers')
     if clusters is None: return values, np.ones_like(values)
     if len(clusters) != len(values): raise DataError('clusters', f'{len(clusters)} labels', f'one for each of the {len(values)} values')
-    of = np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
+    of = np.unique(_array(clusters), return_inverse=True)[1].ravel()
     return np.bincount(of, values), np.bincount(of).astype(float)
 
 def _ratio(s, n, axis=-1): return s.sum(axis) / n.sum(axis)
 
 def _drawn(s, n, draws:int, seed:int)->np.ndarray:
     "Means of `draws` samples of clusters, drawn with replacement"
-    rng, res = np.random.default_rng(seed), []
-    got = stats.bootstrap((s, n), _ratio, paired=True, vectorized=True, n_resamples=draws, batch=max(1, 2**21 // len(s)), method='percentile', random_state=rng)
-    return got.bootstrap_distribution
+    rng = np.random.default_rng(seed)
+    return stats.bootstrap((s, n), _ratio, paired=True, vectorized=True, n_resamples=draws, batch=max(1, 2**21 // len(s)),
+                           method='percentile', random_state=rng).bootstrap_distribution
 
 def bootstrap(
     values,             # (Q,) one number per query
@@ -528,7 +540,7 @@ def per_photo(
     "What each photograph, with its sentences, contributes to rSum"
     hits = lambda x: sum((x < k).astype(float) for k in ks)
     N, M = len(ranks.i2t), len(ranks.t2i)
-    return 100 * (hits(ranks.i2t) + np.bincount(np.asarray(img_of), hits(ranks.t2i), N) * N/M)
+    return 100 * (hits(ranks.i2t) + np.bincount(_array(img_of), hits(ranks.t2i), N) * N/M)
 
 # %% ../nbs/02_metrics.ipynb #4d45ebc0
 @dataclass(frozen=True)
@@ -550,13 +562,13 @@ def paired(
     level:float=.95,
 )->Difference:          # of a - b
     "Paired bootstrap and sign-flip permutation test over clusters"
-    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    a, b = (_array(x).astype(np.float64) for x in (a, b))
     if a.shape != b.shape: raise DataError('paired', f'{a.shape} and {b.shape} values', 'the same queries on both sides')
     s, c = _sums(a-b, clusters); d = float(_ratio(s, c))
     if len(s) < 2: return Difference(d, math.nan, math.nan, math.nan, len(s))
     draws = _drawn(s, c, n, seed)
-    flip = stats.permutation_test((s,), lambda x, axis: x.sum(axis), permutation_type='samples', vectorized=True, n_resamples=n, batch=max(1, 2**21 // len(s)),
-                                  random_state=np.random.default_rng(seed))
+    flip = stats.permutation_test((s,), lambda x, axis: x.sum(axis), permutation_type='samples', vectorized=True, n_resamples=n,
+                                  batch=max(1, 2**21 // len(s)), random_state=np.random.default_rng(seed))
     lo, hi = np.quantile(draws, [(1-level)/2, (1+level)/2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     return Difference(d, float(lo), float(hi), float(min(1, flip.pvalue)), len(s), float(min(1, 2*(tail+1)/(n+1))))
