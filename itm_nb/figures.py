@@ -63,7 +63,7 @@ def _control(ax, name, x, y):
 def _row(ax, y, runs, metric, draws):
     "One row of dots, its mean and its interval"
     x, color = [value(r, metric) for r in runs], _color(y)
-    ax.scatter(x, y + (np.linspace(-.16, .16, len(x)) if len(x) > 1 else np.zeros(1)), s=14, color=color, alpha=.55, lw=0)
+    ax.scatter(x, y - .22 + .07*(-1)**np.arange(len(x)), s=14, color=color, alpha=.6, lw=0)      # above the bar, so that none is hidden
     ax.plot(interval(runs, metric, draws), [y, y], color=color, lw=2, solid_capstyle='butt', zorder=1)
     ax.scatter(np.mean(x), y, marker='D', s=26, color=color, edgecolor='w', lw=.8, zorder=3)
 
