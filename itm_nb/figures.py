@@ -16,7 +16,7 @@ import numpy as np
 import seaborn as sns
 
 from .data import DataError
-from .report import interval, label, per_photo, pick, value
+from .report import interval, label, pick, value
 
 # %% ../nbs/17_figures.ipynb #2d4efad4
 @contextmanager
