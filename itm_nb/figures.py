@@ -16,17 +16,19 @@ import numpy as np
 import seaborn as sns
 
 from .data import DataError
-from .report import interval, label, per_photo, pick, value
+from .report import interval, label, pick, value
 
 # %% ../nbs/17_figures.ipynb #2d4efad4
 @contextmanager
 def style():
     "The one plotting style; inside it, equal figures give equal bytes"
-    mine = {'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 9, 'axes.labelsize': 8, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
-            'legend.fontsize': 7.5, 'legend.frameon': False, 'figure.dpi': 80, 'savefig.dpi': 160, 'axes.spines.top': False,
-            'axes.spines.right': False, 'lines.linewidth': 1.4, 'svg.hashsalt': 'itm_nb', 'svg.fonttype': 'path'}
+    mine = {'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 9, 'axes.labelsize': 8, 'xtick.labelsize': 8,
+            'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.frameon': False, 'figure.dpi': 80, 'savefig.dpi': 160,
+            'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.4, 'svg.hashsalt': 'itm_nb', 'svg.fonttype': 'path'}
     with mpl.rc_context():                                       # a user's own matplotlibrc is neither used nor changed
         mpl.rcdefaults(); sns.set_theme('paper', 'ticks', 'colorblind', rc=mine); yield
+
+def _color(i): return sns.color_palette('colorblind')[i % 10]     # a name like 'C1' would be looked up when the style is gone
 
 def _panels(
     records:list,
@@ -60,8 +62,8 @@ def _control(ax, name, x, y):
 
 def _row(ax, y, runs, metric, draws):
     "One row of dots, its mean and its interval"
-    x, color = [value(r, metric) for r in runs], f'C{y}'
-    ax.scatter(x, y + (np.linspace(-.16, .16, len(x)) if len(x) > 1 else np.zeros(1)), s=14, color=color, alpha=.55, lw=0)
+    x, color = [value(r, metric) for r in runs], _color(y)
+    ax.scatter(x, y - .22 + .07*(-1)**np.arange(len(x)), s=14, color=color, alpha=.6, lw=0)      # above the bar, so that none is hidden
     ax.plot(interval(runs, metric, draws), [y, y], color=color, lw=2, solid_capstyle='butt', zorder=1)
     ax.scatter(np.mean(x), y, marker='D', s=26, color=color, edgecolor='w', lw=.8, zorder=3)
 
@@ -109,8 +111,8 @@ def curves(
             for i, (row, rs) in enumerate(chosen.items()):
                 at = _by_epoch([r for r in here if r in rs], curve)
                 if not at: continue
-                ax.plot(list(at), [np.mean(v) for v in at.values()], color=f'C{i}', label=f'{row} ({max(map(len, at.values()))})')
-                ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], color=f'C{i}', alpha=.2, lw=0)
+                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), label=f'{row} ({max(map(len, at.values()))})')
+                ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], color=_color(i), alpha=.2, lw=0)
             ax.set(xlabel='epoch', ylabel=dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, curve))
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend()
     return fig
@@ -138,10 +140,10 @@ def recall_curve(
             for i, (row, rs) in enumerate(chosen.items()):
                 known = [r for r in runs if r in rs]
                 found = [np.mean([value(r, f'{d}.r{k}') for r in known]) for k in ks] if known else []
-                if known: ax.plot(ks, found, color=f'C{i}', label=f'{row} ({len(known)})')
+                if known: ax.plot(ks, found, color=_color(i), label=f'{row} ({len(known)})')
             ax.plot(ks, _chance_at(runs[0], d, ks), color='.5', ls=':', label='chance')
             ax.set(xscale='log', xlabel='K, answers looked at', ylim=(0, 100)); ax.set_title(title, loc='left')
-            ax.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
+            ax.set_xticks(shown := [k for k in (1, 5, 10, 50, 100) if k <= ks[-1]], shown); ax.minorticks_off()
         axes[0].set_ylabel('percent found'); axes[1].legend()
     return fig
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'pick', 'value', 'per_photo', 'interval', 'label', 'table', 'differences', 'markdown', 'write_table',
-           'Number', 'number', 'lint_records', 'lint_table']
+           'Number', 'number', 'lint_records', 'lint_table', 'published']
 
 # %% ../nbs/16_report.ipynb #900dab09
 import math
@@ -163,7 +163,7 @@ def _t(d, records)->tuple:
 
 def _matched(runs, base, metric)->tuple:
     "The runs of both rows that know the metric and share a block, in the same order"
-    a, b = ({k: r for k, r in _one_per_block(x, name).items() if not math.isnan(value(r, metric))} for name, x in (('row', runs), ('base', base)))
+    a, b = (_one_per_block([r for r in x if not math.isnan(value(r, metric))], name) for name, x in (('row', runs), ('base', base)))
     both = sorted(a.keys() & b.keys(), key=str)
     return [a[k] for k in both], [b[k] for k in both]
 
@@ -201,7 +201,7 @@ def _cell(r)->str:
     return f'{x:{sign}.1f}{spread}{ends}'
 
 _NOTE = dict(d='mean difference ± standard deviation over matched blocks [95 % interval: the wider of blocks and photos]',
-             mean='mean ± standard deviation over runs [95 % interval over test photos]')
+             mean='mean ± standard deviation over runs [95 % interval over test photos]', source='as published')
 
 def markdown(
     tab:pd.DataFrame,     # from `table` or `differences`
@@ -215,7 +215,7 @@ def markdown(
             cells = {r['metric']: _cell(r) for r in lines.to_dict('records')}
             out.append(f'| {row} | ' + ' | '.join(cells.get(m, '') for m in metrics) + f' | {lines.n.max() or ""} |')
         out.append('')
-    return '\n'.join([*out, f"Percent: {_NOTE['d' if 'd' in tab else 'mean']}.", ''])
+    return '\n'.join([*out, f"Percent: {_NOTE['d' if 'd' in tab else 'source' if 'source' in tab else 'mean']}.", ''])
 
 def write_table(
     tab:pd.DataFrame,     # from `table` or `differences`
@@ -277,7 +277,8 @@ def lint_records(
 def _provenance(at, r, by_id)->list:
     "What is wrong with the run ids of one line"
     ids = r['runs'].split() if isinstance(r['runs'], str) else []
-    if math.isnan(r['mean']) != (not ids) or len(ids) != r['n']: return [f"{at}: {r['metric']} = {r['mean']:g} with n = {r['n']} and {len(ids)} run ids"]
+    if math.isnan(r['mean']) != (not ids) or len(ids) != r['n']:
+        return [f"{at}: {r['metric']} = {r['mean']:g} with n = {r['n']} and {len(ids)} run ids"]
     if by_id is None or not ids: return []
     if lost := [i for i in ids if i not in by_id]: return [f"{at}: {r['metric']}: no record of {', '.join(lost)}"]
     mean = math.fsum(value(by_id[i], r['metric']) for i in ids)/len(ids)
@@ -294,3 +295,16 @@ def lint_table(
     for at, part in tab.dropna(subset='mean').groupby(name, sort=False): out += _order(dict(zip(part.metric, part['mean'])), at, tol)
     by_id = None if records is None else {r['id']: r for r in records}
     return out + [x for at, r in zip(name, lines) if 'runs' in r for x in _provenance(at, r, by_id)]
+
+# %% ../nbs/16_report.ipynb #85ee1ea5
+def published(
+    path,               # a CSV: paper, table, row, column, value, source
+)->pd.DataFrame:        # data ('paper, table'), row, metric, mean, source: as `lint_table` and `markdown` take it
+    "Published rows as a table; every number says where it was read"
+    tab = pd.read_csv(path, dtype=dict(source=str))
+    wanted = ['paper', 'table', 'row', 'column', 'value', 'source']
+    if list(tab) != wanted: raise DataError(path, f'columns {list(tab)}', f'columns {wanted}')
+    for i, source in enumerate(tab.source):
+        if source in ('F', 'R'): continue
+        raise DataError(path, f'source mark {source!r}', "'F' or 'R'", 'A number from memory is no published number.', line=i+2)
+    return pd.DataFrame(dict(data=tab.paper + ', ' + tab.table, row=tab.row, metric=tab.column, mean=tab.value, source=tab.source))
