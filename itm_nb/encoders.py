@@ -186,7 +186,8 @@ class GRUTower(nn.Module):
         dropout:float=0.,    # of the word vectors, in training
     ):
         super().__init__()
-        self.words, self.gru, self.pool = Words(n_words, d_word, dropout), nn.GRU(d_word, dim, batch_first=True, bidirectional=True), pooling(pool)
+        self.words, self.pool = Words(n_words, d_word, dropout), pooling(pool)
+        self.gru = nn.GRU(d_word, dim, batch_first=True, bidirectional=True)
 
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
         "A vector for every word; sentences are packed, so the backward direction starts at the last real word"

@@ -46,7 +46,8 @@ def template(
         if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook')
         return Path(name)
     folder = project()/'nbs'/'experiments'; path = folder/f'{name}.ipynb'
-    if not path.is_file(): raise SetupError(f'no experiment called {name!r}; there are {sorted(p.stem for p in folder.glob("*.ipynb"))}')
+    there = sorted(p.stem for p in folder.glob('*.ipynb'))
+    if name not in there: raise SetupError(f'no experiment called {name!r}; there are {there}')
     return path
 
 # %% ../nbs/15_runs.ipynb #0abb9117
@@ -64,7 +65,8 @@ class Parameter:
         try:
             if kind is bool or (kind is int and isinstance(given, (float, bool))): raise ValueError
             return kind(given)
-        except (TypeError, ValueError): raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. {self.default!r}') from None
+        except (TypeError, ValueError):
+            raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. {self.default!r}') from None
 
 def parameters(
     notebook,       # path
@@ -87,7 +89,8 @@ def resolve(
     for k in given:
         if k not in known:
             near = difflib.get_close_matches(k, known, 1)
-            raise SetupError(f'no parameter called {k!r}' + (f' (did you mean {near[0]!r}?)' if near else '') + f'; there are {", ".join(known)}')
+            hint = f' (did you mean {near[0]!r}?)' if near else ''
+            raise SetupError(f'no parameter called {k!r}{hint}; there are {", ".join(known)}')
     return {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
 
 # %% ../nbs/15_runs.ipynb #55b95f61
@@ -155,13 +158,14 @@ def execute(
     from nbclient.exceptions import DeadKernelError
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, _pass_on(out))
     os.environ |= dict(ITM_DRIVEN='1', OMP_NUM_THREADS=str(values.get('threads', 1)))
-    try: papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar, request_save_on_cell_execute=True)
+    try: papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar)
     except papermill.PapermillExecutionError as e:
         if e.ename in ('Stopped', 'KeyboardInterrupt'): return RESUMABLE
         if e.ename == 'Busy': return BUSY
-        print(f'{notebook.stem}: {e.ename}: {e.evalue}\n(the notebook up to the failing cell: {out/"run.ipynb"})', file=sys.stderr); return 1
+        print(f'{notebook.stem}: {e.ename}: {e.evalue}\n(up to the failing cell: {out/"run.ipynb"})', file=sys.stderr); return 1
     except KeyboardInterrupt: return RESUMABLE
-    except DeadKernelError: print(f'{notebook.stem}: the kernel died (out of memory, or killed)', file=sys.stderr); return 1
+    except DeadKernelError:
+        print(f'{notebook.stem}: the kernel died (out of memory, or killed)', file=sys.stderr); return 1
     finish(out)
     return 0
 
@@ -179,8 +183,8 @@ def start(
 )->tuple:                # (exit code, run folder)
     "Run an experiment unless it is finished already"
     nb = template(name); values = resolve(parameters(nb), given)
-    if 'out' in values: values['out'] = values['out'] or str(Path('runs')/values.get('sweep', 'manual')/run_id(nb.stem, values))
-    out = Path(values.get('out') or Path('runs')/'manual'/run_id(nb.stem, values))
+    out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/run_id(nb.stem, values))
+    if 'out' in values: values['out'] = str(out)
     with claim(out) as mine:
         if not mine: return BUSY, out
         if done(out): return 0, out
@@ -196,23 +200,24 @@ def about(
     "Where a record comes from: id, sweep, method, seed, settings, code, versions"
     import numpy, torch
     cfg = {k: v for k, v in values.items() if k not in PLACES}
-    return dict(id=run_id(name, values), sweep=values.get('sweep', 'manual'), method=values['arm'] or method, preset=None, seed=values['seed'],
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=numpy.__version__)
+    return dict(id=run_id(name, values), sweep=values['sweep'], method=values['arm'] or method, preset=None, seed=values['seed'],
                 block=dict(fold=None, seed=values['seed']), config=cfg, commit=commit(), source=source_hash(), device=str(device),
-                threads=values.get('threads', 1), versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=numpy.__version__))
+                threads=values.get('threads', 1), versions=versions)
 
 def under_truth(
     world,            # the drawn world
     split,            # a Split of it
-    img, txt,         # vectors of its images and sentences; or None, None: the truth itself is the score
+    img, txt,         # vectors of its images and sentences
 )->list:              # per gallery, what `many_positives` found
     "Where many sentences are true of an image: ranks of all that are true, inside each gallery; half-true pairs are left out"
     import numpy as np
     from itm_nb.metrics import many_positives
     out = []
     for g in np.unique(split.gallery):
-        images, caps, truth = np.flatnonzero(split.gallery == g), np.flatnonzero(split.gallery[split.img_of] == g), world.matrix(split.name, g)
-        scores = (truth == 2).astype('float32') if img is None else (img[images], txt[caps])
-        out.append(many_positives(scores, truth == 2, ignore=truth == 1))
+        images, caps = np.flatnonzero(split.gallery == g), np.flatnonzero(split.gallery[split.img_of] == g)
+        truth = world.matrix(split.name, g)
+        out.append(many_positives((img[images], txt[caps]), truth == 2, ignore=truth == 1))
     return out
 
 # %% ../nbs/15_runs.ipynb #a710c2a6
@@ -224,7 +229,7 @@ def curves(
     vals = {l['epoch']: l['val']['rsum'] for l in lines if 'val' in l}
     steps = {e: [l for l in lines if l['epoch'] == e and 'loss' in l] for e in vals}
     mean = lambda e, k: sum(l[k] for l in steps[e])/len(steps[e])
-    return dict(epoch=list(vals), val_rsum=list(vals.values()), loss=[mean(e, 'loss') for e in vals], clipped=[mean(e, 'clipped') for e in vals])
+    return dict(epoch=list(vals), val_rsum=list(vals.values()), **{k: [mean(e, k) for e in vals] for k in ('loss', 'clipped')})
 
 def cost(
     run:Path,
@@ -232,7 +237,8 @@ def cost(
     "What a run cost, from its timing (a part that was done twice after a kill counts twice)"
     lines = [json.loads(l) for l in (Path(run)/'timing.jsonl').read_text().splitlines()]
     seconds = sum(l['seconds'] for l in lines)
-    return dict(steps=lines[-1]['steps'], seconds=round(seconds, 2), pairs_per_s=round(sum(l['pairs'] for l in lines)/seconds, 1), peak_mib=max(l['peak_mib'] for l in lines))
+    return dict(steps=lines[-1]['steps'], seconds=round(seconds, 2), pairs_per_s=round(sum(l['pairs'] for l in lines)/seconds, 1),
+                peak_mib=max(l['peak_mib'] for l in lines))
 
 def _where(values, split, label, train=0)->dict:
     "The data part of a record"
@@ -254,11 +260,28 @@ def conclude(
     device = t.accelerator.device
     ranks, split, batches = evaluate(run, data, 'test', device)
     truth = None if data.world is None else under_truth(data.world, split, *(x.cpu() for x in embed(t.core, batches)))
-    rec = record(about(values, 'train', values['method'], device), _where(values, split, data.label, len(t.train.split)), ranks, split.img_of, split.gallery, truth,
-                 val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1], cost=cost(run), curves=curves(run))
+    rec = record(about(values, 'train', values['method'], device), _where(values, split, data.label, len(t.train.split)),
+                 ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1], cost=cost(run), curves=curves(run))
     write_record(run.parent/'records', rec)
     if 'ITM_DRIVEN' not in os.environ: finish(run)      # run by hand in JupyterLab: nobody else marks it
     return rec
+
+def _expected(
+    scores:str,       # 'oracle' or 'chance'
+    true,             # (n, m) bool: which pairs of a gallery are true
+    own,              # (m,) image of each sentence
+    many:bool,        # is the truth of all pairs known?
+)->dict:              # as `summary`
+    "Expected metrics of a control in one gallery"
+    import numpy as np
+    from itm_nb.metrics import chance, chance_many, many_positives, match_summary, oracle
+    n, m = true.shape
+    row = oracle(own, true) if scores == 'oracle' else chance(n, m, np.bincount(own))
+    if not many: return row
+    if scores == 'oracle': found = match_summary(many_positives(true.astype('float32'), true))
+    else: found = {d: chance_many(R[R > 0], k) for d, R, k in (('i2t', true.sum(1), m), ('t2i', true.sum(0), n))}
+    return row | dict(truth={d: {k: found[d][k] for k in ('map_r', 'rp')} for d in ('i2t', 't2i')}
+                      | dict(map_r=(found['i2t']['map_r'] + found['t2i']['map_r'])/2))
 
 def control(
     values:dict,       # all parameters of the evaluate template
@@ -267,19 +290,15 @@ def control(
 )->dict:               # the record of an oracle or of chance
     "The row of a control: expectations over random ties, averaged over galleries"
     import numpy as np
-    from itm_nb.metrics import chance, chance_many, match_summary, mean_summary, oracle
+    from itm_nb.metrics import mean_summary
     from itm_nb.records import record, write_record
     split = data.split('test'); gallery = np.zeros(len(split), int) if split.gallery is None else split.gallery; rows = []
     for g in np.unique(gallery):
         images, caps = np.flatnonzero(gallery == g), np.flatnonzero(gallery[split.img_of] == g)
-        own = np.searchsorted(images, split.img_of[caps]); mine = np.zeros((len(images), len(caps)), bool); mine[own, np.arange(len(caps))] = True
-        true = mine if data.world is None else data.world.matrix('test', g) == 2
-        rows.append(oracle(own, true) if values['scores'] == 'oracle' else chance(len(images), len(caps), np.bincount(own)))
-        if data.world is None: continue
-        by = {'i2t': (true.sum(1), len(caps)), 't2i': (true.sum(0), len(images))}
-        many = {d: chance_many(R[R > 0], K) for d, (R, K) in by.items()} if values['scores'] == 'chance' else match_summary(
-            under_truth(data.world, split.subset(images), None, None)[0])
-        rows[-1]['truth'] = {d: {k: many[d][k] for k in ('map_r', 'rp')} for d in by} | dict(map_r=(many['i2t']['map_r'] + many['t2i']['map_r'])/2)
+        own = np.searchsorted(images, split.img_of[caps]); true = np.zeros((len(images), len(caps)), bool)
+        true[own, np.arange(len(caps))] = True
+        if data.world is not None: true = data.world.matrix('test', g) == 2
+        rows.append(_expected(values['scores'], true, own, data.world is not None))
     rec = record(about(values, 'evaluate', values['scores']), _where(values, split, data.label), test=mean_summary(rows), kind='control')
     run.mkdir(parents=True, exist_ok=True); write_record(run.parent/'records', rec)
     if 'ITM_DRIVEN' not in os.environ: finish(run)
@@ -307,8 +326,9 @@ def sweep_file(
     "The file of a sweep"
     if name.endswith(('.yaml', '.yml')): path = Path(name)
     else: path = project()/'nbs'/'experiments'/'sweeps'/f'{name}.yaml'
-    if not path.is_file(): raise SetupError(f'no sweep called {name!r}; there are {sorted(p.stem for p in (project()/"nbs"/"experiments"/"sweeps").glob("*.yaml"))}')
-    return path
+    if path.is_file(): return path
+    there = sorted(p.stem for p in (project()/'nbs'/'experiments'/'sweeps').glob('*.yaml'))
+    raise SetupError(f'no sweep called {name!r}; there are {there}')
 
 def read_sweep(
     path:Path,
@@ -339,7 +359,8 @@ def entries(
             known = parameters(template(kind))
             base = {k: v for k, v in spec['base'].items() if kind == 'train' or k in known}
             for arm, own in arms.items():
-                values = resolve(known, base | block | (own or {}) | dict(arm=arm, sweep=name) | {k: v for k, v in places.items() if k in known})
+                given = base | block | (own or {}) | dict(arm=arm, sweep=name)
+                values = resolve(known, given | {k: v for k, v in places.items() if k in known})
                 at = runs/name/run_id(kind, values)
                 out.append(Entry(kind, arm, values | dict(out=str(at)), at))
     ids = [e.out.name for e in out]
@@ -384,7 +405,7 @@ def drive(
                 del live[i]
                 if p.returncode == BUSY and not done(todo[i].out): waiting.append(i); time.sleep(1)      # another driver has it: look again
                 elif p.returncode: failed[i] = p.returncode
-            if bar is not None: _show(bar, round(sum(map(_progress, todo)), 1), ' '.join(f'{todo[i].arm}/{todo[i].values["seed"]}' for i in live))
+            if bar is not None: _show(bar, round(sum(map(_progress, todo)), 1), ' '.join(f'{e.arm}/{e.values["seed"]}' for e in map(todo.__getitem__, live)))
             time.sleep(.3)
     finally:
         for s, h in before.items(): signal.signal(s, h)
@@ -446,7 +467,8 @@ def itm_run(argv=None)->int:
     given = {}
     if a.f: import yaml; given = yaml.safe_load(Path(a.f).read_text('utf-8')) or {}
     code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet)
-    if not a.quiet: print({0: f'finished: {out}', RESUMABLE: f'stopped, run it again to go on: {out}', BUSY: f'another process has this run: {out}'}.get(code, f'failed: {out}'))
+    said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
+    if not a.quiet: print(f'{said.get(code, "failed")}: {out}')
     return code
 
 # %% ../nbs/15_runs.ipynb #91020369
@@ -476,9 +498,11 @@ def _sweep(name, spec, todo, a)->int:
     from tqdm import tqdm
     print(f'{spec["title"]}: {len(todo)} runs, {sum(done(e.out) for e in todo)} of them finished before; {a.jobs} side by side')
     began = time.perf_counter()
-    with tqdm(total=len(todo), unit='run', bar_format='{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}] {postfix}') as bar: failed = drive(todo, a.jobs, bar)
+    look = '{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}] {postfix}'
+    with tqdm(total=len(todo), unit='run', bar_format=look) as bar: failed = drive(todo, a.jobs, bar)
     for i, code in failed.items():
-        print(f'{todo[i].arm} seed {todo[i].values["seed"]}: {"stopped, resumable" if code == RESUMABLE else f"failed ({code})"}; see {todo[i].out/"worker.log"}', file=sys.stderr)
+        how = 'stopped, resumable' if code == RESUMABLE else f'failed ({code})'
+        print(f'{todo[i].arm} seed {todo[i].values["seed"]}: {how}; see {todo[i].out/"worker.log"}', file=sys.stderr)
     if any(c == RESUMABLE for c in failed.values()): print('stopped; the same command goes on from here'); return RESUMABLE
     base = project()/'figures' if a.publish else Path(a.runs)/name/'report'
     gather(todo, base/'results', name)
@@ -501,8 +525,8 @@ def itm_data(argv=None)->int:
     if a.path == 'scenes': return _scenes_info()
     if a.what == 'check':
         found = check_folder(a.path)
-        for line in found: print(line)
-        print('nothing wrong' if not found else f'{len(found)} findings'); return 1 if found else 0
+        for f in found: print(f'{f.level:8} {f.part}: {f.text}')
+        wrong = sum(f.level == 'error' for f in found); print(f'{wrong} errors'); return 1 if wrong else 0
     for part in ('train', 'val', 'test'):
         try: d = describe(read_scan(a.path, part))
         except DataError as e: print(f'{part}: {e}'); continue

@@ -48,7 +48,8 @@ class Model(nn.Module):
         text:dict,    # kind and arguments of the text tower, e.g. dict(kind='gru', n_words=200, dim=256)
     ):
         super().__init__()
-        if image['dim'] != text['dim']: raise ValueError(f"image vectors of length {image['dim']} and text vectors of length {text['dim']} have no cosine")
+        if image['dim'] != text['dim']:
+            raise ValueError(f"image vectors of length {image['dim']} and text vectors of length {text['dim']} have no cosine")
         self.config = dict(similarity='cosine', image=dict(image), text=dict(text))
         self.image_tower, self.text_tower = tower(**image), tower(**text)
 
@@ -94,13 +95,17 @@ def from_pretrained(
     "Read a model; every weight in the file must have its place and every place its weight"
     folder = Path(folder); cfg, file = folder/'config.json', folder/'model.safetensors'
     for f in (cfg, file):
-        if not f.is_file(): raise DataError(f, 'no such file', 'a model folder with config.json and model.safetensors', 'Name a folder written by save_pretrained.')
+        if f.is_file(): continue
+        raise DataError(f, 'no such file', 'a folder with config.json and model.safetensors', 'Name what save_pretrained wrote.')
     try: config = json.loads(cfg.read_text('utf-8')); model = Model(config['image'], config['text'])
-    except (ValueError, KeyError, TypeError) as e: raise DataError(cfg, f'{type(e).__name__}: {e}', 'a model description', 'Copy the folder again.') from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(cfg, f'{type(e).__name__}: {e}', 'a model description', 'Copy the folder again.') from e
     try: weights = load_file(file)
     except Exception as e: raise DataError(file, f'{e}', 'a safetensors file', 'The file is damaged: copy or train it again.') from e
     have, want = {k: tuple(v.shape) for k, v in weights.items()}, {k: tuple(v.shape) for k, v in model.state_dict().items()}
     odd = sorted(k for k in have.keys()|want.keys() if have.get(k) != want.get(k))
-    if odd: raise DataError(file, f'{odd[0]} is {have.get(odd[0], "missing")}', f'{want.get(odd[0], "no such weight")} ({len(odd)} differ)', 'config.json and weights are of different models.')
+    if odd:
+        raise DataError(file, f'{odd[0]} is {have.get(odd[0], "missing")}', f'{want.get(odd[0], "no such weight")} ({len(odd)} differ)',
+                        'config.json and weights are of different models.')
     model.load_state_dict(weights)
     return model.to(device).eval()

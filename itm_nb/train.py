@@ -73,7 +73,8 @@ class Config:
         for f in fields(self):
             v = getattr(self, f.name)
             if f.type in (float, 'float') and type(v) is int: object.__setattr__(self, f.name, float(v)); continue
-            if type(v).__name__ != getattr(f.type, '__name__', f.type): raise ValueError(f'{f.name} is {v!r}; wanted {getattr(f.type, "__name__", f.type)}')
+            kind = getattr(f.type, '__name__', f.type)
+            if type(v).__name__ != kind: raise ValueError(f'{f.name} is {v!r}; wanted {kind}')
         for name, known in dict(data=('scenes','scan'), decay=('cosine','step','none'), precision=('fp32','bf16')).items():
             if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}; there are {known}')
         for name in ('epochs', 'batch', 'dim', 'd_word', 'threads'):
@@ -298,7 +299,8 @@ def resume(
         log.write_bytes(b''); return False
     tensors, state = found
     for name, have, want in (('settings', state['config'], asdict(t.cfg)), ('data', state['prints'], t.prints)):
-        if have != want: raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}', 'Use another run folder, or remove this one.')
+        if have == want: continue
+        raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}', 'Use another run folder, or remove this one.')
     _unpack(t, tensors, state)
     os.truncate(log, t.log_bytes)
     return True
@@ -343,7 +345,8 @@ def _log(t:Training, run:Path, epoch:int, clock:list):
     now = time.perf_counter(); seconds, clock[0] = now-clock[0], now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     with open(run/'timing.jsonl', 'a') as f:
-        f.write(json.dumps(dict(step=t.step, steps=t.steps, seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak)))+'\n')
+        line = dict(step=t.step, steps=t.steps, seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak))
+        f.write(json.dumps(line)+'\n')
 
 def _validate(t:Training, run:Path, epoch:int):
     "Rank the val split; keep the model with the highest rSum, the earlier one on ties"
@@ -361,7 +364,8 @@ def _finished(t:Training, run:Path)->Training:
 
 def save_ranks(path, r:Ranks):
     "Ranks as a file; written whole or not at all"
-    tmp = Path(path).with_name('ranks.tmp.npz'); np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32')); os.replace(tmp, path)
+    tmp = Path(path).with_name('ranks.tmp.npz')
+    np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32')); os.replace(tmp, path)
 
 def load_ranks(path)->Ranks:
     "Ranks from a file"
