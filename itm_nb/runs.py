@@ -261,7 +261,8 @@ def conclude(
     ranks, split, batches = evaluate(run, data, 'test', device)
     truth = None if data.world is None else under_truth(data.world, split, *(x.cpu() for x in embed(t.core, batches)))
     rec = record(about(values, 'train', values['method'], device), _where(values, split, data.label, len(t.train.split)),
-                 ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1], cost=cost(run), curves=curves(run))
+                 ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1],
+                 cost=cost(run), curves=curves(run))
     write_record(run.parent/'records', rec)
     if 'ITM_DRIVEN' not in os.environ: finish(run)      # run by hand in JupyterLab: nobody else marks it
     return rec
@@ -384,8 +385,9 @@ def _progress(e:Entry)->float:
     except (OSError, IndexError, ValueError): return 0.
     return min(.99, last['step']/last['steps'])
 
-def _show(bar, n, names):
+def _show(bar, todo, live):
     "Draw the bar anew where it has changed"
+    n, names = round(sum(map(_progress, todo)), 1), ' '.join(f'{todo[i].arm}/{todo[i].values["seed"]}' for i in live)
     if (bar.n, bar.postfix) != (n, names): bar.n = n; bar.set_postfix_str(names, refresh=False); bar.refresh()
 
 def drive(
@@ -405,7 +407,7 @@ def drive(
                 del live[i]
                 if p.returncode == BUSY and not done(todo[i].out): waiting.append(i); time.sleep(1)      # another driver has it: look again
                 elif p.returncode: failed[i] = p.returncode
-            if bar is not None: _show(bar, round(sum(map(_progress, todo)), 1), ' '.join(f'{e.arm}/{e.values["seed"]}' for e in map(todo.__getitem__, live)))
+            if bar is not None: _show(bar, todo, live)
             time.sleep(.3)
     finally:
         for s, h in before.items(): signal.signal(s, h)
