@@ -62,7 +62,8 @@ def scene(
 )->Scenes:             # one scene
     "A scene written by hand"
     if not 1 <= len(objects) <= MOST_OBJECTS: raise DataError('scene', f'{len(objects)} objects', f'1 to {MOST_OBJECTS}')
-    cols = {k: np.zeros((1, MOST_OBJECTS), t) for k, t in dict(shape='i1', hue='f8', light='f8', texture='i1', r='f8', x='f8', y='f8').items()}
+    kinds = dict(shape='i1', hue='f8', light='f8', texture='i1', r='f8', x='f8', y='f8')
+    cols = {k: np.zeros((1, MOST_OBJECTS), t) for k, t in kinds.items()}
     for o, text in enumerate(objects):
         shape, colour, texture, *numbers = text.split()
         index = COLOURS.index(colour) if colour in COLOURS else None
@@ -98,7 +99,8 @@ def memberships(
     shape = (scenes.shape[...,None] == np.arange(12)).astype('u1')*2
     family = np.stack([shape[...,[SHAPES.index(s) for s in f]].max(-1) for f in FAMILIES.values()], -1)
     texture = (scenes.texture[...,None] == np.arange(3)).astype('u1')*2
-    m = [np.full(scenes.shape.shape + (1,), 2, 'u1'), shape, family, _colour(scenes.hue, scenes.light), texture, _size(scenes.r), _place(scenes.x, scenes.y)]
+    thing = np.full(scenes.shape.shape + (1,), 2, 'u1')
+    m = [thing, shape, family, _colour(scenes.hue, scenes.light), texture, _size(scenes.r), _place(scenes.x, scenes.y)]
     return np.concatenate(m, -1) * scenes.present[...,None]
 
 # %% ../nbs/00a_truth.ipynb #0822eaa7
@@ -123,7 +125,9 @@ class Facts(NamedTuple):
     pairs:np.ndarray    # (2, 9, 6, S) uint8 objects to which object o stands in a relation
     names:np.ndarray    # (S, 6, 5) int8 certain names of an object: size, texture, colour, shape, family; 0 = none
 
-    def at(self, images): return Facts(np.ascontiguousarray(self.atoms[...,images]), np.ascontiguousarray(self.pairs[...,images]), self.names[images])
+    def at(self, images):
+        "The facts of some of the scenes"
+        return Facts(*(np.ascontiguousarray(v[...,images]) for v in self[:2]), self.names[images])
 
 _bits = lambda b: (b.astype('u1') << np.arange(MOST_OBJECTS, dtype='u1')).sum(-1, dtype='u1')
 _span = lambda group: slice(PREDICATES.index(group[0]), PREDICATES.index(group[0]) + len(group))
@@ -133,8 +137,8 @@ def _facts(scenes):
     m, p = memberships(scenes), _pairs(scenes)
     atoms = np.stack([_bits(np.moveaxis(m >= level, -1, 0)) for level in (2, 1)])
     pairs = np.stack([_bits(np.moveaxis(p >= level, 1, 2)) for level in (2, 1)])
-    certain = [m[...,(s := _span(g))] == 2 for g in (SIZES, TEXTURES, COLOURS, SHAPES, tuple(FAMILIES))]
-    names = [np.where(c.any(-1), c.argmax(-1) + _span(g).start, 0) for c, g in zip(certain, (SIZES, TEXTURES, COLOURS, SHAPES, tuple(FAMILIES)))]
+    spans = [_span(g) for g in (SIZES, TEXTURES, COLOURS, SHAPES, tuple(FAMILIES))]
+    names = [np.where((m[...,s] == 2).any(-1), (m[...,s] == 2).argmax(-1) + s.start, 0) for s in spans]
     return Facts(np.ascontiguousarray(atoms), np.ascontiguousarray(pairs), np.stack(names, -1).astype('i1'))
 
 # %% ../nbs/00a_truth.ipynb #80b4f7aa
@@ -288,7 +292,9 @@ def _pair(facts, c, images, drop, keep):
     found = _one(facts, c, 14, c[:,5:9], images, found)
     return _one(facts, c, 15, c[:,10:14], images, found)
 
-def _slices(sets): return np.stack([np.packbits((sets >> np.uint8(o)) & np.uint8(1), axis=-1) for o in range(MOST_OBJECTS)])   # (6, ..., S/8)
+def _slices(sets):
+    "(..., S) sets of objects -> (6, ..., S/8) one row of bits per object"
+    return np.stack([np.packbits((sets >> np.uint8(o)) & np.uint8(1), axis=-1) for o in range(MOST_OBJECTS)])
 
 def _pair_rows(facts, c):
     "Pairs on every scene: one row of bits per object, noun phrase and reading; 30 and-ors of such rows find the witnesses"
@@ -296,7 +302,7 @@ def _pair_rows(facts, c):
     a, b, S = _slices(_sets(facts, a, None)), _slices(_sets(facts, b, None)), facts.atoms.shape[-1]
     found = np.zeros(a.shape[1:2] + (len(c), a.shape[-1]), 'u1')
     for relation in np.unique(c[:,1]):
-        to, at = _slices(facts.pairs[:,relation]), np.flatnonzero(c[:,1] == relation)              # (6 of object two, 2, 6 of object one, S/8)
+        to, at = _slices(facts.pairs[:,relation]), np.flatnonzero(c[:,1] == relation)    # `to`: (6 two, 2, 6 one, S/8)
         mine, theirs = [a[o][:,ai[at]] for o in range(MOST_OBJECTS)], [b[o][:,bi[at]] for o in range(MOST_OBJECTS)]
         for one in range(MOST_OBJECTS):
             met = np.bitwise_or.reduce([theirs[two] & to[two,:,None,one] for two in range(MOST_OBJECTS) if two != one])
@@ -321,7 +327,7 @@ def _most(facts, c, images, drop, keep):
     n = lambda s: _count(s).astype('i2')
     worst = n(a[0] & b[0]) - n(a[1] & ~b[0])                                     # how many more A than not, at least
     best = n(a[1] & b[1]) - n(a[0] & ~b[1])                                      # ... and at most
-    reached = n(a[0]) + n(a[1] & ~a[0] & b[1])                                   # N's when `best` is reached; if fewer than two, others must join
+    reached = n(a[0]) + n(a[1] & ~a[0] & b[1])                                   # N's when `best` is reached; below two, others must join
     return np.stack([(n(a[0]) >= 2) & (worst > 0), (n(a[1]) >= 2) & (best - np.maximum(0, 2-reached) >= 0)])
 
 def _only(facts, c, images, drop, keep):
@@ -358,7 +364,8 @@ def judge(
     at = np.flatnonzero(second[:,-1])
     if len(at):
         f, s, i = first[at], second[at], images[at]
-        both[:,at] = np.any([judge_clauses(facts, f, i, drop=1<<o) & judge_clauses(facts, s, i, keep=1<<o) for o in range(MOST_OBJECTS)], axis=0)
+        without = lambda o: judge_clauses(facts, f, i, drop=1<<o) & judge_clauses(facts, s, i, keep=1<<o)
+        both[:,at] = np.any([without(o) for o in range(MOST_OBJECTS)], axis=0)
     return both.sum(0, dtype='u1')
 
 def judge_all(
@@ -369,19 +376,21 @@ def judge_all(
     "Truth of every sentence of every scene: each different clause is judged once, as a row of bits"
     S, (clauses, row) = facts.atoms.shape[-1], _unique_rows(codes.reshape(-1, WIDTH))
     step = max(1, block // max(S, 1))
-    bits = np.concatenate([np.packbits(judge_clauses(facts, clauses[i:i+step]), axis=-1) for i in range(0, len(clauses), step)], axis=1)
+    bits = [np.packbits(judge_clauses(facts, clauses[i:i+step]), axis=-1) for i in range(0, max(len(clauses), 1), step)]
+    bits = np.concatenate(bits, axis=1)
     first, second = row.reshape(-1, 2).T
     out = np.empty((len(codes), S), 'u1')
     for i in range(0, len(codes), step):
         both = np.unpackbits(bits[:,first[i:i+step]] & bits[:,second[i:i+step]], axis=-1, count=S)
         out[i:i+step] = both[0] + both[1]
-    j, i = np.nonzero(out * (codes[:,1,-1:] > 0))                                # 'another' only narrows: look again where it is not false yet
+    j, i = np.nonzero(out * (codes[:,1,-1:] > 0))                                # 'another' only narrows: look again at what is left
     out[j,i] = judge(facts, codes[j], i)
     return out.T
 
 def _unique_rows(a):
     "Different rows and, for each row, its place among them"
-    keys, first, inverse = np.unique(np.ascontiguousarray(a).view(f'V{a.shape[1]*a.itemsize}').ravel(), return_index=True, return_inverse=True)
+    keys = np.ascontiguousarray(a).view(f'V{a.shape[1]*a.itemsize}').ravel()
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return a[first], inverse
 
 def encode(

@@ -142,7 +142,7 @@ def _arrange(rng, scenes):
     return scenes
 
 # %% ../nbs/00b_world.ipynb #439a1e61
-_RGB = np.array([[214, 39, 40], [245, 130, 30], [240, 205, 40], [60, 160, 60], [50, 195, 205], [40, 90, 200], [130, 70, 170], [240, 130, 180]], float)
+_RGB = np.array([[214, 39, 40], [245, 130, 30], [240, 205, 40], [60, 160, 60], [50, 195, 205], [40, 90, 200], [130, 70, 170], [240, 130, 180]])
 _GROUNDS = ('#d9d3c4', '#c3d0da', '#c9d3bd', '#d6c8d3')
 
 def _rgb(hue, light):
@@ -162,6 +162,10 @@ def _mask(xy, texture, size, step):
             for v in np.arange(0, size + step, 2*step): pen.ellipse([u-.6*step, v-.6*step, u+.6*step, v+.6*step], fill=0)
     return ImageChops.logical_and(mask, cut)
 
+def _under(rgb):
+    "What shows between stripes and dots: a pale version; grey under black and under white"
+    return tuple(128 if sum(rgb) < 240 else 150 if sum(rgb) > 660 else int(255 - (255-v)*.15) for v in rgb)
+
 def draw(
     scenes:Scenes,       # S of them
     i:int=0,             # which to draw
@@ -173,7 +177,7 @@ def draw(
     for o in range(scenes.n[i]):
         xy = (OUTLINES[SHAPES[scenes.shape[i,o]]]*scenes.r[i,o] + [scenes.x[i,o], scenes.y[i,o]])*big
         rgb, pale = _rgb(scenes.hue[i,o], scenes.light[i,o]), scenes.texture[i,o]
-        if pale: img.paste(tuple(128 if sum(rgb) < 240 else int(255 - (255-v)*.15) if sum(rgb) < 660 else 150 for v in rgb), mask=_mask(xy, 0, big, 1))
+        if pale: img.paste(_under(rgb), mask=_mask(xy, 0, big, 1))
         img.paste(rgb, mask=_mask(xy, pale, big, .014*big))
     return img.resize((size, size), Image.LANCZOS)
 
@@ -195,7 +199,7 @@ def show(
 
 # %% ../nbs/00b_world.ipynb #426a841c
 EDITS = ('colour', 'shape', 'texture', 'number', 'order', 'swap')
-_PROPOSED = np.array([1., 1.1, .9, 1.2, 1.5, 3.3])/9.          # a swap is often impossible: proposed more often, all are about equally frequent
+_PROPOSED = np.array([1., 1.1, .9, 1.2, 1.5, 3.3])/9.   # a swap is often impossible: proposed more often, so that all are about as frequent
 
 @dataclass(frozen=True, eq=False)
 class Kin:
@@ -208,7 +212,7 @@ class Kin:
 
 def _columns(scenes): return {f.name: getattr(scenes, f.name) for f in fields(Scenes)}
 
-def _edit(rng, s, kind, one, two, types):
+def _edit(rng, s, kind, one, two):
     "Apply one edit to each scene of the column dictionary `s`; returns where it makes sense, and where an object was removed"
     row, ok = np.arange(len(kind)), np.ones(len(kind), bool)
     is_ = lambda name: np.flatnonzero(kind == EDITS.index(name))
@@ -245,6 +249,11 @@ def _more_or_less(rng, s, k, one, ok):
     s['n'][less] -= 1
     return fewer
 
+def _allowed(scenes, types, novel):
+    "Everything visible, and no held-out pair where there must be none"
+    held = (types.held_out[scenes.shape, colour_name(scenes)] & scenes.present).any(1)
+    return (visible(scenes) >= .6).all(1) & (novel | ~held)
+
 def make_twins(
     rng:np.random.Generator,
     scenes:Scenes,       # S of them
@@ -255,18 +264,17 @@ def make_twins(
     "Replace a share of the scenes by an earlier scene with one edit"
     S = len(scenes); out = {k: v.copy() for k, v in _columns(scenes).items()}
     twin = rng.random(S) < tau; twin[:2] = False
-    originals = np.flatnonzero(~twin); before = np.searchsorted(originals, np.arange(S))
-    parent = np.where(twin, originals[(rng.random(S)*before).astype(int) % len(originals)], -1)
+    originals = np.flatnonzero(~twin)
+    parent = np.where(twin, originals[(rng.random(S)*np.searchsorted(originals, np.arange(S))).astype(int)], -1)
     kin = {k: np.full(S, -1) for k in ('edit', 'one', 'two')} | dict(fewer=np.zeros(S, bool))
     todo = np.flatnonzero(twin)
     while len(todo):
         s = {k: v[parent[todo]].copy() for k, v in _columns(scenes).items()}
         kind = _choose(rng, np.broadcast_to(_PROPOSED, (len(todo), len(EDITS))))
-        one, two = np.argsort(rng.random((len(todo), MOST_OBJECTS)) + 9*(np.arange(MOST_OBJECTS) >= s['n'][:,None]), 1)[:,:2].T.copy()
-        ok, fewer = _edit(rng, s, kind, one, two, types)
-        new = Scenes(**s)
-        ok &= (visible(new) >= .6).all(1)
-        if not novel: ok &= ~(types.held_out[new.shape, colour_name(new)] & new.present).any(1)
+        order = np.argsort(rng.random((len(todo), MOST_OBJECTS)) + 9*(np.arange(MOST_OBJECTS) >= s['n'][:,None]), 1)
+        one, two = order[:,0].copy(), order[:,1].copy()
+        ok, fewer = _edit(rng, s, kind, one, two)
+        ok &= _allowed(Scenes(**s), types, novel)
         at = todo[ok]
         for k in out: out[k][at] = s[k][ok]
         for k, v in dict(edit=kind, one=one, two=two, fewer=fewer).items(): kin[k][at] = v[ok]
@@ -286,12 +294,20 @@ def latents(
     grey = np.where(np.isnan(scenes.hue), scenes.light, np.nan)
     colour = np.nan_to_num(np.concatenate([near, 1 - grey[...,None], grey[...,None]], -1))
     one_hot = lambda v, k: (v[...,None] == np.arange(k)).astype(float)
-    return np.concatenate([one_hot(scenes.shape, 12), colour, one_hot(scenes.texture, 3), (scenes.r[...,None]-.115)/.0375, np.ones(scenes.r.shape + (1,))], -1)
+    radius = (scenes.r[...,None]-.115)/.0375
+    return np.concatenate([one_hot(scenes.shape, 12), colour, one_hot(scenes.texture, 3), radius, np.ones_like(radius)], -1)
 
 def boxes_of(scenes, rng=None):
     "(S, 6, 4) x1, y1, x2, y2; shaken by .15 r with a generator"
     c = np.stack([scenes.x - scenes.r, scenes.y - scenes.r, scenes.x + scenes.r, scenes.y + scenes.r], -1)
     return c if rng is None else c + rng.normal(0, .15, c.shape)*scenes.r[...,None]
+
+def _ghosts(rng, strange, S, false):
+    "Up to four distractors per scene: half one object, half another, in the box of the first"
+    k = MOST_REGIONS - MOST_OBJECTS
+    w = strange[rng.integers(0, len(strange), 2*S*k)]
+    half, box = latents(w)[:,0].reshape(2, S, k, 27), boxes_of(w, rng)[:,0].reshape(2, S, k, 4)
+    return half.mean(0), box[0], np.arange(k) < rng.poisson(false, S)[:,None]
 
 def detect(
     rng:np.random.Generator,
@@ -310,12 +326,7 @@ def detect(
         m = np.flatnonzero((rng.random(S) < merge) & seen[:,o] & seen[:,o+1])
         z[m,o+1], seen[m,o] = (z[m,o] + z[m,o+1])/2, False
         box[m,o+1] = np.concatenate([np.minimum(box[m,o,:2], box[m,o+1,:2]), np.maximum(box[m,o,2:], box[m,o+1,2:])], -1)
-    ghosts = MOST_REGIONS - MOST_OBJECTS
-    pick = rng.integers(0, len(strange), (2, S, ghosts)); w = strange[pick.ravel()]
-    half = latents(w)[:,0].reshape(2, S, ghosts, 27)
-    gbox = boxes_of(w, rng)[:,0].reshape(2, S, ghosts, 4)[0]
-    z = np.concatenate([z, half.mean(0)], 1); box = np.concatenate([box, gbox], 1)
-    seen = np.concatenate([seen, np.arange(ghosts) < rng.poisson(false, S)[:,None]], 1)
+    z, box, seen = (np.concatenate(v, 1) for v in zip((z, box, seen), _ghosts(rng, strange, S, false)))
     order = np.argsort(rng.random(seen.shape) + 2*~seen, 1)
     z, box, seen = (np.take_along_axis(v, order.reshape(order.shape + (1,)*(v.ndim-2)), 1) for v in (z, box, seen))
     box = np.clip(box, 0, 1)
