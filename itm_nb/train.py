@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import scenes
 from .data import Batches, DataError, Vocabulary, fingerprint, order, purpose_key, read_scan, write_atomic
