@@ -134,10 +134,10 @@ def test_arms_share_their_streams(world):
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_lowers_its_own_loss(method, world):
-    t = prepare(config(asdict(TINY) | dict(method=method, warmup=0, epochs=30, dropout=0.)), world)
+    t = prepare(config(asdict(TINY) | dict(method=method, warmup=0, epochs=30, dropout=0., lr=.01)), world)
     caps = order(len(t.train.lengths), 0, 0)[:64]
-    costs = [float(sum(train_step(t, caps, 0).values())) for _ in range(25)]
-    assert np.isfinite(costs).all() and costs[-1] < .8*costs[0]
+    costs = [float(sum(train_step(t, caps, 0).values())) for _ in range(50)]
+    assert np.isfinite(costs).all() and costs[-1] < .9*costs[0]
 
 
 def test_no_host_sync_in_a_step(world):
