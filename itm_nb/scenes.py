@@ -274,8 +274,9 @@ def reader_scores(
     "How true every caption is of what the reader believes to see, averaged over eight looks at the regions, each shaken once more"
     images, captions = world.gallery(name, gallery); s, codes = world.split(name), world.part(name).codes[captions]
     rng, shake = stream(world.seed, 'reader', name, gallery), .8*world.sigma
-    looks = [replace(s, feats=s.feats + shake*rng.standard_normal(s.feats.shape, 'f4')) for _ in range(8)]
-    return sum(judge_all(read(look, np.hypot(world.sigma, shake)).facts.at(images), codes).astype('f4') for look in looks)/16
+    s = s.subset(images)
+    looks = [replace(s, feats=s.feats + np.float32(shake)*rng.standard_normal(s.feats.shape, 'f4')) for _ in range(8)]
+    return sum(judge_all(read(look, np.hypot(world.sigma, shake)).facts, codes).astype('f4') for look in looks)/16
 
 # %% ../nbs/01_scenes.ipynb #f319e711
 def _measure(world, name, gallery):

@@ -213,7 +213,8 @@ def speak(
     M = len(wish.own); aim, codes, duty = rng.normal(mu, spread, M), np.zeros((M, 2, WIDTH), 'i1'), wish.duty.copy()
     todo, rounds = np.arange(M), 0
     while len(todo):
-        if rounds == 60: raise DataError('speaker', f'{len(todo)} captions not found', 'something true and not too common', 'Take another seed.')
+        if rounds == 60:
+            raise DataError('speaker', f'{len(todo)} captions not found', 'something true and not too common', 'Take another seed.')
         if rounds == 30: duty[todo] = _ANY
         k = np.repeat(todo, candidates); w = replace(wish.rows(k), duty=duty[k])
         if rounds > 3: w = replace(w, form=np.where(rng.random(len(k)) < .7, 0, rng.integers(1, 4, len(k))))   # another form

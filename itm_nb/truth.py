@@ -143,7 +143,8 @@ def _facts(scenes):
 
 # %% ../nbs/00a_truth.ipynb #80b4f7aa
 _SPELLINGS = '''thing object item | circle disc | ring hoop | square block | rectangle bar | triangle wedge | star | cross plus | heart |
-moon crescent | arrow pointer | drop teardrop | leaf frond | round circular | boxy angular | pointed spiky | red crimson scarlet | orange amber |
+moon crescent | arrow pointer | drop teardrop | leaf frond | round circular | boxy angular | pointed spiky |
+red crimson scarlet | orange amber |
 yellow golden | green emerald | cyan turquoise | blue azure | purple violet | pink rosy | black ebony | white ivory | plain solid smooth |
 striped stripy lined | dotted spotted speckled | small little tiny | medium average | big large huge'''
 SPELLINGS = {p: tuple(words.split()) for p, words in zip(PREDICATES, _SPELLINGS.split('|'))}                 # predicate -> its words

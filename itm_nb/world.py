@@ -142,7 +142,8 @@ def _arrange(rng, scenes):
     return scenes
 
 # %% ../nbs/00b_world.ipynb #439a1e61
-_RGB = np.array([[214, 39, 40], [245, 130, 30], [240, 205, 40], [60, 160, 60], [50, 195, 205], [40, 90, 200], [130, 70, 170], [240, 130, 180]])
+_RGB = np.array([[214, 39, 40], [245, 130, 30], [240, 205, 40], [60, 160, 60],
+                 [50, 195, 205], [40, 90, 200], [130, 70, 170], [240, 130, 180]])
 _GROUNDS = ('#d9d3c4', '#c3d0da', '#c9d3bd', '#d6c8d3')
 
 def _rgb(hue, light):
@@ -263,8 +264,7 @@ def make_twins(
 )->tuple:                # the scenes with twins among them, and their `Kin`
     "Replace a share of the scenes by an earlier scene with one edit"
     S = len(scenes); out = {k: v.copy() for k, v in _columns(scenes).items()}
-    twin = rng.random(S) < tau; twin[:2] = False
-    originals = np.flatnonzero(~twin)
+    twin = rng.random(S) < tau; twin[:2] = False; originals = np.flatnonzero(~twin)
     parent = np.where(twin, originals[(rng.random(S)*np.searchsorted(originals, np.arange(S))).astype(int)], -1)
     kin = {k: np.full(S, -1) for k in ('edit', 'one', 'two')} | dict(fewer=np.zeros(S, bool))
     todo = np.flatnonzero(twin)
