@@ -51,8 +51,8 @@ class Config:
     regions:str='all'          # SCAN layout: 'all', or 'first:last' or one number: which regions to keep
     image_hidden:int=512       # width of the image tower's MLP; 0: linear
     image_pool:str='max'       # 'mean', 'max', 'topk', 'gpo'
-    text:str='conv'            # text tower: 'mean', 'conv', 'gru'
-    text_pool:str='max'        # pooling over words
+    text:str='mean'            # text tower: 'mean', 'conv', 'gru'
+    text_pool:str='mean'       # pooling over words
     dim:int=256                # length of the joint vectors
     d_word:int=128             # length of word vectors
     dropout:float=.1           # of region features and word vectors
@@ -62,7 +62,7 @@ class Config:
     temperature:float=.05      # of InfoNCE
     epochs:int=12
     batch:int=128              # pairs in a step
-    lr:float=1e-3              # of Adam
+    lr:float=3e-3              # of Adam
     decay:str='cosine'         # 'cosine' to zero, 'step' (a tenth after two thirds), 'none'
     clip:float=2.              # largest gradient norm; 0: no clipping
     precision:str='fp32'       # 'fp32' or 'bf16' (towers only; scores, losses and metrics are fp32 always)
