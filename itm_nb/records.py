@@ -60,14 +60,14 @@ def _photo_means(
     matches:list,          # per gallery: what `many_positives` found, with indices within the gallery
     img_of:np.ndarray,     # (M,) photo of each sentence
     gallery:np.ndarray,    # (N,) gallery of each photo
-)->dict:                   # direction -> {'map_r', 'r1'}: packed (N,) whole percents; t2i: means over a photo's sentences
+)->dict:                   # direction -> {'map_r'}: packed (N,) whole percents; t2i: means over a photo's sentences
     "Per-query values under truth, photo by photo; 255 where no query of a photo has a right answer"
     out = {}
     for d, home in (('i2t', np.arange(len(gallery))), ('t2i', img_of)):
         photo = np.concatenate([home[gallery[home] == g][m[d].query] for g, m in zip(np.unique(gallery), matches, strict=True)])
-        values = dict(map_r=np.concatenate([m[d].ap for m in matches]), r1=np.concatenate([m[d].first < 1 for m in matches]))
+        ap = np.concatenate([m[d].ap for m in matches])
         n = np.bincount(photo, minlength=len(gallery))
-        out[d] = {k: pack(np.where(n, np.rint(100*np.bincount(photo, v, len(gallery))/np.maximum(n, 1)), 255)) for k, v in values.items()}
+        out[d] = dict(map_r=pack(np.where(n, np.rint(100*np.bincount(photo, ap, len(gallery))/np.maximum(n, 1)), 255)))
     return out
 
 def _stored_ranks(ranks, img_of, gallery, clip):
@@ -194,7 +194,7 @@ _ranks = _object(dict(
 _series = dict(type='array', items=dict(type=['number', 'null']))
 _id = dict(type='string', pattern='^[0-9a-f]{12}$', description="hash of what defines the run; the file's name")
 _block = _object(dict(fold=dict(type=['integer', 'null']), seed=dict(type='integer')), description='with equal data: runs that are paired')
-_per = _object({}, dict(map_r=_packed, r1=_packed))
+_per = _object({}, dict(map_r=_packed))
 _title = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'The record of one run of itm_nb (schema 1)'}
 
 SCHEMA = _title | _object(

@@ -196,9 +196,9 @@ def _cell(r)->str:
     "A number for reading: mean, sd over runs, interval; empty where nothing ran"
     x, sign = (r['d'], '+') if 'd' in r else (r['mean'], '')
     if math.isnan(x): return ''
-    spread = '' if math.isnan(r['sd']) else f" ± {r['sd']:.1f}"
-    ends = '' if math.isnan(r['lo']) else f" [{r['lo']:{sign}.1f}, {r['hi']:{sign}.1f}]"
-    return f'{x:{sign}.1f}{spread}{ends}'
+    spread = '' if math.isnan(r['sd']) else f" ± {r['sd']:z.1f}"
+    ends = '' if math.isnan(r['lo']) else f" [{r['lo']:{sign}z.1f}, {r['hi']:{sign}z.1f}]"
+    return f'{x:{sign}z.1f}{spread}{ends}'
 
 _NOTE = dict(d='mean difference ± standard deviation over matched blocks [95 % interval: the wider of blocks and photos]',
              mean='mean ± standard deviation over runs [95 % interval over test photos]', source='as published')
