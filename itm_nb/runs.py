@@ -181,13 +181,13 @@ def start(
     given:dict,          # parameters by name
     bar:bool=True,
 )->tuple:                # (exit code, run folder)
-    "Run an experiment unless it is finished already"
+    "Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is finished"
     nb = template(name); values = resolve(parameters(nb), given)
     out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/run_id(nb.stem, values))
     if 'out' in values: values['out'] = str(out)
     with claim(out) as mine:
         if not mine: return BUSY, out
-        if done(out): return 0, out
+        if done(out) and 'arm' in values: return 0, out     # a row of a table is made once; a study is made anew
         return execute(nb, values, out, bar), out
 
 # %% ../nbs/15_runs.ipynb #08b9ec2f
