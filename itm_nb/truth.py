@@ -167,6 +167,7 @@ _UNBOUNDED = 99
 class NoParse(ValueError): "Not a sentence of the grammar"
 
 class Meaning(NamedTuple):
+    "What the parser makes of a sentence: its clauses as numbers, and whether its grammar is in order"
     code:np.ndarray      # (2, 17) int8, see the table above
     grammatical:bool     # False: an article or an agreement is wrong
 
