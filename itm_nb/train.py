@@ -238,6 +238,10 @@ def sha256_file(path)->str:
     "SHA-256 of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+def _seal(state:dict, tensors)->str:
+    "One hash over both files of a checkpoint"
+    return hashlib.sha256((json.dumps(state, sort_keys=True) + sha256_file(tensors)).encode()).hexdigest()
+
 def save_checkpoint(
     folder,           # e.g. run/last; the one before it goes to run/previous
     tensors:dict,     # name -> tensor
@@ -248,7 +252,7 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new/'tensors.safetensors')
     with open(new/'tensors.safetensors', 'rb') as f: os.fsync(f.fileno())
-    write_atomic(new/'state.json', json.dumps(state | dict(sha256=sha256_file(new/'tensors.safetensors')), sort_keys=True).encode())
+    write_atomic(new/'state.json', json.dumps(dict(seal=_seal(state, new/'tensors.safetensors'), state=state), sort_keys=True).encode())
     if folder.exists(): shutil.rmtree(old, ignore_errors=True); os.replace(folder, old)
     os.replace(new, folder)
 
@@ -260,10 +264,10 @@ def load_checkpoint(
     for at in (folder, folder.with_name('previous')):
         if not at.is_dir(): continue
         try:
-            state = json.loads((at/'state.json').read_text('utf-8'))
-            if sha256_file(at/'tensors.safetensors') != state.pop('sha256'): raise ValueError('the tensors do not match their hash')
-            return load_file(at/'tensors.safetensors'), state
-        except (OSError, ValueError, KeyError) as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
+            found = json.loads((at/'state.json').read_text('utf-8'))
+            if found['seal'] != _seal(found['state'], at/'tensors.safetensors'): raise ValueError('state and tensors do not match their seal')
+            return load_file(at/'tensors.safetensors'), found['state']
+        except (OSError, ValueError, KeyError, TypeError) as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
     return None
 
 # %% ../nbs/14_train.ipynb #762eaedf
