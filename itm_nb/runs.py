@@ -493,7 +493,15 @@ def itm_sweep(argv=None)->int:
     if a.dry_run or a.status:
         for e in todo: print(f'{"done" if done(e.out) else f"{100*_progress(e):3.0f}%":5} {e.out.name} {e.arm:12} seed {e.values["seed"]}')
         return 0
+    _has_data(todo)
     return _sweep(path.stem, spec, todo, a)
+
+def _has_data(todo):
+    "Refuse a sweep on data that is not there, before anything is started"
+    for e in todo:
+        folder = e.values.get('folder', '')
+        if e.values.get('data') == 'scan' and not Path(folder or '?').is_dir():
+            raise SetupError(f'data folder {folder!r} is not there; wanted features and captions in the SCAN layout. Name it: -p folder PATH')
 
 def _sweep(name, spec, todo, a)->int:
     "Drive, gather, report, say where everything lies"
