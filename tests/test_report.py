@@ -122,7 +122,7 @@ def test_one_changed_rank_is_noticed():
         assert any(f'{d}.r1' in m for m in mismatches(bad)) and lint_records([bad])
 
 def test_a_record_that_is_too_long_is_clipped_earlier_not_refused(tmp_path):
-    rec = made_up_record('long', 2., photos=2000, per_image=4, galleries=2, truth=True)
+    rec = made_up_record('long', 1., photos=2000, per_image=5, galleries=2, truth=True)
     assert rec['ranks']['clip'] < 255 and mismatches(rec) == []
     assert write_record(tmp_path, rec).stat().st_size <= 16_000
     k = rec['ranks']['clip']
