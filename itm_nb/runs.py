@@ -331,15 +331,21 @@ def sweep_file(
     there = sorted(p.stem for p in (project()/'nbs'/'experiments'/'sweeps').glob('*.yaml'))
     raise SetupError(f'no sweep called {name!r}; there are {there}')
 
+def _read_yaml(path)->dict:
+    "A YAML (or JSON) file that holds a mapping"
+    import yaml
+    try: found = yaml.safe_load(path.read_text('utf-8'))
+    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror})') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise SetupError(f'{path.name}: not a YAML file ({str(e).splitlines()[0]})') from None
+    if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
+    return found
+
 def read_sweep(
     path:Path,
 )->dict:             # title, base, blocks, arms, controls
     "A sweep file, checked: only known keys, every part of the right kind"
-    import yaml
-    try: spec = yaml.safe_load(path.read_text('utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise SetupError(f'{path.name}: not a YAML file ({str(e).splitlines()[0]})') from None
+    spec = _read_yaml(path)
     kinds = dict(title=str, about=str, base=dict, blocks=list, arms=dict, controls=dict)
-    if not isinstance(spec, dict): raise SetupError(f'{path.name}: wanted a mapping with {", ".join(kinds)}')
     for k, v in spec.items():
         if k not in kinds: raise SetupError(f'{path.name}: no part called {k!r}; there are {", ".join(kinds)}')
         if not isinstance(v, kinds[k]): raise SetupError(f'{path.name}: {k} is {type(v).__name__}; wanted {kinds[k].__name__}')
@@ -401,12 +407,12 @@ def drive(
     try:
         while (waiting and not stop) or live:
             while waiting and len(live) < jobs and not stop: i = waiting.pop(0); live[i] = _launch(todo[i])
-            if stop == [1]: stop.append(2); [p.terminate() for p in live.values()]
+            if stop and 'told' not in stop: stop.append('told'); [p.terminate() for p in live.values()]
             for i, p in list(live.items()):
                 if p.poll() is None: continue
                 del live[i]
                 if p.returncode == BUSY and not done(todo[i].out): waiting.append(i); time.sleep(1)      # another driver has it: look again
-                elif p.returncode: failed[i] = p.returncode
+                elif p.returncode: failed[i] = RESUMABLE if stop else p.returncode
             if bar is not None: _show(bar, todo, live)
             time.sleep(.3)
     finally:
@@ -466,8 +472,7 @@ def itm_run(argv=None)->int:
     if a.parameters:
         for x in parameters(template(a.experiment)).values(): print(f'{x.name:14} {x.default!r:12} {x.about}')
         return 0
-    given = {}
-    if a.f: import yaml; given = yaml.safe_load(Path(a.f).read_text('utf-8')) or {}
+    given = _read_yaml(Path(a.f)) if a.f else {}
     code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet)
     said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
     if not a.quiet: print(f'{said.get(code, "failed")}: {out}')

@@ -53,6 +53,13 @@ def test_wrong_parameters_stop_at_once(argv, wanted, tmp_path):
     if 'sede' in argv: assert 'seed' in err and 'method' in err and 'epochs' in err           # the valid names
 
 
+@pytest.mark.parametrize('raw', [None, b'{', b'- 1', b'\xff\xfe', b'sede: 3', b'seed: abc'])
+def test_bad_parameter_files(raw, tmp_path):
+    if raw is not None: (tmp_path/'p.yaml').write_bytes(raw)
+    code, out, err = call('itm_run', 'train', '-f', tmp_path/'p.yaml')
+    assert code == 2 and 'Traceback' not in err and err.count('\n') == 1
+
+
 def test_unknown_experiment_or_sweep():
     assert call('itm_run', 'trian')[0] == 2 and 'train' in call('itm_run', 'trian')[2]
     assert call('itm_sweep', 'scnes')[0] == 2 and 'scenes' in call('itm_sweep', 'scnes')[2]
