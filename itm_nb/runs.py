@@ -506,7 +506,7 @@ def _has_data(todo):
     for e in todo:
         folder = e.values.get('folder', '')
         if e.values.get('data') == 'scan' and not Path(folder or '?').is_dir():
-            raise SetupError(f'data folder {folder!r} is not there; wanted features and captions in the SCAN layout. Name it: -p folder PATH')
+            raise SetupError(f'data folder {folder!r} is not there; wanted features and captions in the SCAN layout: -p folder PATH')
 
 def _sweep(name, spec, todo, a)->int:
     "Drive, gather, report, say where everything lies"

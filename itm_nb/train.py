@@ -265,7 +265,7 @@ def load_checkpoint(
         if not at.is_dir(): continue
         try:
             found = json.loads((at/'state.json').read_text('utf-8'))
-            if found['seal'] != _seal(found['state'], at/'tensors.safetensors'): raise ValueError('state and tensors do not match their seal')
+            if found['seal'] != _seal(found['state'], at/'tensors.safetensors'): raise ValueError('the seal does not match')
             return load_file(at/'tensors.safetensors'), found['state']
         except (OSError, ValueError, KeyError, TypeError) as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
     return None
