@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'BUSY', 'RESUMABLE', 'SetupError', 'project', 'template', 'Parameter', 'parameters', 'resolve', 'run_id',
-           'source_hash', 'commit', 'claim', 'done', 'execute', 'finish', 'start', 'about', 'under_truth', 'curves',
-           'cost', 'conclude', 'control', 'settings', 'Entry', 'sweep_file', 'read_sweep', 'entries', 'drive', 'gather',
-           'report', 'itm_run', 'itm_sweep', 'itm_data', 'itm_readme']
+           'source_hash', 'commit', 'claim', 'in_turn', 'done', 'execute', 'finish', 'start', 'about', 'under_truth',
+           'curves', 'cost', 'conclude', 'control', 'settings', 'Entry', 'sweep_file', 'read_sweep', 'entries', 'drive',
+           'gather', 'report', 'itm_run', 'itm_sweep', 'itm_data', 'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
 import argparse
@@ -130,6 +130,14 @@ def claim(
         try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError: yield False; return
         yield True
+
+@contextmanager
+def in_turn(
+    lock:Path,     # a file, made if need be
+):
+    "One process after the other: waits until the lock is free"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, 'a') as f: fcntl.flock(f, fcntl.LOCK_EX); yield
 
 def done(
     out,           # run folder
@@ -378,7 +386,8 @@ def entries(
 def _launch(e:Entry)->subprocess.Popen:
     "Start one run in its own session; what it prints goes to worker.log in its folder"
     e.out.mkdir(parents=True, exist_ok=True)
-    (e.out/'params.json').write_text(json.dumps(e.values, indent=1))
+    tmp = e.out/f'.params.{os.getpid()}.tmp'; tmp.write_text(json.dumps(e.values, indent=1))
+    os.replace(tmp, e.out/'params.json')               # whole at every moment: another driver's worker may be reading it
     code = 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
     with open(e.out/'worker.log', 'ab') as log:
         return subprocess.Popen([sys.executable, '-c', code, e.template, '-f', str(e.out/'params.json'), '--quiet'], stdout=log, stderr=log,
@@ -520,8 +529,9 @@ def _sweep(name, spec, todo, a)->int:
         print(f'{todo[i].arm} seed {todo[i].values["seed"]}: {how}; see {todo[i].out/"worker.log"}', file=sys.stderr)
     if any(c == RESUMABLE for c in failed.values()): print('stopped; the same command goes on from here'); return RESUMABLE
     base = project()/'figures' if a.publish else Path(a.runs)/name/'report'
-    gather(todo, base/'results', name)
-    code = report(name, base/'results', base, Path(a.runs)/name/'study')
+    with in_turn(Path(a.runs)/name/'report.lock'):     # a second driver of the same folder waits here and then makes the same files
+        gather(todo, base/'results', name)
+        code = report(name, base/'results', base, Path(a.runs)/name/'study')
     if code: print(f'the report failed; see {Path(a.runs)/name/"study"/"worker.log"}', file=sys.stderr)
     if code == 0: print((base/f'table_{name}.md').read_text('utf-8'))
     for f in sorted(base.glob(f'*{name}*')): print(f)
