@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SPECIALS', 'DataError', 'purpose_key', 'uniform', 'generator', 'Split', 'regular_file', 'read_json',
-           'check_finite', 'caption_ids', 'read_scan', 'check_parts', 'concat', 'words', 'write_atomic', 'Vocabulary',
-           'fingerprint', 'Batches', 'order', 'describe', 'Finding', 'check_folder']
+           'check_finite', 'caption_ids', 'read_scan', 'check_parts', 'concat', 'words', 'write_atomic', 'padded',
+           'Vocabulary', 'fingerprint', 'Batches', 'fetched', 'order', 'describe', 'Finding', 'check_folder']
 
 # %% ../nbs/00_data.ipynb #8350edaa
 import hashlib
@@ -16,6 +16,7 @@ import stat
 import unicodedata
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Sequence
@@ -77,8 +78,8 @@ def generator(
 class Split:
     "One part of a data set: region features, sentences, and the image each sentence was written for"
     name:str                  # 'train', 'val' or 'test'
-    feats:np.ndarray          # (N, R, D) float16 or float32 features; real regions come first, padding last
-    num:np.ndarray            # (N,) how many regions of each image are real
+    feats:np.ndarray          # (N, R, D) float16 or float32 features; real regions come first, padding last; None: image files only
+    num:np.ndarray            # (N,) how many regions of each image are real; ones where there are only files
     captions:Sequence[str]    # M sentences
     img_of:np.ndarray         # (M,) index (0..N-1) of the image each sentence was written for
     img_ids:np.ndarray        # (N,) the data set's own ids of the images, unique
@@ -86,9 +87,10 @@ class Split:
     boxes:np.ndarray=None     # (N, R, 4) x1, y1, x2, y2 as shares of width and height, or None
     gallery:np.ndarray=None   # (N,) which gallery each image is searched in; None: all images form one
     source:str='memory'       # where it came from, for messages
+    files:Sequence=None       # N image files, or None
 
     def __post_init__(self): _check_split(self)
-    def __len__(self): return len(self.feats)
+    def __len__(self): return len(self.img_ids)
 
     def subset(self,
         images:np.ndarray,     # indices of the images to keep, in the order wanted
@@ -97,7 +99,9 @@ class Split:
         "The part of this split that shows these images"
         new = np.full(len(self), -1); new[images] = np.arange(len(images))
         keep = np.flatnonzero(new[self.img_of] >= 0); keep = keep[np.argsort(new[self.img_of[keep]], kind='stable')]
-        return replace(self, name=name or self.name, feats=self.feats[images], num=self.num[images], img_ids=self.img_ids[images],
+        return replace(self, name=name or self.name, feats=None if self.feats is None else self.feats[images],
+                       files=None if self.files is None else [self.files[i] for i in images], num=self.num[images],
+                       img_ids=self.img_ids[images],
                        boxes=None if self.boxes is None else self.boxes[images],
                        gallery=None if self.gallery is None else self.gallery[images], captions=[self.captions[j] for j in keep],
                        img_of=new[self.img_of[keep]], cap_ids=self.cap_ids[keep])
@@ -106,16 +110,20 @@ def _check_split(s):
     "Sizes that agree, indices in range, a sentence for every image, ids used once"
     def need(ok, found, wanted, remedy):
         if not ok: raise DataError(s.source, found, wanted, remedy)
-    N, M = len(s.feats), len(s.captions)
-    need(s.feats.ndim == 3 and s.feats.dtype in (np.float16, np.float32), f'features {s.feats.shape} {s.feats.dtype}',
+    N, M, x = len(s.img_ids), len(s.captions), s.feats
+    need(x is not None or s.files is not None, 'neither features nor image files', 'one of them', 'Give feats or files.')
+    need(s.files is None or len(s.files) == N, f'{len(s.files or ())} files and {N} ids', 'a file for every image', 'Name every file.')
+    need(x is None or x.ndim == 3 and x.dtype in (np.float16, np.float32), f'features {np.shape(x)} {getattr(x, "dtype", "")}',
          '(images, regions, dims) float16 or float32', "Convert them, e.g. x.astype('float32').")
     need(N > 0 and M > 0, f'{N} images and {M} sentences', 'at least one of each', 'Look for an empty file.')
-    need(len(s.num) == N and len(s.img_ids) == N, f'{N} images, {len(s.num)} counts, {len(s.img_ids)} ids',
+    n = N if x is None else len(x)
+    need(n == len(s.num) == N, f'{n} images, {len(s.num)} counts, {N} ids',
          'one count and one id per image', 'Take all three from the same data set.')
     need(len(s.img_of) == M and len(s.cap_ids) == M, f'{M} sentences, {len(s.img_of)} image indices, {len(s.cap_ids)} ids',
          'one image index and one id per sentence', 'Take all three from the same data set.')
-    need(s.num.min() >= 1 and s.num.max() <= s.feats.shape[1], f'region counts from {s.num.min()} to {s.num.max()}',
-         f'1 to {s.feats.shape[1]}', 'Every image needs a real region: where nothing was detected, give the whole image as one.')
+    R = 1 if x is None else x.shape[1]
+    need(s.num.min() >= 1 and s.num.max() <= R, f'region counts from {s.num.min()} to {s.num.max()}',
+         f'1 to {R}', 'Every image needs a real region: where nothing was detected, give the whole image as one.')
     need(s.img_of.min() >= 0 and s.img_of.max() < N, f'image indices from {s.img_of.min()} to {s.img_of.max()}', f'0 to {N-1}',
          'Indices count from 0.')
     silent = N - len(np.unique(s.img_of))
@@ -410,6 +418,16 @@ def write_atomic(
 # %% ../nbs/00_data.ipynb #949f92e0
 SPECIALS = ('<pad>', '<start>', '<end>', '<unk>')
 
+def padded(
+    ids:list,      # M lists of numbers
+)->tuple:          # (M, L) int64 tokens padded with 0, (M,) int64 lengths, both on the CPU
+    "Lists of different lengths as one array"
+    lengths = torch.tensor([len(x) for x in ids], dtype=torch.int64)
+    mask = torch.arange(max(map(len, ids), default=0)) < lengths[:,None]
+    tokens = torch.zeros(mask.shape, dtype=torch.int64)
+    tokens[mask] = torch.tensor([i for x in ids for i in x], dtype=torch.int64)
+    return tokens, lengths
+
 @dataclass(frozen=True)
 class Vocabulary:
     "The words a model knows, by number; 0 is padding"
@@ -435,11 +453,7 @@ class Vocabulary:
         "Sentences as rows of numbers; a sentence without any word becomes <unk>"
         ids = [[self.index.get(w, 3) for w in words(s)[:longest]] or [3] for s in sentences]
         if ends: ids = [[1, *x, 2] for x in ids]
-        lengths = torch.tensor([len(x) for x in ids], dtype=torch.int64)
-        mask = torch.arange(max(map(len, ids), default=0)) < lengths[:,None]
-        tokens = torch.zeros(mask.shape, dtype=torch.int64)
-        tokens[mask] = torch.tensor([i for x in ids for i in x], dtype=torch.int64)
-        return tokens, lengths
+        return padded(ids)
 
     def save(self, path):
         "As JSON, a word per line"
@@ -459,19 +473,25 @@ def _vocabulary_words(d, path):
     return tuple(w)
 
 # %% ../nbs/00_data.ipynb #025b82e0
+def _add_files(h, files):
+    "Sizes of all image files and the bytes of evenly spaced ones, about 64 MiB; their names do not matter"
+    size = [os.stat(regular_file(f)).st_size for f in files]; h.update(json.dumps(size).encode())
+    for i in _spread(len(files), max(1, int((64 << 20) / np.mean(size)))): h.update(Path(files[i]).read_bytes())
+
 def fingerprint(
     split:Split,
 )->str:             # 64 hexadecimal digits, equal wherever the data lies
     "SHA-256 of shape, type, rows of the features (all up to 64 MiB, else evenly spaced ones), counts, boxes, galleries, captions, ids"
     h, x = hashlib.sha256(), split.feats
-    rows = _spread(len(x), max(1, (64 << 20) // x[:1].nbytes))
     def add(name, a):
         h.update(f'{name} {a.dtype.kind}{a.dtype.itemsize} {a.shape}\n'.encode()); h.update(np.ascontiguousarray(a).tobytes())
-    h.update(f'{x.shape} {len(rows)}\n'.encode())
-    for i in range(0, len(rows), 256): add('feats', x[rows[i:i+256]])
+    if x is None: _add_files(h, split.files)
+    else:
+        rows = _spread(len(x), max(1, (64 << 20) // x[:1].nbytes)); h.update(f'{x.shape} {len(rows)}\n'.encode())
+        for i in range(0, len(rows), 256): add('feats', x[rows[i:i+256]])
     for name in ('num', 'img_of', 'img_ids', 'cap_ids', 'gallery'):
         if getattr(split, name) is not None: add(name, np.asarray(getattr(split, name), dtype=np.int64))
-    if split.boxes is not None: add('boxes', split.boxes[_spread(len(x), 4096)])
+    if split.boxes is not None: add('boxes', split.boxes[_spread(len(split), 4096)])
     h.update(json.dumps(list(split.captions)).encode())
     return h.hexdigest()
 
@@ -490,24 +510,32 @@ class Batches:
     "A split on the device: `take` gives training batches, `images` and `texts` give chunks for evaluation"
     def __init__(self,
         split:Split,
-        vocab:Vocabulary,
+        vocab:Vocabulary,                  # or anything with its `encode`
         device='cpu',
         dtype:torch.dtype=torch.float32,   # how features are kept; float16 halves the memory; batches are float32 either way
+        pixels=None,                       # array-like of N pictures (N, S, S, 3) in place of features
+        change=None,                       # (pictures, caption ids, epoch) -> pictures as training sees them
+        workers:int=0,                     # threads that load coming batches; 0: features lie on the device, pictures wait to be asked for
     ):
-        self.split, self.device, N, R = split, torch.device(device), len(split), split.feats.shape[1]
-        self.feats = _on_device(split, device, dtype)
-        self.mask = (torch.arange(R) < torch.tensor(np.array(split.num))[:,None]).to(device)
+        self.split, self.device, self.dtype, R = split, torch.device(device), dtype, 1 if pixels is not None else split.feats.shape[1]
+        self.pixels, self.change, self.workers, self.coming = pixels, change, workers, {}
+        self.pool = ThreadPoolExecutor(workers, 'loader', torch.set_num_threads, (torch.get_num_threads(),)) if workers else None
+        self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
+        num = np.ones(len(split), int) if pixels is not None else np.array(split.num)
+        self.mask = (torch.arange(R) < torch.tensor(num)[:,None]).to(device)
         tokens, lengths = vocab.encode(split.captions)
         self.tokens, self.lengths, self._lengths = tokens.to(device), lengths.numpy(), lengths.to(device)
         self.img_of, self.img_ids, self.cap_ids = (torch.tensor(np.array(a), dtype=torch.int64, device=device)
                                                    for a in (split.img_of, split.img_ids, split.cap_ids))
+        self.sorted = dict(image=np.argsort(split.img_ids, kind='stable'), text=np.argsort(split.cap_ids, kind='stable'))
 
     def images(self,
         idx,           # image indices on the CPU: a slice or (B,) integers
-    )->dict:           # feats (B, R, D) float32, mask (B, R): which regions are real
-        "Region features of some images"
+    )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R): which regions are real
+        "Region features or pictures of some images"
         at = idx if isinstance(idx, slice) else torch.as_tensor(idx).to(self.device, non_blocking=True)
-        return dict(feats=self.feats[at].float(), mask=self.mask[at])
+        if self.feats is not None: return dict(feats=self.feats[at].float(), mask=self.mask[at])
+        return dict(feats=_look(self, np.arange(len(self.split))[idx]).to(self.device), mask=self.mask[at])
 
     def texts(self,
         idx,           # caption indices on the CPU: a slice or (B,) integers
@@ -518,12 +546,56 @@ class Batches:
         return dict(tokens=self.tokens[at, :l], lengths=self._lengths[at])
 
     def take(self,
-        cap:Tensor,    # (B,) caption indices, on the CPU
-    )->dict:           # cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids (B,) ids: all on the device
+        cap:Tensor,         # (B,) caption indices, on the CPU
+        extra:dict=None,    # {name: ids}: what a source of negatives wants loaded with the batch, see `fetched`
+        epoch:int=0,        # pictures change from epoch to epoch
+        ahead=(),           # (captions, epoch) of the batches that follow: loaded meanwhile where there are workers
+    )->dict:                # on the device: cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids; and what was extra
         "A batch of matching pairs"
         at = cap.to(self.device, non_blocking=True); img = self.img_of[at]
-        return dict(cap=at, img=img, feats=self.feats[img].float(), mask=self.mask[img], **self.texts(cap),
-                    cap_ids=self.cap_ids[at], img_ids=self.img_ids[img])
+        feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
+        return dict(cap=at, img=img, feats=feats, mask=self.mask[img], **self.texts(cap),
+                    cap_ids=self.cap_ids[at], img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+
+def fetched(
+    batches:Batches,
+    name:str,       # 'image.NAME', 'text.NAME' or 'tokens.NAME'
+    ids,            # on the CPU: (n,) ids of images or of captions, or (n, L) word ids with 0 as padding
+)->dict:            # what `images` or `texts` give, with the ids
+    "Images or sentences that come with a batch because a source of negatives asked for them"
+    kind, s = name.partition('.')[0], batches.split
+    if kind == 'tokens':
+        tokens = torch.as_tensor(ids).to(batches.device)
+        return dict(tokens=tokens, lengths=(tokens != 0).sum(1))
+    if kind not in batches.sorted: raise DataError(name, f'kind {kind!r}', "'image', 'text' or 'tokens' before the dot")
+    ids, known, order = np.asarray(ids), s.img_ids if kind == 'image' else s.cap_ids, batches.sorted[kind]
+    at = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known)-1)]
+    odd = ids[known[at] != ids]
+    if len(odd): raise DataError(s.source, f'{kind} id {odd[0]} as {name!r}', f'an id of the {s.name} split', 'Make the list anew.')
+    idx = torch.as_tensor(at); images = batches.img_of[idx.to(batches.device)] if kind == 'text' else idx.to(batches.device)
+    found = batches.images(idx) if kind == 'image' else batches.texts(idx) | dict(cap_ids=batches.cap_ids[idx.to(batches.device)])
+    return found | dict(img_ids=batches.img_ids[images])
+
+def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) image indices; (B,) caption indices in training -> on the host
+    "Pictures or features of some images, read where they lie"
+    if b.pixels is not None:
+        x = b.pixels[img]
+        return x if b.change is None or cap is None else b.change(x, torch.tensor(b.split.cap_ids[cap]), epoch)
+    x = torch.from_numpy(np.array(b.split.feats[img])).to(b.dtype)
+    if not x.isfinite().all():
+        check_finite(b.split.feats, b.split.source, img)
+        raise DataError(b.split.source, 'too large features', f'features that fit {b.dtype}', 'Keep them as torch.float32.')
+    return x.float()
+
+def _loaded(b, cap, epoch, ahead)->Tensor:
+    "A batch's pictures or features on the device: the ones loaded ahead if they were announced, and the next ones set going"
+    name = lambda c, e: (e, c.numpy().tobytes())
+    def load(c, e):
+        x = _look(b, b.split.img_of[c.numpy()], c.numpy(), e)
+        return x.pin_memory() if b.device.type == 'cuda' else x
+    job = b.coming.pop(name(cap, epoch), None)
+    if b.pool: b.coming = {k: b.coming.get(k) or b.pool.submit(load, c, e) for c, e in ahead for k in [name(c, e)]}
+    return (job.result() if job else load(cap, epoch)).to(b.device, non_blocking=True)
 
 def order(
     n:int,          # captions
