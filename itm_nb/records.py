@@ -104,8 +104,8 @@ def record(
     img_of:np.ndarray=None,    # (M,) photo of each sentence
     gallery:np.ndarray=None,   # (N,) gallery of each photo, labels 0..; None: all in one
     matches:list=None,         # per gallery, by its number: what `many_positives` found, indices counted within the gallery
-    test:dict=None, val:dict=None, kind:str='run',   # metrics of a control without ranks; on the validation split; 'run' or 'control'
-    **rest,                    # best_epoch, last, cost, curves
+    test:dict=None, val:dict=None, kind:str='run',   # metrics of a control without ranks; on the validation split; see SCHEMA
+    **rest,                    # best_epoch, last, cost, curves, collapsed, search
 )->dict:                       # ready for `write_record`
     "What is kept of a run; recalls are computed from the ranks"
     rec = dict(schema=1, kind=kind, **about, data=dict(data), metrics=dict(val=val, test=dict(test or {})), **rest)
@@ -200,19 +200,23 @@ _title = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'T
 SCHEMA = _title | _object(
     dict(schema=dict(type='integer', enum=[1]), id=_id, sweep=_text,
          method=dict(_text, description='name of the method, or of the control: oracle, chance'),
-         kind=dict(type='string', enum=['run', 'control'], description='a control needs no ranks'), seed=dict(type='integer'),
+         kind=dict(type='string', enum=['run', 'control', 'foreign', 'ensemble'],
+                   description='a control needs no ranks; foreign: scores or ranks made elsewhere; ensemble: averaged scores of runs'),
+         seed=dict(type='integer'),
          preset=dict(type=['string', 'null'], description='e.g. faithful or corrected'), block=_block, data=_data,
          config=dict(type='object', description='resolved settings, flat'), commit=_text,
          source=dict(_text, description="hash of the package's source"), versions=_of(_text), device=_text, threads=_count,
          metrics=_metrics),
     dict(best_epoch=dict(type=['integer', 'null']), last=dict(_or_null(_numbers), description='validation at the last epoch'),
+         collapsed=dict(type='boolean', description='by the rule fixed beforehand; kept in every mean'),
+         search=dict(type='object', description='how the settings were found: tried, and validation rSum of each trial'),
          cost=_of(dict(type=['number', 'null'])), curves=_of(_series, required=['epoch']), ranks=_ranks,
          perphoto=_object({}, dict(i2t=_per, t2i=_per), description='whole percents under truth; 255: none; t2i: mean over the sentences')),
     anyOf=[dict(properties=dict(kind=dict(enum=['control']))),
            dict(required=['ranks'], properties=dict(metrics=dict(properties=dict(test=dict(required=['i2t', 't2i', 'rsum'])))))])
 
 # %% ../nbs/15_records.ipynb #c9feb83b
-_KINDS = dict(object=dict, array=list, string=str, null=type(None))
+_KINDS = dict(object=dict, array=list, string=str, null=type(None), boolean=bool)
 
 def _is(x, kind):
     "Is a value of this kind of JSON? Truth values are no numbers; 2.0 is an integer"

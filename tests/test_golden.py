@@ -19,7 +19,7 @@ from itm_nb.metrics import Ranks, by_gallery, in_galleries, many_positives, matc
 torch.set_num_threads(1)
 HOME = Path(__file__).parent/'golden'
 FOLDER = Path(os.environ.get('ITM_GOLDEN') or HOME)
-PROSE = {'_description', '_about', '_fields', 'description'}
+PROSE = {'_description', '_about', '_fields', 'description', 'vocabulary_note', 'reading_note'}
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,42 @@ def check_gpo(block):
         near(array(case['pool_weights']), case['pool_weights_released_float32_positions'], 1e-4)
 
 
+def check_scan(block):
+    from itm_nb.cross_attention import CrossAttention, Side
+    images, captions = torch.tensor(block['images'], dtype=torch.float64), torch.tensor(block['captions'], dtype=torch.float64)
+    mask = torch.arange(captions.shape[1]) < torch.tensor(block['caption_lengths'])[:,None]
+    whole = torch.ones(images.shape[:2], dtype=torch.bool); up = torch.tensor(block['upstream_gradient'], dtype=torch.float64)
+    assert block['cases']
+    for case in block['cases']:
+        score = CrossAttention((Side(dict(t2i='text', i2t='image')[case['direction']], case['lambda_softmax'], case['agg_func'], case['lambda_lse'], case['raw_feature_norm']),))
+        for size in (2**18, 7):
+            a, b = images.clone().requires_grad_(), captions.clone().requires_grad_()
+            S = score.matrix(a, whole, b, mask, size)
+            near(S.detach(), case['scores']); ga, gb = torch.autograd.grad((S*up).sum(), (a, b))
+            near(ga, case['grad_images']); near(gb, case['grad_captions'])
+        n = min(len(images), len(captions))
+        near(score.pairs(images[:n], whole[:n], captions[:n], mask[:n]), S.detach().diagonal())
+
+
+def check_reasoning(block):
+    from itm_nb.vsrn import Reasoning
+    assert block
+    for case in block:
+        v = torch.tensor(case['input'], dtype=torch.float64, requires_grad=True); out, up = v, torch.tensor(case['upstream_gradient'], dtype=torch.float64)
+        assert len(case['blocks']) == case['n_blocks']
+        junk = torch.nn.functional.pad(v, (0, 0, 0, 2)); keep = torch.arange(v.shape[1] + 2).expand(len(v), -1) < v.shape[1]      # padding changes nothing
+        for b in case['blocks']:
+            w = {k: torch.tensor(x, dtype=torch.float64) for k, x in b.items()}
+            assert w['g_weight'].shape == (case['inter_channels'], v.shape[2])
+            m = Reasoning(v.shape[2], case['inter_channels'], case['batch_norm']).double().eval()
+            m.load_state_dict({f'{k}.{p}': w[f'{k}_{p}'] for k in ('g', 'theta', 'phi', 'W') for p in ('weight', 'bias')} |
+                              ({f'norm.{p}': w[f'bn_{p}'] for p in ('weight', 'bias', 'running_mean', 'running_var')} if case['batch_norm'] else {}), strict=False)
+            if case['batch_norm']: m.norm.eps = b['bn_eps']
+            out, junk = m(out, keep[:,:-2]), m(junk, keep)
+        near(out.detach(), case['output']); near(junk[:,:-2].detach(), case['output'])
+        near(torch.autograd.grad((out*up).sum(), v)[0], case['grad_input'])
+
+
 # ---- aoq.json -------------------------------------------------------------------------------------------------------------------------------
 
 def check_aoq_evaluation(block):
@@ -138,6 +174,106 @@ def check_aoq_evaluation(block):
     r = ranks_of(S, np.arange(M) // (M//N), tie=0)
     same_summary(summary(r), block)
     assert r.i2t.tolist() == block['i2t_ranks'] and r.t2i.tolist() == block['t2i_ranks']
+
+
+def check_bfan(block):
+    from itm_nb.cross_attention import bfan, unit
+    images, captions = (unit(torch.tensor(block[f'{k}_raw'], dtype=torch.float64)) for k in ('images', 'captions'))
+    mask = torch.arange(captions.shape[1]) < torch.tensor(block['caption_lengths'])[:,None]
+    given = images, torch.ones(images.shape[:2], dtype=torch.bool), captions, mask
+    assert {r['focal_type'] for r in block['results']} == {'equal', 'prob'}
+    for r in block['results']:
+        score = bfan(r['focal_type'], r['lambda_softmax'])
+        near(score.matrix(*given), r['scores']); near(score.pairs(*given), r['diagonal_by_offline_fn'])
+
+
+def aoq_sides(S, o1, o2, u3, u4, hyper, **kw):
+    "Both directions of the released loss, every row of the batch taken for another image (as released: only the diagonal is left out)"
+    from itm_nb.aoq import adaptive_weight, quintuplet
+    from itm_nb.losses import hinge
+    hyper = {k: float(v) for k, v in hyper.items()}
+    own = torch.eye(len(S), dtype=torch.bool); out = {}
+    for side, M, off, apart in (('i2t', S, o1, u3), ('t2i', S.T, o2, u4)):
+        on, at = M.masked_fill(own, -torch.inf).max(1); k = dict(alpha=hyper['alpha'], beta=hyper['beta'])
+        parts = quintuplet(S.diagonal(), on, off, apart, hyper['margin_online'], hyper['margin_offline'], **k, **kw)
+        out[side] = parts, dict(hard=at, s_on=on, hinge_on=hinge(S.diagonal(), on, hyper['margin_online']), weight=adaptive_weight(on, off, **k))
+    return out
+
+
+def same_parts(sides, want):
+    hard = dict(i2t='hard_caption_index', t2i='hard_image_index')
+    for side, (parts, by) in sides.items():
+        assert by['hard'].tolist() == want[hard[side]]
+        for k in ('s_on', 'hinge_on', 'weight'): near(by[k].detach(), want[f'{k}_{side}'])
+        for theirs, ours in (('on', 'online'), ('off', 'offline')): near(parts[ours].detach(), want[f'term_{theirs}_{side}'])
+        near(parts['apart'].detach(), want['term_unanch_' + dict(i2t='33', t2i='44')[side]])
+
+
+def total(sides): return sum(v.sum() for parts, _ in sides.values() for v in parts.values())
+
+
+def check_aoq_loss(block):
+    from itm_nb.aoq import adaptive_weight
+    from itm_nb.losses import hinge
+    assert block
+    for case in block:
+        given = [torch.tensor(case[k], dtype=torch.float64, requires_grad=True) for k in ('S', 'off_i2t', 'off_t2i', 'unanch_33', 'unanch_44')]
+        hyper = {k: v for k, v in case['hyper'].items() if k != 'max_violation'}; S = given[0]; pos = S.diagonal()
+        if case['hyper']['max_violation']:
+            sides = aoq_sides(*given, hyper); loss = total(sides)
+            near(pos.detach(), case['parts']['pos']); same_parts(sides, case['parts'])
+        else:      # documented, not a target: the weights of the images multiply the columns
+            own, kw = torch.eye(len(S), dtype=torch.bool), dict(alpha=hyper['alpha'], beta=hyper['beta']); rest = S.masked_fill(own, -torch.inf)
+            w = [adaptive_weight(rest.max(d).values, o, **kw) for d, o in ((1, given[1]), (0, given[2]))]
+            loss = sum((hinge(p, S, hyper['margin_online']).masked_fill(own, 0.)*v).sum() for p, v in ((pos[:,None], w[0]), (pos, w[1])))
+            loss = loss + sum(hinge(pos, x, hyper['margin_offline']).sum() for x in given[1:])
+        near(loss.item(), case['loss'])
+        for g, k in zip(torch.autograd.grad(loss, given), ('S', 'off_i2t', 'off_t2i', 'unanch_33', 'unanch_44')): near(g, case['grad'][k])
+        if (want := case.get('grad_if_weights_were_detached_NOT_OFFICIAL')):
+            for g, k in zip(torch.autograd.grad(total(aoq_sides(*given, hyper, detach=True)), given), ('S', 'off_i2t', 'off_t2i', 'unanch_33', 'unanch_44')):
+                if k in want: near(g, want[k])
+
+
+def check_aoq_vectors(block):
+    x = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in block['inputs'].items()}
+    def pairs(a, b): return (x[a]*x[b]).sum(1)
+    given = dict(S=x['im'] @ x['s'].T, off_i2t=pairs('im', 's_off'), off_t2i=pairs('im_off', 's'), unanch_33=pairs('im_off', 's_off'), unanch_44=pairs('im_off2', 's_off2'))
+    assert block['hyper']['max_violation']
+    for k, v in block['similarities'].items(): near(given[k].detach(), v)
+    sides = aoq_sides(*given.values(), {k: v for k, v in block['hyper'].items() if k != 'max_violation'}); loss = total(sides)
+    near(given['S'].diagonal().detach(), block['parts']['pos']); same_parts(sides, block['parts']); near(loss.item(), block['loss'])
+    for k, g in zip(x, torch.autograd.grad(loss, list(x.values()))): near(g, block['grad'][k])
+
+
+def check_mining(block):
+    from itm_nb.offline import mine
+    img, txt = (torch.tensor(block[f'{k}_embeddings'], dtype=torch.float32) for k in ('image', 'caption'))
+    me, own = torch.arange(len(img)), torch.arange(len(txt)) // (len(txt)//len(img))
+    for how, blocks in (('torch', {}), ('torch', dict(rows=3, cols=4)), ('faiss', {})):
+        for q, k, a, b, want in ((img, txt, me, own, block['i2t_candidates']), (txt, img, own, me, block['t2i_candidates'])):
+            assert mine(q, k, a, b, len(want[0]), how=how, **blocks)[0].idx.tolist() == want
+
+
+# ---- state_dicts.json: names and shapes of the authors' checkpoints ---------------------------------------------------------------------------
+
+def check_released(block):
+    "Models built (without memory) with the sizes of the file have every key of the release, in shape and number, and no other"
+    from itm_nb.encoders import GRUTower, RegionTower
+    from itm_nb.vsrn import Captioner, LastTower, VSRNTower, to_released
+    files = {k: {name: (tuple(shape), kind) for name, shape, kind in block[k]} for k in ('img_enc', 'txt_enc', 'caption_model') if k in block}
+    (dim, d_in), (n_words, d_word) = files['img_enc']['fc.weight'][0], files['txt_enc']['embed.weight'][0]
+    vsrn = 'img_rnn.weight_ih_l0' in files['img_enc']
+    with torch.device('meta'):
+        ours = dict(img_enc=VSRNTower(d_in, dim, final_norm='bn.weight' in files['img_enc'], early_norm='bn.weight' not in files['img_enc']) if vsrn else RegionTower(d_in, dim),
+                    txt_enc=(LastTower if vsrn else GRUTower)(n_words, dim, d_word))
+        if 'caption_model' in files:
+            (d_hid, d_reg), (n_out, d_say) = (files['caption_model'][k][0] for k in ('encoder.vid2hid.weight', 'decoder.embedding.weight'))
+            ours['caption_model'] = Captioner(n_out, d_reg, d_hid, d_say)
+    assert set(files) == set(block['float_values']) == set(ours) <= set(block['outer']['model'])
+    for part, module in ours.items():
+        got = {k: (tuple(v.shape), str(v.dtype).removeprefix('torch.')) for k, v in to_released(module).items()}
+        assert got == files[part]
+        assert sum(v.numel() for v in to_released(module).values() if v.is_floating_point()) == block['float_values'][part]
 
 
 # ---- tags.json ------------------------------------------------------------------------------------------------------------------------------
@@ -188,25 +324,224 @@ def check_tags_hard5(block):
     worst = min(array(block['adjusted_scores'])[took]); assert all(array(block['adjusted_scores'])[n] <= worst for n in range(1, len(ids)) if n not in took)
 
 
+# ---- fne.json -------------------------------------------------------------------------------------------------------------------------------
+
+from itm_nb import fne                                                  # noqa: E402
+from itm_nb.memory import Bank, Momentum, Ring                          # noqa: E402
+from itm_nb.samplers import Step, View                                  # noqa: E402
+from itm_nb.similarity import Model                                     # noqa: E402
+
+FAITHFUL = fne.PRESETS['faithful']
+tensor = lambda x: torch.tensor(x, dtype=torch.float64)
+moments_of = lambda n, mean, var: [n, mean, var*(n-1)]
+
+
+def given_moments(c, n=1000):
+    "Moments from a block's means and variances"
+    return tensor([moments_of(n, c['pos_mean'], c['pos_var']), moments_of(2*n, c['neg_mean'], c['neg_var'])])
+
+
+def same_moments(m, c):
+    for row, name in zip((0, 1), ('pos', 'neg')):
+        if f'{name}_count' in c: assert m[row,0] == c[f'{name}_count']; near(m[row,1], c[f'{name}_mean'])
+        if f'{name}_var' in c: near(fne.variances(m)[row], c[f'{name}_var'])
+
+
+class Cosine: matrix, pairs, at = Model.matrix, Model.pairs, Model.at
+
+
+def check_fne_constants(b):
+    import inspect
+    default = lambda f: {k: v.default for k, v in inspect.signature(f).parameters.items()}
+    w = default(fne.weights)
+    for name in ('margin', 'tau'): near(w[name], b[name])
+    near(1/w['prior'], b['prior_denominator']); near(1-w['threshold'], b['no_match_threshold']); assert w['min_count'] == b['min_accepted_pairs_exclusive']
+    for f in (fne.fne, fne.fne_pick, fne.floor_of, fne.spare): near(default(f)['margin'], b['margin'])
+
+
+def check_fne_stats(b):
+    drift, exact, sums = (torch.zeros(2, 3, dtype=torch.float64) for _ in range(3))
+    for c in b['steps']:
+        S = tensor(c['scores']); got = fne.observed(S, least=0.)
+        off = S.masked_fill(torch.eye(len(S), dtype=torch.bool), -torch.inf); rows, cols = off.amax(1), off.amax(0)
+        ok = (S.diagonal() >= rows) & (S.diagonal() >= cols)
+        assert ok.nonzero().flatten().tolist() == c['accepted_rows']
+        near(S.diagonal()[ok], c['accepted_pos']); near(rows.clamp(min=0)[ok], c['accepted_neg_i2t']); near(cols.clamp(min=0)[ok], c['accepted_neg_t2i'])
+        near(got[:,0]*got[:,1], [sum(c['accepted_pos']), sum(c['accepted_neg_i2t']+c['accepted_neg_t2i'])])
+        drift, exact = fne.merge(drift, got, 'drift'), fne.merge(exact, got)
+        same_moments(drift, c)
+    ref = b['exact_unbiased_reference']
+    for row, name in zip((0, 1), ('pos', 'neg')): near(exact[row,1], ref[f'{name}_mean']); near(fne.variances(exact)[row], ref[f'{name}_var'])
+
+
+def check_fne_single(b):
+    m = fne.observed(tensor(b['scores']), least=0.)
+    same_moments(m, b); assert np.isnan(float(fne.variances(m)[0])) == (b['pos_var_official'] == 'nan')
+    none = fne.observed(tensor(b['no_accepted_pair']['scores']), least=0.); same_moments(none, b['no_accepted_pair'])
+    near(fne.floor_of(none, tensor([.5])), [[b['no_accepted_pair']['cut_threshold']]])
+
+
+def check_fne_posterior(block):
+    assert block
+    for c in block:
+        m, s, pos = given_moments(c, 201), tensor(c['sims'])[None], tensor([c['anchor_pos_sim']]); all_ = torch.ones_like(s, dtype=torch.bool)
+        pdf = lambda mean, var: torch.exp(-(s-mean)**2/(2*var))/torch.sqrt(tensor(2*np.pi*var))
+        near(pdf(c['pos_mean'], c['pos_var'])[0], c['pdf_pos']); near(pdf(c['neg_mean'], c['neg_var'])[0], c['pdf_neg'])
+        for space in ('log', 'linear'):
+            P = fne.posterior(s, m, space=space)
+            near(P[0], c['false_negative_prob']); assert (1-P[0] < 1-1e-3).tolist() == c['flagged']
+            near(fne.weights(s, pos, m, all_, space=space)[0], c['weight_final'])
+        near(fne.log_odds(s, m)[0], c['log_odds']); near(fne.floor_of(m, pos), [[c['cut_threshold']]])
+
+
+def check_fne_underflow(b):
+    "In float32 the released form loses both densities; the stable one does not, in float32 or float64"
+    s, pos, m = torch.tensor([b['sims']]), torch.tensor([b['anchor_pos_sim']]), given_moments(b); all_ = torch.ones_like(s, dtype=torch.bool)
+    want = [float(x) for x in b['false_negative_prob_official_f32']]
+    np.testing.assert_allclose(fne.posterior(s, m, space='linear')[0].numpy(), np.array(want), atol=1e-6)                   # nan where theirs is
+    near(fne.weights(s, pos, m, all_, space='linear')[0], b['weight_final_official_f32'], 1e-6)
+    right = b['false_negative_prob_exact_sigmoid']
+    near(fne.posterior(s.double(), m)[0], right); near(fne.posterior(s, m)[0], right, 1e-6)
+    exact = torch.from_numpy(array(right))
+    above = s[0] > fne.floor_of(m, pos)[0]; w = fne.weights(s.double(), pos.double(), m, all_)[0]
+    near(w[above & (exact > 1e-3)], torch.exp(-.5*exact)[above & (exact > 1e-3)])
+    want_nan = torch.tensor(want).isnan() & above
+    if want_nan.any(): assert (fne.weights(s, pos, m, all_, space='linear')[0] - w)[want_nan].abs().min() > .1              # the defect's price, on this case
+
+
+def cases_of_weights(b, count=500):
+    "Both directions of the shared case"
+    m, ids = given_moments(b, count), torch.tensor(b['batch_ids']); legal = ids[:,None] != torch.tensor(b['batch_ids']+b['queue_ids'])
+    settings = dict(margin=b['margin'], tau=b['tau'], prior=1/b['prior_denominator'], threshold=1-b['no_match_threshold'], min_count=b['min_count'])
+    for side in ('i2t', 't2i'):
+        s = tensor(b[f'sims_{side}']); yield side, s, s.diagonal(), legal, m, settings
+
+
+def whole_weights(s, pos, m, legal, **kw):
+    w = fne.weights(s, pos, m, legal, **kw, **dict(space='linear'))
+    return fne.filled(w, fne.spare(s, pos, legal, kw.get('margin', .2), 'hinge')[0])
+
+
+def check_fne_weights(b):
+    for kind, count in (('warm', 500), ('cold', b['min_count'])):
+        for side, s, pos, legal, m, kw in cases_of_weights(b, count):
+            assert (~legal).tolist() == b['mask']
+            near(fne.posterior(s, m, kw['prior']), b[f'fn_prob_{side}'])
+            assert fne.spare(s, pos, legal, kw['margin'], 'hinge')[0][:,0].tolist() == b[f'hardest_index_{side}']
+            w, want = whole_weights(s, pos, m, legal, **kw), b[f'{kind}_{side}']
+            near(w, want['weights']); near(w/w.sum(1, keepdim=True), want['probs']); assert (w > 0).tolist() == want['eligible']
+            near(fne.weights(s, pos, m, legal, **kw), w)                                        # in logarithms the same
+
+
+def check_fne_fallback(b):
+    s, legal, pos = tensor(b['sims']), ~torch.tensor(b['mask']), tensor(b['sims']).diagonal()
+    m = given_moments(dict(pos_mean=.6, pos_var=.01, neg_mean=.3, neg_var=.01))
+    near(torch.where(legal, (.2+s-pos[:,None]).clamp(min=0), 0.), b['hinge'])
+    idx, ok = fne.spare(s, pos, legal, fallback='hinge'); assert idx[:,0].tolist() == b['hardest_index']
+    near(fne.filled(fne.weights(s, pos, m, legal, space='linear'), idx), b['weights'])
+
+
+def bank_term(pos, s, legal, idx, margin):
+    "The term of FNE at given draws, one value per anchor; masked entries count 0"
+    named = {'bank': s.gather(1, idx[:,None]), 'bank.ok': legal.gather(1, idx[:,None]), 'bank.pos': pos}
+    return fne.fne(margin=margin)[1]['bank'].cost(named)
+
+
+def check_fne_loss(b, shared=None):
+    shared = shared or at(FOLDER, 'fne.cases.weights'); total, top, mean = 0., 0., 0.
+    for side, s, _, legal, m, kw in cases_of_weights(shared):
+        s = s.requires_grad_(); pos = s.diagonal(); d, margin = torch.tensor(b[f'draw_{side}']), kw['margin']
+        hinges = torch.where(legal, (margin+s-pos[:,None]).clamp(min=0), 0.); near(hinges.detach(), b[f'hinge_{side}'])
+        cost = bank_term(pos, s, legal, d, margin); near(cost.detach(), b[f'per_anchor_{side}']); total = total + cost.sum().item()
+        near(torch.autograd.grad(cost.sum(), s, retain_graph=True)[0], b[f'grad_sum_wrt_sims_{side}'])
+        hard = bank_term(pos, s, legal, fne.spare(s.detach(), pos.detach(), legal)[0][:,0], margin).detach()
+        near(hard, b['hardest_over_memory'][f'per_anchor_{side}']); top += hard.sum().item()
+        w = whole_weights(s.detach(), pos.detach(), m, legal, **kw); mean += float((w/w.sum(1, keepdim=True)*hinges.detach()).sum())
+    n = len(shared['batch_ids'])
+    near([total, total/n], [b['loss_sum'], b['loss_divided_by_batch']]); near(mean/n, b['expected_loss_divided_by_batch_warm'])
+    near([top, top/n], [b['hardest_over_memory'][k] for k in ('loss_sum', 'loss_divided_by_batch')])
+
+
+def check_fne_warmup(b):
+    "Through the pool and the term of the release's first epoch; scores are given, so the model is a look-up"
+    S = tensor(b['scores']).requires_grad_(); n = len(S)
+    class Table(Cosine):
+        matrix = lambda self, a, o: a @ S @ o.T
+        pairs = lambda self, a, o: ((a @ S)*o).sum(1)
+        at = lambda self, a, o, idx, i2t=True: torch.einsum('bd,bkd->bk', a @ (S if i2t else S.T), o[idx])
+    eye, loss = torch.eye(n, dtype=torch.float64), 0.
+    source, term = (x['own'] for x in fne.warmup(b['margin']))
+    for side in ('i2t', 't2i'):
+        view = View(Step(Table(), eye, eye, torch.zeros(n), torch.arange(n)), side); c = source.pool(view); p = source.pick(c, view)
+        loss = loss + term.cost({'own': c.rescore(p.idx)[''], 'own.ok': p.ok, 'own.pos': c.pos}).sum()
+    near([loss.item(), loss.item()/n], [b['loss_sum'], b['loss_divided_by_batch']]); near(torch.autograd.grad(loss, S)[0], b['grad_sum_wrt_scores'])
+
+
+def check_fne_whole(b):
+    "Features in, loss and gradients out: through Bank, Statistics and the source"
+    v, t, vm, tm, vq, tq = (tensor(b[k]) for k in ('image_feat', 'text_feat', 'image_feat_m', 'text_feat_m', 'image_queue_rows', 'text_queue_rows'))
+    v.requires_grad_(); t.requires_grad_(); ids = torch.tensor(b['batch_ids'])
+    bank, stats, kw = fne.fne_parts('faithful', queue=len(vq))
+    bank.ring.make(vq); bank.ring.images, bank.ring.texts, bank.ring.ids, bank.ring.written = vq, tq, torch.tensor(b['queue_ids']), len(vq)
+    st = Step(Cosine(), v, t, ids, ids, epoch=1); st.made[id(bank), 'vectors'] = (vm, tm); before = b['stats_before']
+    stats.epoch, stats.moments = 1, tensor([moments_of(before[f'{k}_count'], before[f'{k}_mean'], before[f'{k}_var']) for k in ('pos', 'neg')])
+    stats.observe(st); same_moments(stats.moments, b['stats_after']); loss = 0.
+    for side in ('i2t', 't2i'):
+        c = bank.pool(View(st, side)); sims, pos = tensor(b[f'sims_{side}']), c.pos.detach()
+        every = torch.arange(sims.shape[1]).expand_as(sims); near(c.rescore(every)[''].detach(), sims); near(pos, sims.diagonal())
+        near(c.score, sims.masked_fill(ids[:,None] == torch.cat([ids, bank.ring.ids]), -torch.inf))
+        w = whole_weights(c.score, pos, stats.moments, c.legal, margin=b['margin']); near(w, b[f'weights_{side}'])
+        idx = ((w > 0)*torch.arange(w.shape[1])).argmax(1); assert idx.tolist() == b[f'draw_{side}']
+        term = fne.fne(margin=b['margin'])[1]['bank']
+        loss = loss + term({'bank': c.rescore(idx[:,None])[''], 'bank.ok': c.legal.gather(1, idx[:,None]), 'bank.pos': c.pos})
+    near(loss.item(), b['loss_divided_by_batch'])
+    for got, k in zip(torch.autograd.grad(loss, (v, t)), ('grad_image_feat', 'grad_text_feat')): near(got, b[k])
+    assert not vm.requires_grad and not bank.ring.images.requires_grad
+
+
+def check_fne_queue(b):
+    ring = Ring(b['queue_size']); assert all(len(ids) == b['batch_size'] for ids in b['id_batches'])
+    for ids, want, at_ in zip(b['id_batches'], b['ids_after'], b['ptr_after'], strict=True):
+        x = tensor(ids)[:,None].expand(-1, b['dim']); ring.put(x, -x, torch.tensor(ids))
+        assert ring.ids.tolist() == want and ring.at == at_ and ring.images.shape == (b['queue_size'], b['dim'])
+        near(ring.images[ring.ids >= 0][:,0], [i for i in want if i >= 0])
+
+
+def check_fne_ema(b):
+    a, s = (torch.nn.Linear(len(b['student']), 1, bias=False).double() for _ in range(2))
+    with torch.no_grad(): a.weight[0] = tensor(b['student']); s.weight[0] = tensor(b['teacher_before'])
+    m = Momentum(s, b['momentum']); m.follow(a); near(m.model.weight[0].detach(), b['teacher_after'])
+
+
 # ---- the registry -----------------------------------------------------------------------------------------------------------------------
 
-OFFLINE, SCAN, VSRN, FNE, TAGS, WEIGHTS = (Pending(x) for x in (
-    'AOQ: offline lists and the quintuplet cost', 'cross-attention scores (SCAN, BFAN)', "VSRN's region graph", 'FNE: statistics, posterior, memory',
+TAGS, WEIGHTS = (Pending(x) for x in (
     'TAGS-DC: generator, discrimination, correction', "the authors' checkpoints"))
 
 REGISTRY = {
     'metrics.matrices': Check(check_matrices, ('sims', 'captions_per_image', 'name', 'note')),
     'metrics.coco_five_fold': Check(check_five_fold, ('sims', 'fold_size_images')),
     'metrics.eccv_caption': Check(check_eccv, ('sims', 'image_ids', 'caption_ids', 'gt_i2t', 'gt_t2i', 'name', 'note')),
-    'scan.scan': SCAN,
-    'scan.vsrn_rs_gcn': VSRN,
+    'scan.scan': Check(check_scan, ('images', 'captions', 'caption_lengths', 'upstream_gradient', 'lambda_softmax', 'lambda_lse')),
+    'scan.vsrn_rs_gcn': Check(check_reasoning, ('name', 'input', 'blocks', 'upstream_gradient')),
     'scan.gpo': Check(check_gpo, ('name', 'features', 'lengths', 'weights', 'd_pe', 'd_hidden', 'upstream_gradient')),
-    'aoq.loss_cases': OFFLINE, 'aoq.embedding_level': OFFLINE, 'aoq.mining': OFFLINE,
-    'aoq.bfan_similarity': SCAN,
+    'aoq.loss_cases': Check(check_aoq_loss, ('name', 'hyper', 'S', 'off_i2t', 'off_t2i', 'unanch_33', 'unanch_44')),
+    'aoq.embedding_level': Check(check_aoq_vectors, ('name', 'hyper', 'inputs')),
+    'aoq.mining': Check(check_mining, ('image_embeddings', 'caption_embeddings')),
+    'aoq.bfan_similarity': Check(check_bfan, ('images_raw', 'captions_raw', 'caption_lengths', 'lambda_softmax')),
     'aoq.evaluation': Check(check_aoq_evaluation, ('sims', 'description')),
-    'fne.constants': FNE, 'fne.cases.running_stats': FNE, 'fne.cases.single_pair_edge': FNE, 'fne.cases.posterior': FNE, 'fne.cases.float32_underflow': FNE,
-    'fne.cases.weights': FNE, 'fne.cases.fallback': FNE, 'fne.cases.loss_sampled': FNE, 'fne.cases.warmup_triplet': FNE, 'fne.cases.end_to_end': FNE,
-    'fne.cases.queue': FNE, 'fne.cases.ema': FNE,
+    'fne.constants': Check(check_fne_constants),
+    'fne.cases.running_stats': Check(check_fne_stats, ('scores',)),
+    'fne.cases.single_pair_edge': Check(check_fne_single, ('scores', 'neg_var')),
+    'fne.cases.posterior': Check(check_fne_posterior, ('name', 'sims', 'anchor_pos_sim')),
+    'fne.cases.float32_underflow': Warn(check_fne_underflow, ('sims', 'anchor_pos_sim', 'pos_mean', 'neg_mean', 'pos_var', 'neg_var'), 'both densities underflow in float32, and 0/0 counts as not suspected'),
+    'fne.cases.weights': Check(check_fne_weights, ('batch_ids', 'queue_ids', 'sims_i2t', 'sims_t2i')),
+    'fne.cases.fallback': Check(check_fne_fallback, ('sims', 'mask')),
+    'fne.cases.loss_sampled': Check(check_fne_loss, ('uses',)),
+    'fne.cases.warmup_triplet': Check(check_fne_warmup, ('scores',)),
+    'fne.cases.end_to_end': Check(check_fne_whole, ('batch_ids', 'queue_ids', 'image_queue_rows', 'text_queue_rows')),
+    'fne.cases.queue': Check(check_fne_queue, ('dim',)),
+    'fne.cases.ema': Check(check_fne_ema, ('momentum',)),
     'tags.triplet': TAGS, 'tags.refill': TAGS, 'tags.select_stage1_hard3': TAGS, 'tags.false_negative_filter_reference': TAGS, 'tags.mlm': TAGS,
     'tags.discrimination': TAGS, 'tags.correction': TAGS, 'tags.prob_floor_branch': TAGS, 'tags.total': TAGS, 'tags.masking': TAGS, 'tags.schedule': TAGS,
     'tags.recall': Check(check_tags_recall, ('score_matrix_text_by_image', 'captions_per_image', 'text_i_belongs_to_image', 'published_evaluator')),
@@ -214,7 +549,9 @@ REGISTRY = {
                                   'the published evaluator adds k spurious text-to-image hits'),
     'tags.released_gather_index': Warn(check_tags_gather, ('text_lengths', 'regions'), 'regions are gathered from behind the last text, not the longest'),
     'tags.select_stage1_hard5': Warn(check_tags_hard5, ('pool_logits',), 'penalised rows enter as negatives'),
-    'state_dicts': WEIGHTS, 'state_dicts_fne_tags': WEIGHTS,                           # large files, not copied here; present in a full folder
+    **{f'state_dicts.models.{k}': Check(check_released) for k in ('SCAN_f30k', 'SCAN_coco', 'BFAN_f30k', 'BFAN_coco', 'VSRN_f30k', 'VSRN_coco', 'AOQ_VSRN_f30k', 'AOQ_VSRN_coco')},
+    **{f'state_dicts.models.VSE_infinity_region_{k}': WEIGHTS for k in ('BERT', 'BiGRU_f30k', 'BiGRU_coco')},
+    'state_dicts_fne_tags': WEIGHTS,                                                    # a large file, not copied here; present in a full folder
 }
 
 
@@ -290,7 +627,7 @@ def test_an_unregistered_block_fails(tmp_path):
 def test_the_folder_in_the_environment_is_read(tmp_path):
     "pytest itself turns red on another folder with one changed number, and stays green on an equal copy"
     for f in FOLDER.glob('*.json'): (tmp_path/f.name).write_bytes(f.read_bytes())
-    def run(): return subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'test_block and aoq'], capture_output=True, text=True,
+    def run(): return subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'test_block and aoq.evaluation'], capture_output=True, text=True,
                                      env=os.environ | dict(ITM_GOLDEN=str(tmp_path))).stdout
     assert '1 passed' in run()
     whole = load(tmp_path, 'aoq'); whole['evaluation']['t2i_ranks'][0] += 1; (tmp_path/'aoq.json').write_text(json.dumps(whole))

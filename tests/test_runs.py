@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from itm_nb import runs
+from itm_nb import runs, sweeps
 
 ROOT = Path(__file__).parent.parent
 
 
+def room(name): return 'sweeps' if name == 'itm_sweep' else 'runs'
+
+
 def command(name, *argv, cwd=ROOT, **kw):
-    code = f'import sys; from itm_nb.runs import {name}; {name}()'
+    code = f'import sys; from itm_nb.{room(name)} import {name}; {name}()'
     return subprocess.Popen([sys.executable, '-c', code, *map(str, argv)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | dict(PYTHONPATH=str(ROOT)), **kw)
 
@@ -30,7 +33,7 @@ def call(name, *argv, **kw):
 @pytest.mark.parametrize('name', ['itm_run', 'itm_sweep', 'itm_data', 'itm_readme'])
 def test_help_is_light(name):
     code = f'''import sys
-from itm_nb.runs import {name}
+from itm_nb.{room(name)} import {name}
 try: {name}(['--help'])
 except SystemExit as e: assert e.code == 0
 heavy = {{'torch', 'papermill', 'nbdev', 'matplotlib', 'transformers', 'numpy', 'pandas', 'fastcore'}} & set(sys.modules)
@@ -77,8 +80,8 @@ def test_templates_agree_with_the_settings():
     from dataclasses import asdict
     from itm_nb.train import Config
     have = {k: p.default for k, p in runs.parameters(runs.template('train')).items()}
-    places = {k: have.pop(k) for k in ('arm', *runs.PLACES) if k in have}
-    assert have == asdict(Config()) and set(places) == {'arm', 'out', 'folder', 'device', 'progress', 'sweep'}
+    places = {k: have.pop(k) for k in runs.OF_A_RUN if k in have}
+    assert have == asdict(Config()) and set(places) == set(runs.OF_A_RUN)
     assert all(p.about for k, p in runs.parameters(runs.template('train')).items() if k not in ('epochs',))
 
 
@@ -102,15 +105,17 @@ BAD_SWEEPS = {'not yaml': '{', 'a list': '- 1', 'unknown part': 'title: a\nblock
 @pytest.mark.parametrize('what', BAD_SWEEPS)
 def test_bad_sweep_files(what, tmp_path):
     f = tmp_path/'bad.yaml'; f.write_text(BAD_SWEEPS[what])
-    with pytest.raises(runs.SetupError): runs.entries(runs.read_sweep(f), 'bad', tmp_path)
+    with pytest.raises(runs.SetupError): sweeps.entries(sweeps.read_sweep(f), 'bad', tmp_path)
 
 
 def test_sweep_files_resolve():
     "Every sweep of the project names known settings, and completes a block before the next"
     for f in sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')):
-        todo = runs.entries(runs.read_sweep(f), f.stem, Path('runs'))
-        seeds = [e.values['seed'] for e in todo]
-        assert seeds == sorted(seeds) and len({e.out for e in todo}) == len(todo)
+        spec = sweeps.read_sweep(f)
+        todo = sweeps.entries(spec, f.stem, Path('runs'), chosen={a: dict(settings=x[0]) for a, x in sweeps.trials(spec).items()})
+        blocks = [e.block for e in todo]
+        assert blocks == sorted(blocks) and len({e.out for e in todo}) == len(todo)
+        assert len(todo) == len(spec['blocks'])*sum(len(spec[k]) for k in sweeps.PARTS)
 
 
 def fingerprints(folder):

@@ -448,6 +448,8 @@ def test_a_method_of_ones_own(tmp_path):
     cfg = replace(TINY, method=f'{own}:mine', epochs=1); plain = replace(TINY, epochs=1)
     a, b = fit(cfg, tmp_path/'a', data(), progress=False), fit(plain, tmp_path/'b', data(), progress=False)
     assert all(torch.equal(x, y) for x, y in zip(a.core.state_dict().values(), b.core.state_dict().values())) and a.code and not b.code
+    from itm_nb.runs import source_hash
+    assert source_hash(f'{own}:mine') == f'{source_hash("vsepp")}+{a.code}' and len(a.code) == 12
     own.write_text(own.read_text() + '\n')
     with pytest.raises(DataError, match='source of its method'): fit(cfg, tmp_path/'a', data(), progress=False)
     with pytest.raises(DataError, match="nothing called 'mime'.*Did you mean 'mine'"): named(f'{own}:mime')
