@@ -211,19 +211,19 @@ def fne_pick(
     "Draw one negative per anchor by posterior and floor"
     def pick(c:Candidates, view:View)->Picked:
         m, pos = statistics.moments.to(c.score.device), c.pos.detach()
-        some = compact and floor != 'none' and not c.score.is_cuda
+        on_cpu = c.score.device.type == 'cpu'; some = compact and floor != 'none' and on_cpu
         place, legal = above(c.score, floor_of(m, pos, margin, floor)) if some else (None, c.legal)
         score = c.score.gather(1, place) if some else c.score
         mix = dict(shuffle=view.uniform(f'{purpose}/permuted', score.shape[1])) if permuted else {}
         w = weights(score, pos, m, legal, margin, floor=floor, **mix, **kw)
         idx, ok = draw_at(w, view.uniform(purpose))
         if some: idx = place.gather(1, idx)
-        if score.is_cuda or not ok.all():
+        if not on_cpu or not ok.all():
             other, may = spare(c.score, pos, c.legal, margin, fallback)
             idx, ok = torch.where(ok, idx, other), ok | may
         if torch.is_grad_enabled(): return Picked(idx, ok)
         whole = torch.zeros_like(c.score).scatter_add(1, place, w) if some else w          # only whoever looks on wants to know
-        return Picked(idx, ok, torch.where(ok, filled(whole, idx), 0.))
+        return Picked(idx, ok, torch.where(ok | (fallback == 'hinge'), filled(whole, idx), 0.))
     return pick
 
 # %% ../nbs/11_fne.ipynb #eac5acfd

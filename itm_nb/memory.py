@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .data import generator
 from .samplers import Candidates, Step, View
-from .similarity import gather
+from .similarity import Model, gather
 
 # %% ../nbs/08_memory.ipynb #1cd0ebfa
 class Momentum:
@@ -117,8 +117,8 @@ class Bank:
         "The copy's vectors of the batch, then those of the memory"
         new, old = self.vectors(view.step)[view.i2t], (self.ring.texts if view.i2t else self.ring.images)[:self.ring.used]
         own = new[view.step.first:view.step.first+len(view.anchor)]
-        a, same = view.anchor.detach(), view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
-        with torch.no_grad(): score = _bar(torch.cat([view.matrix(a, new), view.matrix(a, old)], 1), same)
+        same = view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
+        score = _bar(torch.cat([_scores(view, new), _scores(view, old)], 1), same)
         return Candidates(score, ~same, view.pairs(view.anchor, own), lambda idx: {'': _again(view, new, old, idx)},
                           about=lambda: {'image': torch.cat([view.step.all_img, self.ring.ids[:self.ring.used]]), 'same image': same})
 
@@ -136,21 +136,28 @@ def _refuse(step:Step):
     "A memory of anything but single vectors is too large, and too slow to search"
     x = step.images
     if isinstance(x, Tensor) and x.ndim == 2 and isinstance(step.texts, Tensor): return
-    raise ValueError('a memory keeps one vector per entry, and scores anchors with all entries in one product; this model keeps a vector '
-                     'for every region and word and scores pair by pair (cross-attention, cross-encoder): a memory of 8,224 images of 36 '
+    raise ValueError('a memory keeps one vector per entry and scores anchors with all entries in one product; this model keeps a vector for '
+                     'every region and word and scores pair by pair (cross-attention, cross-encoder): a memory of 8,224 images of 36 '
                      'regions of 1,024 numbers would be 1.2 GB, and every step 8,224 pairs per anchor. Use one vector per side.')
 
 def _same(step:Step, ring:Ring)->Tensor:   # (B, K)
     "Which candidates show an anchor's own image; one table for both directions, as a sentence goes by its image"
     ids = torch.cat([step.all_img, ring.ids[:ring.used]])
-    if ids.is_cuda: same = step.img[:,None] == ids
-    else: same = torch.from_numpy(step.img.numpy()[:,None] == ids.numpy())      # a quarter of torch's time
+    on_cpu = ids.device.type == 'cpu'                                            # there numpy takes a quarter of torch's time
+    same = torch.from_numpy(step.img.numpy()[:,None] == ids.numpy()) if on_cpu else step.img[:,None] == ids
     same[:, len(step.all_img)+ring.written:] = False                             # a random vector shows nobody's image
     return same
 
+@torch.no_grad()
+def _scores(view:View, other:Tensor)->Tensor:   # (K, D) -> (B, K)
+    "Scores of the anchors; a cosine does not mind the order, and turning a large matrix round costs more than all the rest of the pool"
+    model, anchor = view.step.model, view.anchor.detach()
+    if getattr(model.matrix, '__func__', None) is Model.matrix: return model.matrix(anchor, other)
+    return view.matrix(anchor, other).contiguous()
+
 def _bar(score:Tensor, same:Tensor)->Tensor:
     "Scores with -inf at the few that are of the same image"
-    if score.is_cuda: return score.masked_fill_(same, -torch.inf)
+    if score.device.type != 'cpu': return score.masked_fill_(same, -torch.inf)     # no waiting for how many there are
     score.view(-1)[torch.from_numpy(same.numpy().reshape(-1).nonzero()[0])] = -torch.inf
     return score
 

@@ -29,13 +29,13 @@ class Lists(NamedTuple):
     idx:object      # (N, h) int32 ids of keys; -1 where there are fewer
     score:object    # (N, h) float32; -inf there
 
-def _merge(best, S:Tensor, first:int, h:int):
-    "The best `h` of a running list (scores, ids) and of a new block whose first column is `first`"
+def _merge(best, S:Tensor, first:int, h:int, own_q:Tensor, own_k:Tensor):
+    "The best `h` of a running list (scores, ids) and of a new block whose first column is `first`; own positives do not enter"
     if best is None:
-        v, i = S.topk(min(h, S.shape[1]), 1); return v, i + first
+        v, i = S.masked_fill(own_q[:,None] == own_k, -torch.inf).topk(min(h, S.shape[1]), 1); return v, i + first
     v, i = best
     floor = v[:,-1:] if v.shape[1] == h else torch.full_like(v[:,:1], -torch.inf)
-    r, c = (S > floor).nonzero(as_tuple=True)
+    r, c = (S > floor).nonzero(as_tuple=True); other = own_q[r] != own_k[c]; r, c = r[other], c[other]
     if not len(r): return best
     n = torch.bincount(r, minlength=len(S)); place = torch.arange(len(r), device=S.device) - (n.cumsum(0) - n)[r]
     more_v = S.new_full((len(S), int(n.max())), -torch.inf); more_i = torch.full_like(more_v, -1, dtype=i.dtype)
@@ -56,8 +56,8 @@ def search(
     for a in range(0, len(own_q), rows):
         best, r = None, slice(a, min(a + rows, len(own_q)))
         for b in range(0, len(own_k), cols):
-            c = slice(b, min(b + cols, len(own_k))); S = score(r, c)
-            best = _merge(best, S.masked_fill_(own_q[r,None] == own_k[c], -torch.inf), b, h)
+            c = slice(b, min(b + cols, len(own_k)))
+            best = _merge(best, score(r, c), b, h, own_q[r], own_k[c])
         v, i = (F.pad(x, (0, min(h, len(own_k)) - x.shape[1]), value=-torch.inf if x.is_floating_point() else -1) for x in best)
         val.append(v.cpu()); idx.append(i.masked_fill(v == -torch.inf, -1).int().cpu())
     return Lists(torch.cat(idx), torch.cat(val))
@@ -78,13 +78,13 @@ def rescore(
     q:Tensor,           # (N, D)
     k:Tensor,           # (M, D)
     idx:Tensor,         # (N, w) which keys
-    block:int=2**21,    # numbers gathered at a time
+    block:int=2**17,    # numbers gathered at a time: they stay in the cache
 )->Tensor:              # (N, w) float32
     "Scores by definition: float64 dot products, rounded to float32"
     out, n = torch.empty(idx.shape), max(1, block // max(idx.shape[1]*k.shape[1], 1))
     for a in range(0, len(q), n):
-        at = idx[a:a+n].long().clamp(min=0).to(k.device)
-        out[a:a+n] = torch.einsum('nd,nwd->nw', q[a:a+n].double(), k[at].double()).float().cpu()
+        at = idx[a:a+n].clamp(min=0).to(k.device); x = k.index_select(0, at.flatten()).view(*at.shape, -1).double()
+        out[a:a+n] = (x @ q[a:a+n].double().unsqueeze(-1)).squeeze(-1).float().cpu()
     return out.masked_fill(idx < 0, -torch.inf)
 
 def _full(q, k, own, own_k, h, block=2**22):
@@ -106,8 +106,8 @@ def _faiss(q, k, own_q, own_k, wide, rows=4096):
         v, i = faiss.knn(q[a:a+rows].numpy(), k.numpy(), w, metric=faiss.METRIC_INNER_PRODUCT)
         v, i = torch.from_numpy(v), torch.from_numpy(i)
         last = v[:,-1] if w < len(k) else torch.full((len(v),), -torch.inf)
-        mine = own_q[a:a+rows,None] == own_k[i]
-        out.append((i.masked_fill(mine, -1).int(), last))
+        v, by = v.masked_fill(own_q[a:a+rows,None] == own_k[i], -torch.inf).sort(dim=1, descending=True)
+        out.append((i.gather(1, by).masked_fill(v == -torch.inf, -1).int(), v, last))
     return [torch.cat(x) for x in zip(*out)]
 
 # %% ../nbs/07_offline.ipynb #5e7a4223
@@ -124,11 +124,12 @@ def mine(
     "Exact lists, whichever way they are searched for"
     wide = min(int(h*(1 + slack)) + 8, len(k)); eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
     with exact_matmul(), torch.no_grad():
-        if how == 'faiss': idx, rest = _faiss(q, k, own_q, own_k, wide)
+        if how == 'faiss': idx, v, rest = _faiss(q, k, own_q, own_k, wide)
         else:
             idx, v = search(lambda r, c: q[r] @ k[c].T, own_q, own_k, wide, **blocks)
             rest = v[:,-1] if wide < len(k) else torch.full((len(q),), -torch.inf)
-        found = ordered(idx, rescore(q, k, idx), h)
+        near = (v >= v[:,min(h, len(k))-1,None] - 2*eps[:,None]) & (v > -torch.inf)       # what may still belong
+        idx = idx[:,:max(int(near.sum(1).max()), min(h, len(k)))]; found = ordered(idx, rescore(q, k, idx), h)
         redo = ((found.score[:,-1] <= rest + eps) & (rest > -torch.inf)).nonzero().squeeze(1)
         if len(redo):
             at = redo.to(q.device); found.idx[redo], found.score[redo] = _full(q[at], k, own_q[at], own_k, h)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'pick', 'value', 'per_photo', 'interval', 'label', 'table', 'differences', 'markdown', 'write_table',
-           'Number', 'number', 'lint_records', 'lint_table', 'published']
+           'latex', 'Number', 'number', 'lint_records', 'lint_table', 'published']
 
 # %% ../nbs/16_report.ipynb #900dab09
 import math
@@ -229,6 +229,26 @@ def write_table(
     md.write_bytes((markdown(tab) + f'Ids of the runs: `{csv.name}`.' + (f' {note}' if note else '') + '\n').encode())
     return [csv, md]
 
+# %% ../nbs/16_report.ipynb #a0c83569
+_TEX = str.maketrans({c: '\\' + c for c in '&%$#_{}'} |
+                     {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '±': r'$\pm$'})
+
+def latex(
+    tab:pd.DataFrame,     # from `table`, `differences` or `published`
+)->str:                   # LaTeX, needs the package booktabs
+    "A table for a paper"
+    out, metrics = [], list(dict.fromkeys(tab.metric))
+    line = lambda cells: ' & '.join(str(c).translate(_TEX) for c in cells) + r' \\'
+    for data, part in tab.groupby('data', sort=False):
+        title = data + (f", minus {part['base'].iloc[0]}" if 'base' in part else '')
+        out += [f'% {title}', r'\begin{tabular}{l' + 'r'*(len(metrics)+1) + '}', r'\toprule']
+        out += [line(['', *map(label, metrics), 'runs']), r'\midrule']
+        for row, lines in part.groupby('row', sort=False):
+            cells = {r['metric']: _cell(dict(sd=math.nan, lo=math.nan) | r) for r in lines.to_dict('records')}
+            out.append(line([row, *(cells.get(m, '') for m in metrics), (lines.n.max() or '') if 'n' in lines else '']))
+        out += [r'\bottomrule', r'\end{tabular}', '']
+    return '\n'.join(out)
+
 # %% ../nbs/16_report.ipynb #0ffe1dbc
 class Number(float):
     "A float that knows where it comes from"
@@ -284,6 +304,14 @@ def _provenance(at, r, by_id)->list:
     mean = math.fsum(value(by_id[i], r['metric']) for i in ids)/len(ids)
     return [] if abs(mean - r['mean']) <= 1e-6 else [f"{at}: {r['metric']} = {r['mean']:g} is not the mean of its runs, {mean:g}"]
 
+def _copies(tab)->list:
+    "Rows of one data set that agree in every one of three or more numbers: one of them was copied"
+    out, seen = [], {}
+    for (data, at), part in tab.dropna(subset='mean').groupby(['data', 'at'], sort=False):
+        key = (data, tuple(sorted(zip(part.metric, part['mean']))))
+        if len(part) > 2 and (other := seen.setdefault(key, at)) != at: out.append(f'{at}: the very numbers of {other}')
+    return out
+
 def lint_table(
     tab:pd.DataFrame,       # from `table`, or read from its CSV; or of published rows (no column `runs`)
     records:list=None,      # the records it was made from: also check that they exist and give these means
@@ -294,6 +322,7 @@ def lint_table(
     out = [f'{at}: {m} stands in {n} lines' for (at, m), n in tab.groupby([name, tab.metric]).size().items() if n > 1]
     for at, part in tab.dropna(subset='mean').groupby(name, sort=False): out += _order(dict(zip(part.metric, part['mean'])), at, tol)
     by_id = None if records is None else {r['id']: r for r in records}
+    out += _copies(tab.assign(at=name))
     return out + [x for at, r in zip(name, lines) if 'runs' in r for x in _provenance(at, r, by_id)]
 
 # %% ../nbs/16_report.ipynb #85ee1ea5

@@ -54,6 +54,13 @@ def test_no_slack_and_much_slack_agree():
     assert all(torch.equal(a.idx, lists[0][0].idx) and torch.equal(a.score, lists[0][0].score) for a, _ in lists) and lists[0][1] > 0
 
 
+@pytest.mark.parametrize('how', ['torch', 'faiss'])
+def test_zero_and_constant_vectors_are_one_great_tie(how):
+    for img, txt in ((torch.zeros(5, 3), torch.randn(40, 3)), (torch.ones(5, 3), torch.ones(40, 3)), (torch.randn(5, 3), torch.zeros(9, 3))):
+        me, own = torch.arange(5), torch.arange(len(txt)) % 5
+        assert torch.equal(mine(img, txt, me, own, 4, how=how)[0].idx, brute(img, txt, me, own, 4))
+
+
 def test_memory_is_bounded():
     "Beyond the lists: one block, whatever the number of keys; measured in a process of its own"
     code = """if 1:
