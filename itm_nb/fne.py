@@ -192,11 +192,10 @@ def above(
     least:Tensor,     # (B, 1)
 )->tuple:             # (B, m) places in order, (B, m) which of them are real; m as large as the fullest row wants, at least 1
     "Where the scores exceed the floor (numpy compares five times as fast as torch does)"
-    at = torch.from_numpy(np.flatnonzero(score.numpy() > least.numpy()))
-    row = at // score.shape[1]; count = torch.bincount(row, minlength=len(score))
-    slot = torch.arange(len(at)) - (count.cumsum(0)-count)[row]
-    place = torch.zeros(len(score), max(1, int(count.max())), dtype=torch.int64); place[row,slot] = at - row*score.shape[1]
-    return place, torch.arange(place.shape[1]) < count[:,None]
+    B, K = score.shape; at = np.flatnonzero(score.numpy() > least.numpy())
+    count = np.diff(np.searchsorted(at, np.arange(B+1)*K)); real = np.arange(count.max(initial=1)) < count[:,None]
+    place = np.zeros(real.shape, np.int64); place[real] = at - np.repeat(np.arange(B)*K, count)
+    return torch.from_numpy(place), torch.from_numpy(real)
 
 def fne_pick(
     statistics,                 # owner of `moments`

@@ -136,9 +136,10 @@ def _refuse(step:Step):
     "A memory of anything but single vectors is too large, and too slow to search"
     x = step.images
     if isinstance(x, Tensor) and x.ndim == 2 and isinstance(step.texts, Tensor): return
-    raise ValueError('a memory keeps one vector per entry and scores anchors with all entries in one product; this model keeps a vector '
-                     'for every region and word and scores pair by pair (cross-attention, cross-encoder): a memory of 8,224 images of 36 '
-                     'regions of 1,024 numbers would be 1.2 GB, and every step 8,224 pairs per anchor. Use one vector per side.')
+    raise ValueError('a memory keeps one vector per entry, and scores anchors with all entries in one product; this model keeps a vector '
+                     'for every region and word and scores pair by pair (cross-attention, cross-encoder): a memory of 8,224 images '
+                     'of 36 regions of 1,024 numbers would be 1.2 GB, and every step 8,224 pairs per anchor. '
+                     'Use a model with one vector per side.')
 
 def _same(step:Step, ring:Ring)->Tensor:   # (B, K)
     "Which candidates show an anchor's own image; one table for both directions, as a sentence goes by its image"
