@@ -370,7 +370,8 @@ def check_parts(
                 raise DataError(parts[a].source, f'{len(both)} image ids that are also in {b}, e.g. {both[0]}',
                                 'every image in one part only',
                                 'Remove them from one part; where ids start anew in each part, number the images through.')
-        if (d := parts[a].feats.shape[2]) != (e := parts[names[0]].feats.shape[2]):
+        d, e = (0 if parts[k].feats is None else parts[k].feats.shape[2] for k in (a, names[0]))     # 0: image files only
+        if d != e:
             raise DataError(parts[a].source, f'{d} feature dimensions, but {e} in {names[0]}', 'features of one network',
                             'Extract all parts the same way.')
 
@@ -379,7 +380,7 @@ def concat(
     name:str='all',
 )->Split:                     # features in memory, in their own precision; galleries are not kept
     "Several parts as one"
-    kinds = {(*s.feats.shape[1:], str(s.feats.dtype)) for s in splits}
+    kinds = {() if s.feats is None else (*s.feats.shape[1:], str(s.feats.dtype)) for s in splits}
     if len(kinds) > 1:
         raise DataError(splits[0].source, f'parts of (regions, dims, type) {sorted(kinds)}', 'equal ones',
                         'Read all parts with the same `dims` and `regions`, from files of one type.')
@@ -388,8 +389,9 @@ def concat(
     cat = lambda field: np.concatenate([getattr(s, field) for s in splits])
     boxes = None if any(s.boxes is None for s in splits) else cat('boxes')
     img_of = np.concatenate([s.img_of + a for s, a in zip(splits, start)])
-    return Split(name, cat('feats'), cat('num'), [c for s in splits for c in s.captions], img_of, cat('img_ids'), cat('cap_ids'), boxes,
-                 source=' + '.join(s.source for s in splits))
+    files = None if any(s.files is None for s in splits) else [f for s in splits for f in s.files]
+    return Split(name, None if kinds == {()} else cat('feats'), cat('num'), [c for s in splits for c in s.captions], img_of, cat('img_ids'),
+                 cat('cap_ids'), boxes, source=' + '.join(s.source for s in splits), files=files)
 
 # %% ../nbs/00_data.ipynb #6a057f9b
 def words(
@@ -618,8 +620,9 @@ def describe(
     x, some = split.feats, _spread(len(split.captions), samples) if samples else []
     return dict(
         name=split.name, images=len(split), sentences=len(split.captions), sentences_per_image=spread(per),
-        regions=x.shape[1], real_regions=spread(split.num), dims=x.shape[2], dtype=str(x.dtype), mib=round(x.nbytes / 2**20, 1),
-        mapped=isinstance(x, np.memmap), boxes=split.boxes is not None,
+        **(dict(files=len(split.files)) if x is None else dict(
+            regions=x.shape[1], real_regions=spread(split.num), dims=x.shape[2], dtype=str(x.dtype), mib=round(x.nbytes / 2**20, 1),
+            mapped=isinstance(x, np.memmap), boxes=split.boxes is not None)),
         galleries=1 if split.gallery is None else len(np.unique(split.gallery)), words=spread(length),
         different_words=len({w for c in used for w in words(c)}), sentences_without_a_word=int((length == 0).sum()),
         sentences_of_several_images=sum(len(i) > 1 for i in used.values()), fingerprint=fingerprint(split),

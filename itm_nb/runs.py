@@ -514,19 +514,17 @@ def itm_data(argv=None)->int:
         print(audit_command(argv[1:])); return 0
     p = argparse.ArgumentParser(prog='itm_data', description=itm_data.__doc__)
     p.add_argument('what', choices=('info', 'check'), help='info: sizes and samples; check: everything that is wrong')
-    p.add_argument('path', help='a folder in the SCAN layout, or the word scenes')
+    p.add_argument('path', help='a data folder, or the word scenes'); p.add_argument('--layout', default='', help='default: found out')
+    p.add_argument('--name', default='', help='flickr8k, flickr30k or coco: sizes are then compared')
     a = p.parse_args(argv)
-    from itm_nb.data import DataError, check_folder, describe, read_scan
+    from itm_nb.readers import check_layout, info_layout
     if a.path == 'scenes': return _scenes_info()
-    if a.what == 'check':
-        found = check_folder(a.path)
-        for f in found: print(f'{f.level:8} {f.part}: {f.text}')
-        wrong = sum(f.level == 'error' for f in found); print(f'{wrong} errors'); return 1 if wrong else 0
-    for part in ('train', 'val', 'test'):
-        try: d = describe(read_scan(a.path, part))
-        except DataError as e: print(f'{part}: {e}'); continue
-        print(part); [print(f'  {k}: {v}') for k, v in d.items()]
-    return 0
+    if a.what == 'info':
+        for line in info_layout(a.path, a.layout, a.name): print(line)
+        return 0
+    found = check_layout(a.path, a.layout, a.name)
+    for f in found: print(f'{f.level:8} {f.part}: {f.text}')
+    wrong = sum(f.level == 'error' for f in found); print(f'{wrong} errors'); return 1 if wrong else 0
 
 def _scenes_info()->int:
     "The card of the embedded world"

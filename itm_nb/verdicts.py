@@ -245,9 +245,10 @@ def _decide(lines, alpha, level, p_holm, gate, blocks):
     (open_, why), enough = gate, all(l['n'] >= blocks for l in lines)
     for l in lines:
         lo = l['e'].interval(level)[0]; l |= dict(p_holm=p_holm, level=level, lo_adj=lo, needed=needed(l['e'], l['delta'], level))
-        word = verdict(l['d'], lo, l['hi'], l['delta'], p_holm <= alpha)
+        word = verdict(l['d'], lo, l['hi'], l['delta'], l['p'] <= level)
         l['word'] = word if enough or not word else 'unresolved'
     word = 'not testable' if open_ is False else '' if open_ is None else _together([l['word'] for l in lines])
+    if word == 'confirmed' and p_holm > alpha: word = 'unresolved'          # an earlier test of the procedure had failed
     few = f"{min(l['n'] for l in lines)} of {blocks} blocks" if not enough and all(l['n'] for l in lines) else ''
     why = why or ('gate not measured' if open_ is None else 'no runs' if word == '' else few)
     return [{k: v for k, v in l.items() if k != 'e'} | dict(verdict=word, why=why) for l in lines]
