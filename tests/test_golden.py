@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from itm_nb.losses import hinge, triplet_term
 from itm_nb.metrics import Ranks, by_gallery, in_galleries, many_positives, match_summary, mean_summary, ranks_of, summary
+from itm_nb.tags_dc import PRESETS, discrimination, mean_where, synthetic, tags_terms, warm_linear, word_counts, word_loss
 
 torch.set_num_threads(1)
 HOME = Path(__file__).parent/'golden'
@@ -513,6 +515,74 @@ def check_fne_ema(b):
     m = Momentum(s, b['momentum']); m.follow(a); near(m.model.weight[0].detach(), b['teacher_after'])
 
 
+def floats(x): return torch.tensor(x, dtype=torch.float64)
+
+
+def leaf(x): return floats(x).requires_grad_()
+
+
+def check_tags_triplet(block):
+    z = leaf(block['logits']); s, ok = z.sigmoid(), torch.ones(len(block['logits']), block['sample_size']-1, dtype=torch.bool)
+    cost = synthetic(z[:,0], z[:,1:], ok, block['margin'], squash=True).mean(); cost.backward()
+    near(cost.detach(), block['loss_mean']); near(s.detach(), block['scores']); near(z.grad, block['grad_logits_of_mean'])
+    near(hinge(s[:,:1], s[:,1:], block['margin']).detach(), block['loss_elementwise']); near(s[:,1:] <= s[:,:1], block['corrects'])
+    named = {'syn': z[:,1:], 'syn.pos': z[:,0], 'syn.ok': ok}
+    near(tags_terms(synthetic=1., margin=block['margin'], squash=True)['synthetic'](named).detach(), block['loss_mean'])
+
+
+def check_tags_mlm(block):
+    z, y = floats(block['logits_K_Ltext_V']), torch.tensor(block['labels']); hit = y != block['ignore']
+    loss = word_loss(z, y, block['ignore'])
+    near(loss[hit], block['loss_per_masked_position']); near(mean_where(loss[None], hit[None])[0], block['loss_mean'])
+    near(z[hit].argmax(-1) == y[hit], block['corrects'])
+    for t, p in block['sampling_probabilities_by_temperature'].items(): near(refill_law(z[hit], float(t)), p)
+
+
+def check_tags_disc(block):
+    z, syn, gt = leaf(block['logits_N_Ltext_2']), torch.tensor(block['syn_ids']), torch.tensor(block['gt_ids'])
+    kept = syn == gt; w, floor = tuple(block['class_weights_replaced_kept']), block['prob_floor']
+    near(kept, block['labels_1_kept_0_replaced'])
+    near(floats(w)[kept.long()].flatten()*word_loss(z.detach(), kept.long(), floor=floor).flatten(), block['loss_per_token_flat'])
+    every = torch.ones_like(kept)[None]
+    near(discrimination(z[None], kept[None], every, w, per='weights').item(), block['loss_weight_normalised_for_contrast'])
+    cost = discrimination(z[None], kept[None], every, w, floor=floor)[0]; cost.backward()
+    near(cost.detach(), block['loss_mean_over_tokens']); near(z.grad, block['grad_logits_of_mean'])
+    n = {'syn.disc': z[None], 'syn.kept': kept[None], 'syn.word': every, 'syn.hit': ~kept[None], 'syn.ok': every[:,:,0], 'syn.right': every}
+    assert word_counts(n) | dict(corrected=0, masked=0) == dict(corrected=0, masked=0, **{a: block[b] for a, b in (
+        ('kept_right', 'kept_correct'), ('kept', 'kept_total'), ('replaced_right', 'replaced_correct'), ('replaced', 'replaced_total'))})
+
+
+def check_tags_correction(block):
+    z, y = leaf(block['logits_N_Ltext_V']), torch.tensor(block['labels_original_ids']); hit = y != block['ignore']
+    loss = word_loss(z, y, block['ignore'], block['prob_floor'])
+    near(loss[hit].detach(), block['loss_per_masked_position']); near(z[hit].argmax(-1) == y[hit], block['corrects'])
+    named = {'syn.cor': loss[None], 'syn.hit': hit[None], 'syn.ok': torch.ones(1, len(y), dtype=torch.bool)}
+    cost = tags_terms(correction=1., preset='faithful')['correction'](named); cost.backward()
+    near(cost.detach(), block['loss_mean']); near(z.grad, block['grad_logits_of_mean'])
+
+
+def check_tags_floor(block):
+    z, y = floats(block['logits']), torch.tensor([block['label']])
+    near(word_loss(z, y, floor=PRESETS['faithful']['cost']['floor'])[0], block['value_with_floor_unweighted'])
+    near(word_loss(z, y, floor=PRESETS['corrected']['cost']['floor'])[0], block['plain_log_softmax_value'])
+
+
+def check_tags_total(block):
+    "The four terms and the two retrieval hinges, fed with tensors whose costs are the given components"
+    part, w = {k: floats([v]) for k, v in block['components'].items()}, block['weights']
+    d, yes = part['discrimination'].expm1().log(), torch.ones(1, 1, 1, dtype=torch.bool)                     # -log softmax of (0, d) at 0 is the component
+    named = {'syn': part['synthetic'][:,None] - .2, 'syn.pos': floats([0]), 'syn.ok': yes[0], 'syn.mlm': part['mlm'], 'syn.cor': part['correction'].view(1, 1, 1),
+             'syn.hit': yes, 'syn.word': yes, 'syn.kept': ~yes, 'syn.disc': torch.stack([0*d, d], -1).view(1, 1, 1, 2), 'on.pos': floats([0]), 'on.ok': yes[0]}
+    value = sum(t(named) for t in tags_terms(**{k: w[k] for k in ('synthetic', 'mlm', 'discrimination', 'correction')}).values())
+    for k in ('text_to_image', 'image_to_text'): value = value + triplet_term('on', .2, weight=w[k])(named | {'on': part[k][:,None] - .2})
+    near(value, block['total'])
+
+
+def check_tags_schedule(block):
+    assert block
+    for row in block: near(warm_linear(row['step'], row['base_lr'], row['warmup'], row['total']), row['lr'], 1e-15)
+
+
 # ---- the registry -----------------------------------------------------------------------------------------------------------------------
 
 TAGS, WEIGHTS = (Pending(x) for x in (
@@ -542,8 +612,12 @@ REGISTRY = {
     'fne.cases.end_to_end': Check(check_fne_whole, ('batch_ids', 'queue_ids', 'image_queue_rows', 'text_queue_rows')),
     'fne.cases.queue': Check(check_fne_queue, ('dim',)),
     'fne.cases.ema': Check(check_fne_ema, ('momentum',)),
-    'tags.triplet': TAGS, 'tags.refill': TAGS, 'tags.select_stage1_hard3': TAGS, 'tags.false_negative_filter_reference': TAGS, 'tags.mlm': TAGS,
-    'tags.discrimination': TAGS, 'tags.correction': TAGS, 'tags.prob_floor_branch': TAGS, 'tags.total': TAGS, 'tags.masking': TAGS, 'tags.schedule': TAGS,
+    'tags.triplet': Check(check_tags_triplet, ('logits', 'sample_size', 'margin')), 'tags.refill': TAGS, 'tags.select_stage1_hard3': TAGS, 'tags.false_negative_filter_reference': TAGS,
+    'tags.mlm': TAGS,
+    'tags.discrimination': Check(check_tags_disc, ('logits_N_Ltext_2', 'syn_ids', 'gt_ids', 'class_weights_replaced_kept', 'prob_floor')),
+    'tags.correction': Check(check_tags_correction, ('logits_N_Ltext_V', 'labels_original_ids', 'ignore', 'prob_floor')),
+    'tags.prob_floor_branch': Check(check_tags_floor, ('logits', 'label')), 'tags.total': Check(check_tags_total, ()), 'tags.masking': TAGS,
+    'tags.schedule': Check(check_tags_schedule, ('step', 'base_lr', 'warmup', 'total')),
     'tags.recall': Check(check_tags_recall, ('score_matrix_text_by_image', 'captions_per_image', 'text_i_belongs_to_image', 'published_evaluator')),
     'tags.recall+published': Warn(check_tags_published, ('score_matrix_text_by_image', 'captions_per_image', 'text_i_belongs_to_image', 'txt_r1', 'txt_r5', 'txt_r10'),
                                   'the published evaluator adds k spurious text-to-image hits'),
