@@ -52,7 +52,7 @@ class CrossEncoder(nn.Module):
     def blind(self, img:Tensor, txt:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B,)
         "The release's positive: the second word (the first behind <start>) at all places. Equal places stay equal, so one is enough"
         x = self.stream.embeddings(txt)[:,1:2]
-        return self._score(self.stream._run(x, torch.ones_like(x[...,0], dtype=torch.bool))[:,0])
+        return self._score(self.stream.run(x, torch.ones_like(x[...,0], dtype=torch.bool))[:,0])
 
     def matrix(self, img:Tensor, txt:Tensor, most:int=1024)->Tensor:   # (N, R, dim), (M, L) -> (N, M)
         "Every image with every sentence, at most so many pairs at a time"

@@ -84,11 +84,13 @@ class Stream(nn.Module):
         self.mlm, self.cor, self.disc = WordHead(dim, n_words), WordHead(dim, n_words), nn.Linear(dim, 2)
         self.apply(_start)
 
-    def _run(self, x, keep): return self.encoder(x, attention_mask=keep[:,None,None].expand(-1, 1, x.shape[1], -1)).last_hidden_state
+    def run(self, x:Tensor, keep:Tensor)->Tensor:   # (B, S, dim) embedded, (B, S) which places are real -> (B, S, dim)
+        "The encoder"
+        return self.encoder(x, attention_mask=keep[:,None,None].expand(-1, 1, x.shape[1], -1)).last_hidden_state
 
     def read(self, tokens:Tensor)->Tensor:   # (B, L), 0 is padding -> (B, L, dim)
         "States of words alone"
-        return self._run(self.embeddings(tokens), tokens != 0)
+        return self.run(self.embeddings(tokens), tokens != 0)
 
     def see(self, feats:Tensor, mask:Tensor, boxes:Tensor=None)->Tensor:   # (B, R, d_in), (B, R), (B, R, d_box) -> (B, R, dim)
         "Embedded regions, zero where there is none"
@@ -97,10 +99,10 @@ class Stream(nn.Module):
     def look(self, regions:Tensor, tokens:Tensor)->Tensor:   # (B, R, dim) from `see`, (B, L) -> (B, L, dim)
         "States of words that see the regions"
         keep = torch.cat([tokens != 0, (regions != 0).any(-1)], 1)
-        return self._run(torch.cat([self.embeddings(tokens), regions], 1), keep)[:,:tokens.shape[1]]
+        return self.run(torch.cat([self.embeddings(tokens), regions], 1), keep)[:,:tokens.shape[1]]
 
-    def guess(self, states:Tensor)->Tensor: return self.mlm(states, self.embeddings.word_embeddings.weight)       # (.., dim) -> (.., V)
-    def correct(self, states:Tensor)->Tensor: return self.cor(states, self.embeddings.word_embeddings.weight)     # (.., dim) -> (.., V)
+    def guess(self, states:Tensor)->Tensor: return self.mlm(states, self.embeddings.word_embeddings.weight)     # (.., dim) -> (.., V)
+    def correct(self, states:Tensor)->Tensor: return self.cor(states, self.embeddings.word_embeddings.weight)   # (.., dim) -> (.., V)
 
 def _start(m):
     "Initial weights of BERT"

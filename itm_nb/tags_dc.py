@@ -79,7 +79,7 @@ def mlm_term(source:str='syn', weight:float=1.)->Term:
 def discrimination_term(source:str='syn', weight:float=1., weights:tuple=KEPT, per:str='words', floor:float=0.)->Term:
     "Which words were replaced?"
     s = source
-    def cost(n): return discrimination(n[f'{s}.disc'], n[f'{s}.kept'], _real(n, s, 'word'), weights, per, floor)
+    cost = lambda n: discrimination(n[f'{s}.disc'], n[f'{s}.kept'], _real(n, s, 'word'), weights, per, floor)
     return Term(cost, (s,), weight, sides=('i2t',))
 
 def correction_term(source:str='syn', weight:float=1., floor:float=0.)->Term:

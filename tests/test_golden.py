@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from itm_nb.generator import Lexicon, fill, mask_copies, members, pack, penalty, refill_law, suspects, unit_law
 from itm_nb.losses import hinge, triplet_term
 from itm_nb.metrics import Ranks, by_gallery, in_galleries, many_positives, match_summary, mean_summary, ranks_of, summary
+from itm_nb.samplers import Candidates, top
 from itm_nb.tags_dc import PRESETS, discrimination, mean_where, synthetic, tags_terms, warm_linear, word_counts, word_loss
 
 torch.set_num_threads(1)
@@ -578,6 +580,51 @@ def check_tags_total(block):
     near(value, block['total'])
 
 
+def check_tags_refill(block):
+    copies, y = torch.tensor(block['masked_ids']), torch.tensor(block['mlm_labels']); hit = y != -1
+    assert torch.equal(torch.where(hit, torch.tensor(block['gt_ids']), copies)[~hit], copies[~hit]) and torch.equal(y[hit], torch.tensor(block['gt_ids']).expand_as(y)[hit])
+    got = fill(copies[None], hit[None], torch.tensor(block['sampled_ids_K_S_L'])[None])[0]
+    assert got.tolist() == block['candidates_KS_L']
+
+
+def check_tags_select(block):
+    "The release's penalties, as the pool applies them, and the pick that takes the highest"
+    ids, logits = torch.tensor(block['pool_ids'])[None], floats(block['pool_logits'])[None]
+    minus = penalty(ids, ids[:,0]); same = (ids == ids[:,:1]).all(-1)
+    near(3*same[0], block['penalty_equal_gt']); near((minus-3*same)[0], block['penalty_duplicate']); near((logits-minus)[0], block['adjusted_scores'])
+    assert int((minus == 0).sum()) == block['effective_number']
+    score = logits[:,1:] - minus[:,1:]; c = Candidates(score, torch.ones_like(score, dtype=torch.bool), logits[:,0], None)
+    idx = 1 + top(block['hard_size'])(c, None).idx[0]
+    assert idx.tolist() == block['selected_indices'] and ids[0,idx].tolist() == block['selected_ids']
+
+
+def check_tags_filter(block):
+    made, own = torch.tensor(block['candidates'])[None], block['captions_of_the_image_ids_without_cls_sep']
+    first, last, long = int(made[0,0,0]), int(made[0,0,-1]), max(map(len, own)) + 2
+    own = torch.tensor([[first, *x, last] + [0]*(long-2-len(x)) for x in own])[None]; n = int(max(made.max(), own.max())) + 1
+    lex = Lexicon.of([str(i) for i in range(n)], {0, first, last}, first); bad = suspects(made, own, lex)
+    for ours, theirs in (('caption', 'is_exact_caption'), ('inside', 'all_tokens_in_caption_vocabulary'), ('repeat', 'is_duplicate_of_an_earlier_candidate')):
+        assert bad[ours][0].tolist() == block[theirs]
+    keep = ~(bad['caption'] | bad['inside'] | bad['repeat']); assert keep[0].tolist() == block['keep']
+    score = floats(block['scores_sigmoid'])[None].masked_fill(~keep, -torch.inf); p = top(made.shape[1])(Candidates(score, keep, None, None), None)
+    assert p.idx[p.ok].tolist() == block['kept_indices_hardest_first']
+
+
+def check_tags_masking(block):
+    "Laws, exact marginals, and 200,000 draws of our own that agree with them"
+    groups = block['groups_of_token_positions']; units, L = pack([groups], 0), 1 + max(map(max, groups)); member = members(units, L); law = unit_law(member)
+    covered = member[0].sum(0); q = {str(l): .15/int(covered[l]) for l in range(L) if covered[l]}
+    assert q.keys() == block['position_probability'].keys(); near([q[l] for l in q], [block['position_probability'][l] for l in q])
+    near(law[0], block['group_probability']); none = (1-law[0]).prod(); near(none, block['probability_no_group_drawn_then_one_forced'])
+    marginal = {l: float(1 - (1-law[0][member[0,:,int(l)]]).prod() + none*member[0,:,int(l)].double().mean()) for l in q}
+    for l, p in block['selection_probability_by_position'].items(): near(marginal[l], p)
+    names = Lexicon.of([str(k) for k in range(1000)], {0, 1}, 1); row = torch.arange(2, 2+L)[None]
+    copies, hit = mask_copies(row, units, torch.tensor([0]), 200_000, names)
+    for l, p in block['selection_probability_by_position'].items(): near(hit[0,:,int(l)].double().mean(), p, .006)
+    shown, old = copies[hit], row.expand_as(copies[0])[hit[0]]; split = block['split_inside_a_selected_token']
+    for k, got in (('mask', shown == 1), ('keep', shown == old), ('random', (shown != 1) & (shown != old))): near(got.double().mean(), split[k], .004)
+
+
 def check_tags_schedule(block):
     assert block
     for row in block: near(warm_linear(row['step'], row['base_lr'], row['warmup'], row['total']), row['lr'], 1e-15)
@@ -585,8 +632,7 @@ def check_tags_schedule(block):
 
 # ---- the registry -----------------------------------------------------------------------------------------------------------------------
 
-TAGS, WEIGHTS = (Pending(x) for x in (
-    'TAGS-DC: generator, discrimination, correction', "the authors' checkpoints"))
+WEIGHTS = Pending("the authors' checkpoints")
 
 REGISTRY = {
     'metrics.matrices': Check(check_matrices, ('sims', 'captions_per_image', 'name', 'note')),
@@ -612,11 +658,14 @@ REGISTRY = {
     'fne.cases.end_to_end': Check(check_fne_whole, ('batch_ids', 'queue_ids', 'image_queue_rows', 'text_queue_rows')),
     'fne.cases.queue': Check(check_fne_queue, ('dim',)),
     'fne.cases.ema': Check(check_fne_ema, ('momentum',)),
-    'tags.triplet': Check(check_tags_triplet, ('logits', 'sample_size', 'margin')), 'tags.refill': TAGS, 'tags.select_stage1_hard3': TAGS, 'tags.false_negative_filter_reference': TAGS,
-    'tags.mlm': TAGS,
+    'tags.triplet': Check(check_tags_triplet, ('logits', 'sample_size', 'margin')), 'tags.refill': Check(check_tags_refill, ('gt_ids', 'masked_ids', 'mlm_labels', 'sampled_ids_K_S_L')),
+    'tags.select_stage1_hard3': Check(check_tags_select, ('pool_ids', 'pool_logits', 'hard_size')),
+    'tags.select_stage1_hard5+pool': Check(check_tags_select, ('pool_ids', 'pool_logits', 'hard_size')),
+    'tags.false_negative_filter_reference': Check(check_tags_filter, ('captions_of_the_image_ids_without_cls_sep', 'candidates', 'scores_sigmoid')),
+    'tags.mlm': Check(check_tags_mlm, ('logits_K_Ltext_V', 'labels', 'ignore')),
     'tags.discrimination': Check(check_tags_disc, ('logits_N_Ltext_2', 'syn_ids', 'gt_ids', 'class_weights_replaced_kept', 'prob_floor')),
     'tags.correction': Check(check_tags_correction, ('logits_N_Ltext_V', 'labels_original_ids', 'ignore', 'prob_floor')),
-    'tags.prob_floor_branch': Check(check_tags_floor, ('logits', 'label')), 'tags.total': Check(check_tags_total, ()), 'tags.masking': TAGS,
+    'tags.prob_floor_branch': Check(check_tags_floor, ('logits', 'label')), 'tags.total': Check(check_tags_total, ()), 'tags.masking': Check(check_tags_masking, ('groups_of_token_positions',)),
     'tags.schedule': Check(check_tags_schedule, ('step', 'base_lr', 'warmup', 'total')),
     'tags.recall': Check(check_tags_recall, ('score_matrix_text_by_image', 'captions_per_image', 'text_i_belongs_to_image', 'published_evaluator')),
     'tags.recall+published': Warn(check_tags_published, ('score_matrix_text_by_image', 'captions_per_image', 'text_i_belongs_to_image', 'txt_r1', 'txt_r5', 'txt_r10'),
