@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cross_encoder import wide
 from .data import DataError, Split, Vocabulary, uniform, words
 from .samplers import Candidates, Source, View, top
 
@@ -215,8 +216,8 @@ def penalty(
 )->Tensor:           # (B, N) float
     "What the release subtracts: 3 from a copy of the caption, 2 from what comes again later"
     same = (made == caption[:,None]).all(-1)
-    plain = Lexicon.of([''] * (int(made.max())+1 if made.numel() else 1), set(), 0, spelled=False)
-    return 3.*same + 2.*earlier(plain.key(made).flip(1)).flip(1)
+    plain = Lexicon.of([''] * (int(made.max())+2 if made.numel() else 1), set(), 0, spelled=False)      # ids count, not spelling
+    return 3.*same + 2.*earlier(plain.key(made + 1).flip(1)).flip(1)
 
 # %% ../nbs/09_generator.ipynb #fdadd636
 @dataclass(frozen=True, eq=False)
@@ -342,8 +343,8 @@ def lesson(
     shape:tuple,                   # (B, K, L)
 )->Tensor:                         # (B,), 0 where nothing was masked
     "The cost of the true words, mean over a caption's masked places"
-    (B, K, L), spread = shape, logits.new_zeros(shape).flatten().float()
-    nll = F.cross_entropy(logits.float(), tokens[place//(K*L), place % L], reduction='none')
+    (B, K, L), spread = shape, wide(logits.new_zeros(shape)).flatten()
+    nll = F.cross_entropy(wide(logits), tokens[place//(K*L), place % L], reduction='none')
     n = spread.index_copy(0, place, torch.ones_like(nll)).view(B, -1).sum(1)
     return spread.index_copy(0, place, nll).view(B, -1).sum(1) / n.clamp(min=1)
 
@@ -393,7 +394,7 @@ def _draw(g, cap, place, logits, copies, hit, s):
     ids = ((cap[:,None]*K + torch.arange(K, device=cap.device))[...,None]*S + torch.arange(S, device=cap.device)).flatten()
     u = uniform(ids, 'refill', L, s.seed, s.epoch).view(B*K, S, L)[place//L,:,place % L]
     never = None if g.special else g.known.lexicon.special.to(logits.device)
-    drawn = copies.new_zeros(B*K*L, S).index_copy(0, place, draw_words(refill_law(logits.float(), g.temperature, never), u))
+    drawn = copies.new_zeros(B*K*L, S).index_copy(0, place, draw_words(refill_law(wide(logits), g.temperature, never), u))
     return fill(copies, hit, drawn.view(B, K, L, S).permute(0, 1, 3, 2))
 
 def _legal(g, made, own, tokens):
@@ -412,7 +413,7 @@ def _score(g, s, made, legal, lengths):
             k = legal[r].flatten().byte().argsort(descending=True, stable=True)[:n]
             for b, j in zip(r[k//max(N, 1)].split(g.rows), (k % max(N, 1)).split(g.rows)):
                 txt = made[b,j,:long]
-                if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, (txt != 0).sum(1))).to(score)
+                if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, lengths.to(b.device)[b])).to(score)
     return score
 
 def _rescore(g, s, made, hit, tokens, idx, most):
@@ -420,17 +421,18 @@ def _rescore(g, s, made, hit, tokens, idx, most):
     (B, k), L, m = idx.shape, made.shape[2], s.model
     if not k: return {'': s.images.new_zeros(B, 0), 'tokens': made}
     e = made.gather(1, idx[...,None].expand(-1, -1, L)); flat = e.flatten(0, 1); of = torch.arange(B, device=e.device).repeat_interleave(k)
-    out = {'': m.pairs(s.images[of], m.text(flat, (flat != 0).sum(1))).view(B, k), 'tokens': e}
+    out = {'': m.pairs(s.images[of], m.text(flat, (tokens != 0).sum(1)[of])).view(B, k), 'tokens': e}
     if not g.heads: return out
     regions = s.get(('regions', id(m)), lambda: m.regions(s.batch['feats'], s.batch['mask']))
     states = m.tokens(regions[of], flat).view(B, k, L, -1)
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
-    return out | dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=e != 0) | _corrections(m, states, was, tokens, most)
+    out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e))
+    return out | _corrections(m, states, was, tokens, most)
 
 def _corrections(model, states, hit, tokens, most):
     "Cost of the original words at masked places: the vocabulary at no more places than a copy has masked"
     at = hit.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]; valid = hit.gather(-1, at)
-    z = model.stream.correct(states.gather(2, at[...,None].expand(*at.shape, states.shape[-1]))).float()
+    z = wide(model.stream.correct(states.gather(2, at[...,None].expand(*at.shape, states.shape[-1]))))
     true = tokens[:,None].expand(hit.shape).gather(-1, at)
     nll = torch.where(valid, F.cross_entropy(z.flatten(0, -2), true.flatten(), reduction='none').view(true.shape), 0.)
     right = (z.argmax(-1) == true) & valid

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from itm_nb.cross_encoder import UNITER, CrossEncoder, from_uniter, to_uniter
+from itm_nb.data import DataError
 from itm_nb.generator import Lexicon, fill, mask_copies, members, pack, penalty, refill_law, suspects, unit_law
 from itm_nb.losses import hinge, triplet_term
 from itm_nb.metrics import Ranks, by_gallery, in_galleries, many_positives, match_summary, mean_summary, ranks_of, summary
@@ -23,7 +25,7 @@ from itm_nb.tags_dc import PRESETS, discrimination, mean_where, synthetic, tags_
 torch.set_num_threads(1)
 HOME = Path(__file__).parent/'golden'
 FOLDER = Path(os.environ.get('ITM_GOLDEN') or HOME)
-PROSE = {'_description', '_about', '_fields', 'description', 'vocabulary_note', 'reading_note'}
+PROSE = {'_description', '_about', '_fields', 'description', 'vocabulary_note', 'reading_note', 'uniter_tags_outer'}
 
 
 @dataclass(frozen=True)
@@ -630,6 +632,37 @@ def check_tags_schedule(block):
     for row in block: near(warm_linear(row['step'], row['base_lr'], row['warmup'], row['total']), row['lr'], 1e-15)
 
 
+# ---- state_dicts_fne_tags.json ----------------------------------------------------------------------------------------------------------------
+
+_sized = {}
+def official(size):
+    "Our cross-encoder at a published size, without memory, and the parts of the authors' files that have no place in it"
+    if size not in _sized:
+        with torch.device('meta'):
+            d = UNITER[size]['dim']; model = CrossEncoder(**UNITER[size]); e = torch.empty
+            rest = {'uniter.img_embeddings.mask_embedding.weight': e(2, 2048), 'itm_output.weight': e(2, d), 'itm_output.bias': e(2),
+                    'feat_regress.weight': e(d, 2048), 'feat_regress.bias': e(2048), 'region_classifier.net.3.weight': e(1601, d), 'region_classifier.net.3.bias': e(1601)}
+            for head in ('feat_regress', 'region_classifier'): rest |= {f'{head}.net.0.weight': e(d, d), f'{head}.net.0.bias': e(d), f'{head}.net.2.weight': e(d), f'{head}.net.2.bias': e(d)}
+        _sized[size] = model, rest
+    return _sized[size]
+
+
+def check_uniter(kind, size):
+    "Out: exactly the names and shapes of the authors. In: a table of these names and shapes is taken, and what comes back is what went in"
+    def check(block):
+        model, rest = official(size); out = to_uniter(model, rest, kind); want = {k: v[0] for k, v in block['keys'].items()}
+        assert {k: list(v.shape) for k, v in out.items()} == want and {v[1] for v in block['keys'].values()} == {'float32'}
+        assert len(out) == block['counts']['keys']
+        tied = [k for k in out if k.endswith('decoder.weight') or k == 'feat_regress.weight']                 # the same tensor under a second name
+        assert sum(v.numel() for k, v in out.items() if k not in tied) == block['counts']['parameters']
+        given = {k: torch.empty(s, device='meta') for k, s in want.items()}
+        from_ = lambda given: from_uniter(model, given)
+        if kind != 'itm': assert from_(given).keys() == out.keys() & rest.keys()
+        else:
+            with pytest.raises(DataError, match='missing'): from_(given)                                        # it cannot write: it has no masked-word head
+    return check
+
+
 # ---- the registry -----------------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = Pending("the authors' checkpoints")
@@ -674,7 +707,9 @@ REGISTRY = {
     'tags.select_stage1_hard5': Warn(check_tags_hard5, ('pool_logits',), 'penalised rows enter as negatives'),
     **{f'state_dicts.models.{k}': Check(check_released) for k in ('SCAN_f30k', 'SCAN_coco', 'BFAN_f30k', 'BFAN_coco', 'VSRN_f30k', 'VSRN_coco', 'AOQ_VSRN_f30k', 'AOQ_VSRN_coco')},
     **{f'state_dicts.models.VSE_infinity_region_{k}': WEIGHTS for k in ('BERT', 'BiGRU_f30k', 'BiGRU_coco')},
-    'state_dicts_fne_tags': WEIGHTS,                                                    # a large file, not copied here; present in a full folder
+    **{f'state_dicts_fne_tags.{name}_{end}': Check(check_uniter(kind, size), ()) for size in ('base', 'large') for name, kind, end in (
+        ('uniter', 'pretrained', f'{size}_pretrained'), ('uniter', 'itm', f'{size}_itm_finetuned'), ('tags_stage1', 'tags1', size), ('tags_stage2', 'tags2', size))},
+    'state_dicts_fne_tags.fne': WEIGHTS,
 }
 
 

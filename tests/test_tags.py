@@ -1,0 +1,211 @@
+"""The generator against slow references written row by row, its edges, and the promise that no caption of an image comes out as a negative of it."""
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from itm_nb import scenes
+from itm_nb.cross_encoder import CrossEncoder, TwoModes
+from itm_nb.data import Batches, Split, Vocabulary, order, uniform, words
+from itm_nb.generator import (Captions, Lexicon, Synthetic, Writer, buckets, chunk, draw_words, earlier, fill, lexicon, mask_copies, members, pack, penalty, quiet,
+                              refill, refill_law, suspects, synthetic_source, unit_law)
+from itm_nb.methods import Method, costs
+from itm_nb.samplers import Step, View, top
+from itm_nb.tags_dc import PRESETS, tags_terms
+
+torch.set_num_threads(1)
+
+
+@cache
+def data():
+    split = scenes.make('tiny').split('train'); vocab = Vocabulary.build(split.captions); lex = lexicon(vocab)
+    tokens, _ = vocab.encode(split.captions)
+    return split, vocab, lex, tokens, Batches(split, vocab), Captions.of(split, tokens, lex)
+
+
+def model_of(kind='two', seed=0, dim=16):
+    split, vocab, lex, *_ = data(); torch.manual_seed(seed); d = split.feats.shape[-1]
+    text = dict(n_words=len(lex.names), dim=dim, layers=1, heads=2, longest=32, d_in=d, dropout=0.)
+    return TwoModes(dict(kind='region', d_in=d, dim=dim), text) if kind == 'two' else CrossEncoder(**text)
+
+
+def step_of(model, cap, seed=0, epoch=0):
+    b = data()[4].take(cap); num = b['mask'].sum(1)
+    return Step(model, model.image(b['feats'], num), model.text(b['tokens'], b['lengths']), b['img_ids'], b['cap_ids'], seed, epoch, b)
+
+
+# ---- slow references ------------------------------------------------------------------------------------------------------------------------
+
+def slow_mask(row, groups, cap, copies, lex, seed, epoch):
+    "One caption at a time, one copy at a time, one unit at a time: the rule as the dossier of the release words it"
+    out, hits = [], []
+    for k in range(copies):
+        one = torch.tensor([cap*copies + k]); u = lambda what, n: uniform(one, f'mask/{what}', n, seed, epoch)[0].tolist()
+        count = Counter(p for g in groups for p in g); law = [sum(.15/count[p] for p in g)/len(g) for g in groups]
+        chosen = [g for g, p, x in zip(groups, law, u('unit', len(groups))) if x < p] or [groups[int(u('forced', 1)[0]*len(groups))]]
+        hit = {p for g in chosen for p in g}; fate, strange, new = u('fate', len(row)), u('word', len(row)), list(row)
+        for p in hit: new[p] = lex.mask if fate[p] < .8 else int(lex.ordinary[int(strange[p]*len(lex.ordinary))]) if fate[p] < .9 else row[p]
+        out.append(new); hits.append([p in hit for p in range(len(row))])
+    return out, hits
+
+
+def test_masking_against_the_slow_way():
+    split, vocab, lex, tokens, _, known = data(); L = tokens.shape[1]
+    copies, hit = mask_copies(tokens[:40], known.units[:40], known.ids[:40], 5, lex, seed=3, epoch=2)
+    for i in range(40):
+        groups = [[p+1 for p in g] for g in chunk(words(split.captions[i]))]
+        want, at = slow_mask(tokens[i].tolist(), groups, int(known.ids[i]), 5, lex, 3, 2)
+        assert copies[i].tolist() == want and hit[i].tolist() == at
+
+
+def test_drawing_against_the_slow_way_and_the_law():
+    rng = np.random.default_rng(0); law = refill_law(torch.tensor(rng.normal(size=(7, 9))), 1.5, torch.arange(9) < 2); u = torch.tensor(rng.random((7, 50)))
+    got = draw_words(law, u)
+    for i in range(7):
+        for s in range(50): assert got[i,s] == next(w for w in range(9) if law[i,:w+1].sum() > u[i,s] + 1e-15 or w == 8)
+    many = draw_words(law[:1], torch.tensor(rng.random((1, 40_000))))[0].bincount(minlength=9); want = law[0]*40_000
+    assert many[:2].sum() == 0 and float(((many-want)**2/want.clamp(min=1e-9))[2:].sum()) < 24.3                  # chi-square, 6 degrees, p = 0.0005
+
+
+def test_filters_against_the_slow_way():
+    rng = np.random.default_rng(1); lex = Lexicon.of([f'w{i}' for i in range(12)], {0, 1, 2, 11}, 11)
+    for _ in range(30):
+        made = torch.tensor(rng.integers(3, 6, (2, 9, 4))); own = torch.tensor(rng.integers(3, 6, (2, 3, 4))); own[0,2] = 0
+        got, minus = suspects(made, own, lex), penalty(made, own[:,0])
+        for b in range(2):
+            real = [x for x in own[b].tolist() if any(x)]; vocabulary = {w for x in real for w in x}; seen = []
+            for n, x in enumerate(made[b].tolist()):
+                assert got['caption'][b,n] == (x in real) and got['inside'][b,n] == (set(x) <= vocabulary) and got['repeat'][b,n] == (x in seen)
+                assert minus[b,n] == 3*(x == real[0]) + 2*(x in made[b,n+1:].tolist()); seen.append(x)
+
+
+def test_refill_in_buckets_equals_one_sentence_at_a_time():
+    split, vocab, lex, tokens, batches, known = data(); model = model_of().eval(); b = batches.take(torch.arange(24)); tokens = tokens[:24]
+    copies, hit = mask_copies(tokens, known.units[:24], known.ids[:24], 3, lex)
+    with torch.no_grad():
+        regions = model.regions(b['feats'], b['mask']); place, z = refill(model, regions, tokens, copies, hit); assert len(place) == int(hit.sum())
+        L = tokens.shape[1]; z = z[place.argsort()]; n = 0
+        for i, k in np.ndindex(24, 3):
+            row = copies[i,k][tokens[i] != 0]; states = model.tokens(regions[i:i+1], row[None])
+            want = model.stream.guess(states[0,hit[i,k][:len(row)]]); torch.testing.assert_close(z[n:n+len(want)], want, atol=2e-5, rtol=1e-4); n += len(want)
+    assert n == len(z)
+
+
+# ---- the pool -------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['two', 'cross'])
+def test_company_order_and_padding_do_not_matter(kind):
+    model = model_of(kind).eval(); cap = order(len(data()[3]), 0, 5)[:12]; g = Synthetic(data()[5], 3, 3, heads=True)
+    with torch.no_grad():
+        def named(cap):
+            c = g.pool(View(step_of(model, cap), 'i2t')); return c, c.rescore(torch.arange(9).expand(len(cap), 9))
+        c, r = named(cap); flipped, rf = named(cap.flip(0)); assert torch.equal(c.legal, flipped.legal.flip(0))
+        torch.testing.assert_close(c.score, flipped.score.flip(0), atol=1e-5, rtol=1e-5)
+        for i in range(12):
+            a, ra = named(cap[i:i+1]); n = ra['tokens'].shape[-1]
+            assert torch.equal(ra['tokens'][0], r['tokens'][i,:,:n]) and not r['tokens'][i,:,n:].any() and torch.equal(a.legal[0], c.legal[i])
+            torch.testing.assert_close(a.score[0], c.score[i], atol=1e-5, rtol=1e-5); torch.testing.assert_close(a.also['mlm'][0], c.also['mlm'][i], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ra['cor'][0], r['cor'][i,:,:n], atol=1e-5, rtol=1e-5)
+
+
+def test_seeds_and_epochs():
+    model = model_of().eval(); cap = torch.arange(8); g = Synthetic(data()[5], 3, 3)
+    def made(**kw):
+        with torch.no_grad(): return g.pool(View(step_of(model, cap, **kw), 'i2t')).rescore(torch.arange(9).expand(8, 9))['tokens']
+    assert torch.equal(made(), made()) and not torch.equal(made(), made(seed=1)) and not torch.equal(made(), made(epoch=1))
+
+
+@pytest.mark.parametrize('kind', ['two', 'cross'])
+def test_whole_method_trains_and_every_head_learns(kind):
+    "Both stages through the package's own `costs`; a batch of one; gradients reach the heads that are asked for"
+    model = model_of(kind); source = synthetic_source(Synthetic(data()[5], 2, 3, heads=True), 3)
+    method = Method(dict(syn=source), tags_terms(discrimination=.5, correction=.5, squash=kind == 'cross'))
+    for cap in (torch.arange(6), torch.arange(1)):
+        model.zero_grad(); parts = costs(method, step_of(model, cap)); assert set(parts) == {f'{k}/i2t' for k in ('synthetic', 'mlm', 'discrimination', 'correction')}
+        sum(parts.values()).backward(); assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and all(v.isfinite() for v in parts.values())
+        for head in (model.stream.mlm, model.stream.cor, model.stream.disc): assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@pytest.mark.parametrize('kind', ['two', 'cross'])
+def test_a_generator_that_yields_nothing(kind):
+    "One word to draw from, and it occurs in the captions: for some captions nothing is legal. No NaN, no cost from them, and they are counted"
+    _, _, lex, tokens, _, known = data(); only = Lexicon.of(lex.names, set(range(len(lex.names))) - {int(tokens[0,1])}, lex.mask); model = model_of(kind)
+    g = Synthetic(replace(known, lexicon=only), 2, 2, heads=True); method = Method(dict(syn=synthetic_source(g, 3)), tags_terms(discrimination=1., correction=1.))
+    same = np.flatnonzero(data()[0].img_of == data()[0].img_of[0]); step = step_of(model, torch.as_tensor(same))
+    c = g.pool(View(step, 'i2t')); assert (c.also['clean'] == 0).any() and (c.score[~c.legal] == -torch.inf).all()
+    parts = costs(method, step_of(model, torch.as_tensor(same[(c.also['clean'] == 0).numpy()])))
+    assert all(v.isfinite() for v in parts.values()) and all(float(v.detach()) == 0 for k, v in parts.items() if not k.startswith('mlm'))
+    sum(parts.values()).backward(); assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_presets_of_the_pool_differ_and_run():
+    model = model_of('cross'); seen = {}
+    assert all(PRESETS['faithful']['pool'][k] != v for k, v in PRESETS['corrected']['pool'].items())
+    for name in PRESETS:
+        g = Synthetic(data()[5], 3, 3, **PRESETS[name]['pool']); step = step_of(model, torch.arange(10)); c = g.pool(View(step, 'i2t')); seen[name] = c
+        assert c.rescore(top(4)(c, View(step, 'i2t')).idx)[''].shape == (10, 4)
+    assert seen['faithful'].legal.all() and not seen['corrected'].legal.all()
+    with torch.no_grad():
+        step = step_of(model, torch.arange(10)); step.images = step.images.roll(1, 0)
+        blind = Synthetic(data()[5], 2, 2, blind=True).pool(View(step, 'i2t')).pos; torch.testing.assert_close(blind, seen['faithful'].pos.detach())    # another image, the same score
+        assert (Synthetic(data()[5], 2, 2).pool(View(step, 'i2t')).pos - seen['corrected'].pos.detach()).abs().max() > 1e-6
+
+
+def test_no_special_token_is_drawn_unless_asked():
+    _, _, lex, tokens, *_ = data(); model = model_of()
+    with torch.no_grad():
+        step = step_of(model, torch.arange(64)); drawn = {}
+        for special in (False, True):
+            c = Synthetic(data()[5], 4, 8, temperature=50., special=special, heads=True).pool(View(step, 'i2t')); r = c.rescore(torch.arange(32).expand(64, 32))
+            drawn[special] = lex.special[r['tokens'][r['hit']]].any().item()
+    assert drawn == {False: False, True: True}
+
+
+def check_no_caption(model, want):
+    "Write until so many negatives are made; compare the TEXT of each with the texts of all captions of its image"
+    split, _, lex, tokens, _, known = data(); norm = lambda s: ' '.join(s.lower().split()); n = bad = copies = 0
+    texts = [norm(' '.join(words(c))) for c in split.captions]; own = {i: {texts[j] for j in np.flatnonzero(split.img_of == i)} for i in range(len(split))}
+    epoch = 0; g = Synthetic(known, 4, 4, temperature=1., inside=False)
+    while n < want:
+        for cap in order(len(tokens), 0, epoch).split(256):
+            step = step_of(model, cap, epoch=epoch); c = g.pool(View(step, 'i2t')); rows = c.rescore(torch.arange(16).expand(len(cap), 16))['tokens']
+            for b, img in enumerate(step.batch['img'].tolist()):
+                said = [norm(lex.say(x)) for x in rows[b]]; legal = c.legal[b].tolist()
+                n += sum(legal); bad += sum(s in own[img] for s, ok in zip(said, legal) if ok); copies += sum(s in own[img] for s, ok in zip(said, legal) if not ok)
+            if n >= want: break
+        epoch += 1
+    return n, bad, copies
+
+
+def taught(steps):
+    "A generator that has learned a little, so that it often says what was there"
+    model = model_of(dim=32); opt = torch.optim.Adam(model.parameters(), lr=5e-3); g = Synthetic(data()[5], 2, 0); done = 0
+    for epoch in range(99):
+        for cap in order(len(data()[3]), 0, epoch).split(128)[:-1]:
+            opt.zero_grad(); g.pool(View(step_of(model, cap, epoch=epoch), 'i2t')).also['mlm'].mean().backward(); opt.step(); done += 1
+            if done == steps: return model.eval()
+
+
+def test_no_negative_is_a_caption_of_its_image():
+    model = taught(40)
+    with torch.no_grad(): n, bad, copies = check_no_caption(model, 4000)
+    assert n >= 4000 and bad == 0 and copies > 20                               # the filter had something to do
+
+
+@pytest.mark.slow
+def test_no_negative_of_100_000_is_a_caption_of_its_image():
+    model = taught(200)
+    with torch.no_grad(): n, bad, copies = check_no_caption(model, 100_000)
+    assert n >= 100_000 and bad == 0 and copies > 1000
+
+
+def test_units_may_be_given_and_captions_cut_into_pieces():
+    split, _, lex, tokens, *_ = data(); known = Captions.of(split, tokens, lex, units='words')
+    assert members(known.units[:5], tokens.shape[1]).any(1).sum(1).tolist() == [len(words(c)) for c in split.captions[:5]]
+    pieces = [[w for w in range(len(words(c))) for _ in range(2)] for c in split.captions]                      # every word in two pieces
+    doubled = Captions.of(split, torch.ones(len(tokens), 2*tokens.shape[1], dtype=torch.int64), lex, units=[[[0]] for _ in split.captions], pieces=pieces)
+    assert members(doubled.units[:1], 8)[0,0].nonzero()[:,0].tolist() == [1, 2]
