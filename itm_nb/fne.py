@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'moments', 'merge', 'variances', 'observed', 'log_odds', 'posterior', 'floor_of', 'weights', 'spare',
-           'filled', 'draw_at', 'Statistics', 'above', 'fne_pick', 'fne_parts', 'fne', 'only_own', 'warmup']
+           'filled', 'Statistics', 'above', 'fne_pick', 'fne_parts', 'fne', 'only_own', 'warmup']
 
 # %% ../nbs/11_fne.ipynb #855e3cac
 from typing import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .losses import Term, triplet_term
 from .memory import Bank
-from .samplers import Candidates, Picked, Source, Step, View, hardest
+from .samplers import Candidates, Picked, Source, Step, View, draw_at, hardest
 
 # %% ../nbs/11_fne.ipynb #0c98c2fa
 def moments(
@@ -149,15 +149,6 @@ def filled(
 )->Tensor:         # (B, K)
     "Weights; a row of zeros becomes a 1 at its spare place"
     return torch.where((w > 0).any(1, keepdim=True), w, torch.zeros_like(w).scatter(1, idx, 1.))
-
-def draw_at(
-    w:Tensor,     # (B, K) weights, 0 or more
-    u:Tensor,     # (B, 1) numbers in [0, 1)
-)->tuple:         # (B, 1) places, (B, 1) was there anything to draw from?
-    "The first place at which the running sum of the weights exceeds the share `u` of their sum; never one of weight 0"
-    cum = w.double().cumsum(1); whole = cum[:,-1:]
-    point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    return torch.searchsorted(cum, point, right=True).clamp(max=w.shape[1]-1), whole > 0
 
 # %% ../nbs/11_fne.ipynb #ef6790d9
 class Statistics:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['word_classes', 'chunk', 'pack', 'members', 'unit_law', 'draw_units', 'mask_copies', 'spell', 'Lexicon', 'lexicon',
-           'refill_law', 'draw_words', 'fill', 'earlier', 'suspects', 'penalty', 'Captions', 'buckets', 'quiet',
-           'Writer', 'refill', 'lesson', 'Synthetic', 'synthetic_source']
+           'refill_law', 'draw_words', 'fill', 'earlier', 'suspects', 'penalty', 'Captions', 'buckets', 'Writer',
+           'refill', 'lesson', 'Synthetic', 'synthetic_source']
 
 # %% ../nbs/09_generator.ipynb #f96f51f3
 import unicodedata
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .cross_encoder import wide
 from .data import DataError, Split, Vocabulary, uniform, words
-from .samplers import Candidates, Source, View, top
+from .samplers import Candidates, Source, View, searching, top
 
 # %% ../nbs/09_generator.ipynb #d925cfcb
 _ENTITY, _ATTRIBUTE, _RELATION = ('NN',), ('JJ', 'CD'), ('VB', 'IN', 'TO', 'RP')
@@ -274,14 +273,6 @@ def buckets(
     group = (lengths + width-1)//width
     return [(rows, int(lengths[rows].max())) for g in group.unique().tolist() for rows in [(group == g).nonzero()[:,0]]]
 
-@contextmanager
-def quiet(model):
-    "Inside: no gradient, no dropout"
-    was = model.training; model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally: model.train(was)
-
 # %% ../nbs/09_generator.ipynb #abedc134
 class Writer:
     "A generator beside the model; with a step size it goes on learning from the masked-word term of the loss"
@@ -407,7 +398,7 @@ def _score(g, s, made, legal, lengths):
     "Scores of what is legal, bucket by bucket; -inf elsewhere"
     score, N = torch.full(legal.shape, -torch.inf, device=made.device), made.shape[1]
     clean = legal.sum(1).tolist()                                              # the one wait for the device
-    with quiet(s.model):
+    with searching(s.model):
         for rows, long in buckets(lengths):
             n, r = sum(clean[i] for i in rows.tolist()), rows.to(made.device)
             k = legal[r].flatten().byte().argsort(descending=True, stable=True)[:n]

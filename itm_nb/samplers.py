@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'Picked', 'Source', 'Step', 'searching', 'View', 'in_batch', 'of_scores', 'everything', 'hardest', 'top',
-           'every', 'semi_hard', 'draw']
+           'every', 'semi_hard', 'draw_at', 'draw']
 
 # %% ../nbs/06_samplers.ipynb #862e243e
 from contextlib import contextmanager
@@ -198,6 +198,15 @@ def semi_hard(c:Candidates, view:View=None)->Picked:
     return _best(c.score.masked_fill(c.score >= c.pos.detach()[:,None], -torch.inf))
 
 # %% ../nbs/06_samplers.ipynb #4dc044a5
+def draw_at(
+    w:Tensor,     # (B, K) weights, 0 or more
+    u:Tensor,     # (B, k) numbers in [0, 1)
+)->tuple:         # (B, k) places, (B, 1) was there anything to draw from?
+    "The first place at which the running sum of the weights exceeds the share `u` of their sum; never one of weight 0"
+    cum = w.double().cumsum(1); whole = cum[:,-1:]
+    point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    return torch.searchsorted(cum.contiguous(), point, right=True).clamp(max=w.shape[1]-1), whole > 0
+
 def draw(
     k:int=1,                    # how many, with replacement
     weights:Callable=None,      # (Candidates, View) -> (B, K) non-negative weights; None: all legal candidates alike
@@ -207,8 +216,6 @@ def draw(
     def pick(c:Candidates, view:View)->Picked:
         if not c.score.shape[1]: return _best(c.score)
         w = c.legal.double() if weights is None else weights(c, view).double().masked_fill(~c.legal, 0.)
-        cum = w.cumsum(1); whole = cum[:,-1:]
-        point = torch.minimum(view.uniform(purpose, k)*whole, torch.nextafter(whole, torch.zeros_like(whole)))
-        idx = torch.searchsorted(cum.contiguous(), point, right=True).clamp(max=w.shape[1]-1)
-        return Picked(idx, (whole > 0).expand_as(idx), w)
+        idx, ok = draw_at(w, view.uniform(purpose, k))
+        return Picked(idx, ok.expand_as(idx), w)
     return pick

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from itm_nb import scenes
 from itm_nb.cross_encoder import CrossEncoder, TwoModes
 from itm_nb.data import Batches, Split, Vocabulary, order, uniform, words
-from itm_nb.generator import (Captions, Lexicon, Synthetic, Writer, buckets, chunk, draw_words, earlier, fill, lexicon, mask_copies, members, pack, penalty, quiet,
+from itm_nb.generator import (Captions, Lexicon, Synthetic, Writer, buckets, chunk, draw_words, earlier, fill, lexicon, mask_copies, members, pack, penalty,
                               refill, refill_law, suspects, synthetic_source, unit_law)
 from itm_nb.methods import Method, costs
 from itm_nb.samplers import Step, View, top
