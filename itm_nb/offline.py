@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'Lists', 'search', 'ordered', 'rescore', 'mine', 'mine_scores', 'estimate', 'model_fingerprint', 'save_lists',
-           'load_lists', 'depth', 'Draw', 'report']
+           'load_lists', 'depth', 'Own', 'own_captions', 'Draw', 'Anywhere', 'report']
 
 # %% ../nbs/07_offline.ipynb #7caa0c94
 import hashlib
@@ -12,6 +12,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -232,24 +233,61 @@ def depth(
     "How deep the lists are used: the same share of captions and of images, at least one"
     return max(1, round(share*captions)), max(1, round(share*images))
 
+class Own(NamedTuple):
+    "The captions of every image"
+    by:Tensor       # (M,) captions in the order of their images
+    n:Tensor        # (N,) how many an image has
+    first:Tensor    # (N,) where its own begin in `by`
+
+def own_captions(
+    img_of:Tensor,   # (M,) image of every caption
+    images:int,
+)->Own:
+    "Which captions belong to which image"
+    n = torch.bincount(img_of, minlength=images)
+    return Own(torch.argsort(img_of, stable=True), n, n.cumsum(0) - n)
+
 @dataclass(frozen=True, eq=False)
 class Draw:
-    "Offline negatives of given captions, drawn anew in every epoch; may serve as `fetch` of a source"
-    lists:dict            # 'i2t', 't2i' -> Lists
-    img_of:Tensor         # (M,) image of every caption
-    h_txt:int             # how many captions of an image's list are used
-    h_img:int             # how many images of a caption's list
-    tied:bool=True        # one draw for both ranks (as released)
+    "Offline negatives of given captions, drawn anew in every epoch"
+    lists:dict              # 'i2t', 't2i' -> Lists
+    img_of:Tensor           # (M,) image of every caption
+    h_txt:int               # how many captions of an image's list are used
+    h_img:int               # how many images of a caption's list
+    tied:bool=True          # one draw for both ranks (as released)
+    purpose:str='offline'   # name of the random numbers: others are second draws
 
-    def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> (B,) ids T3, I3, T4, I4; -1 where there is none
+    @cached_property
+    def own(self)->Own: return own_captions(self.img_of, len(self.lists['i2t'].idx))
+
+    def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) captions -> (B,) T3, I3, T4, I4; -1 where there is none
         "The draws of AOQ (dossier: released code, data loader)"
-        img_of = self.img_of; u = uniform(cap, 'offline', 3, seed, epoch); v = u[:,0] if self.tied else u[:,1]
-        T3 = _pick(self.lists['i2t'].idx, img_of[cap], self.h_txt, u[:,0])
-        I3 = _pick(self.lists['t2i'].idx, cap, self.h_img, v)
-        by = torch.argsort(img_of, stable=True)
-        n = torch.bincount(img_of, minlength=len(self.lists['i2t'].idx)); first = n.cumsum(0) - n
-        i = I3.clamp(min=0); T4 = by[(first[i] + (u[:,2]*n[i]).long()).clamp(max=len(by)-1)]
-        return dict(T3=T3, I3=I3, T4=T4.masked_fill((I3 < 0) | (n[i] == 0), -1), I4=img_of[T3.clamp(min=0)].masked_fill(T3 < 0, -1))
+        u = uniform(cap, self.purpose, 3, seed, epoch)
+        T3 = _pick(self.lists['i2t'].idx, self.img_of[cap], self.h_txt, u[:,0])
+        I3 = _pick(self.lists['t2i'].idx, cap, self.h_img, u[:,0 if self.tied else 1])
+        return _four(self.own, self.img_of, T3, I3, u[:,2])
+
+@dataclass(frozen=True, eq=False)
+class Anywhere:
+    "The placebo of mining: offline negatives from anywhere in the training set, all alike"
+    img_of:Tensor           # (M,) image of every caption
+    images:int
+    purpose:str='offline'   # name of the random numbers
+
+    @cached_property
+    def own(self)->Own: return own_captions(self.img_of, self.images)
+
+    def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # as `Draw`
+        "Any caption of another image, any other image"
+        u, k = uniform(cap, self.purpose, 3, seed, epoch), self.img_of[cap]; by, n, first = self.own
+        left = len(by) - n[k]; t = (u[:,0]*left).long(); T3 = by[(t + torch.where(t < first[k], 0, n[k])).clamp(max=len(by)-1)]
+        i = (u[:,1]*(self.images-1)).long(); none = torch.tensor(self.images < 2)
+        return _four(self.own, self.img_of, T3.masked_fill(left == 0, -1), (i + (i >= k)).masked_fill(none, -1), u[:,2])
+
+def _four(own, img_of, T3, I3, u)->dict:
+    "The unanchored pair that follows from T3 and I3: the image of the one, a caption of the other"
+    i = I3.clamp(min=0); T4 = own.by[(own.first[i] + (u*own.n[i]).long()).clamp(max=len(own.by)-1)]
+    return dict(T3=T3, I3=I3, T4=T4.masked_fill((I3 < 0) | (own.n[i] == 0), -1), I4=img_of[T3.clamp(min=0)].masked_fill(T3 < 0, -1))
 
 def _pick(idx, rows:Tensor, h:int, u:Tensor)->Tensor:
     "Entry number floor(u * used) of given rows, where `used` is h or what the row has"
