@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'Lists', 'search', 'ordered', 'rescore', 'mine', 'mine_scores', 'estimate', 'model_fingerprint', 'save_lists',
-           'load_lists', 'depth', 'Own', 'own_captions', 'Draw', 'Anywhere', 'report']
+           'load_lists', 'depth', 'Own', 'own_captions', 'Draw', 'Anywhere', 'mine_model', 'foresee', 'positives',
+           'report']
 
 # %% ../nbs/07_offline.ipynb #7caa0c94
 import hashlib
@@ -51,6 +52,7 @@ def search(
     h:int,                  # how many
     rows:int=512,           # of a block
     cols:int=8192,
+    tick:Callable=None,     # called with the number of rows of a block that is done
 )->Lists:                   # (N, min(h, M)) tensors; order among equals not settled
     "The best-scored keys of other images, block by block; beyond the lists it holds one block"
     idx, val = [], []
@@ -61,6 +63,7 @@ def search(
             best = _merge(best, score(r, c), b, h, own_q[r], own_k[c])
         v, i = (F.pad(x, (0, min(h, len(own_k)) - x.shape[1]), value=-torch.inf if x.is_floating_point() else -1) for x in best)
         val.append(v.cpu()); idx.append(i.masked_fill(v == -torch.inf, -1).int().cpu())
+        if tick: tick(r.stop - r.start)
     return Lists(torch.cat(idx), torch.cat(val))
 
 def ordered(
@@ -120,7 +123,7 @@ def mine(
     h:int,                # length of the lists
     slack:float=.25,      # share of further proposals
     how:str='torch',      # 'torch' (any device) or 'faiss' (CPU)
-    **blocks,             # rows, cols of `search`
+    **blocks,             # rows, cols, tick of `search`
 )->tuple:                 # Lists (N, h), number of rows that were done again
     "Exact lists, whichever way they are searched for"
     wide = min(int(h*(1 + slack)) + 8, len(k)); eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
@@ -144,11 +147,12 @@ def mine_scores(
     h:int,
     rows:int=64,         # of a block; part of the definition of the score
     cols:int=1024,
+    tick:Callable=None,  # as in `search`
 )->tuple:                # Lists (N, h), number of rows that were done again
     "Exact lists of any score, from blocks of fixed shape"
     wide, M = min(h + 8, len(own_k)), len(own_k)
     with torch.no_grad():
-        idx, v = search(score, own_q, own_k, wide, rows, cols)
+        idx, v = search(score, own_q, own_k, wide, rows, cols, tick)
         found = ordered(idx, v, h); rest = v[:,-1]
         redo = (found.score[:,-1] == rest) & (rest > -torch.inf) & (wide < M)
         for a in sorted({int(i)//rows*rows for i in redo.nonzero()}):
@@ -293,6 +297,40 @@ def _pick(idx, rows:Tensor, h:int, u:Tensor)->Tensor:
     "Entry number floor(u * used) of given rows, where `used` is h or what the row has"
     some = torch.from_numpy(np.ascontiguousarray(np.asarray(idx)[rows.numpy(),:h])).long(); n = (some >= 0).sum(1)
     return torch.where(n > 0, some.gather(1, (u*n).long()[:,None]).squeeze(1), -1)
+
+# %% ../nbs/07_offline.ipynb #46e11636
+def mine_model(
+    model,                # with `matrix`: images and sentences -> scores
+    img,                  # encodings of the N images
+    txt,                  # encodings of the M sentences
+    img_of:Tensor,        # (M,) image of every sentence
+    h:tuple,              # how many sentences per image, how many images per sentence, see `depth`
+    tick:Callable=None,   # as in `search`; called for N + M rows altogether
+    **kw,                 # of `mine` or `mine_scores`
+)->dict:                  # 'i2t', 't2i' -> Lists, on the CPU
+    "Lists of both directions"
+    every = torch.arange(len(img), device=img.device); own = img_of.to(img.device)
+    if isinstance(img, Tensor):
+        return dict(i2t=mine(img, txt, every, own, h[0], tick=tick, **kw)[0], t2i=mine(txt, img, own, every, h[1], tick=tick, **kw)[0])
+    look = lambda r, c: model.matrix(img[r], txt[c])
+    i2t = mine_scores(look, every, own, h[0], tick=tick, **kw)[0]
+    return dict(i2t=i2t, t2i=mine_scores(lambda r, c: look(c, r).T, own, every, h[1], tick=tick, **kw)[0])
+
+@torch.no_grad()
+def foresee(model, img, txt)->dict:   # as `mine_model`
+    "As `estimate`, for any model: one block is timed"
+    n, m = len(img), len(txt)
+    if isinstance(img, Tensor): return estimate(n, m, img.shape[1], device=img.device)
+    some, other = img[:min(n, 64)], txt[:min(m, 1024)]
+    def once(): t = time.perf_counter(); model.matrix(some, other).sum().item(); return time.perf_counter() - t
+    once(); seconds = min(once() for _ in range(2))
+    return dict(seconds=2*seconds*n*m/(len(some)*len(other)), pairs_per_s=len(some)*len(other)/seconds, mib_per_100=(n + m)*100*8/2**20)
+
+@torch.no_grad()
+def positives(model, img, txt, img_of:Tensor, block:int=4096)->Tensor:   # (M,)
+    "Score of every sentence with its own image"
+    parts = torch.arange(len(txt), device=img.device).split(block); own = img_of.to(img.device)
+    return torch.cat([model.pairs(img[own[i]], txt[i]) for i in parts]).cpu()
 
 # %% ../nbs/07_offline.ipynb #74d3f083
 def report(
