@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARE', 'Lists', 'search', 'ordered', 'rescore', 'mine', 'mine_scores', 'estimate', 'model_fingerprint', 'save_lists',
            'load_lists', 'depth', 'Own', 'own_captions', 'Draw', 'Anywhere', 'mine_model', 'foresee', 'positives',
-           'report']
+           'report', 'without_true']
 
 # %% ../nbs/07_offline.ipynb #7caa0c94
 import hashlib
@@ -353,3 +353,18 @@ def report(
         out[side] |= dict(false=wrong.sum().item()/ok.sum().item(), false_by_rank=(wrong.sum(0)/ok.sum(0).clamp(min=1)).tolist())
     d = draw(torch.arange(len(img_of)))
     return out | dict(collisions=((d['I3'] == d['I4']) & (d['I3'] >= 0)).double().mean().item())
+
+# %% ../nbs/07_offline.ipynb #f0e2cd7a
+def without_true(
+    lists:dict,          # 'i2t', 't2i' -> Lists
+    is_true:Callable,    # (image ids, sentence ids) -> bool array
+    h:tuple,             # how long the lists are to be: sentences per image, images per sentence
+)->dict:
+    "The same lists without the pairs that are true; rows that become too short end with -1"
+    out = {}
+    for (side, (idx, score)), w in zip(lists.items(), h):
+        q, bad = torch.arange(len(idx))[:,None].expand_as(idx), idx < 0; i, t = (q, idx) if side == 'i2t' else (idx, q)
+        bad[~bad] |= torch.as_tensor(np.asarray(is_true(i[~bad].numpy(), t[~bad].numpy()), dtype=bool))
+        by = bad.byte().argsort(dim=1, stable=True)[:,:w]; gone = bad.gather(1, by)
+        out[side] = Lists(idx.gather(1, by).masked_fill(gone, -1), score.gather(1, by).masked_fill(gone, -torch.inf))
+    return out
