@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .data import DataError, read_json, uniform, write_atomic
 from .metrics import exact_matmul
+from .similarity import are_vectors
 
 # %% ../nbs/07_offline.ipynb #3341f07c
 class Lists(NamedTuple):
@@ -310,7 +311,7 @@ def mine_model(
 )->dict:                  # 'i2t', 't2i' -> Lists, on the CPU
     "Lists of both directions"
     every = torch.arange(len(img), device=img.device); own = img_of.to(img.device)
-    if isinstance(img, Tensor):
+    if are_vectors(img):
         return dict(i2t=mine(img, txt, every, own, h[0], tick=tick, **kw)[0], t2i=mine(txt, img, own, every, h[1], tick=tick, **kw)[0])
     look = lambda r, c: model.matrix(img[r], txt[c])
     i2t = mine_scores(look, every, own, h[0], tick=tick, **kw)[0]
@@ -320,7 +321,7 @@ def mine_model(
 def foresee(model, img, txt)->dict:   # as `mine_model`
     "As `estimate`, for any model: one block is timed"
     n, m = len(img), len(txt)
-    if isinstance(img, Tensor): return estimate(n, m, img.shape[1], device=img.device)
+    if are_vectors(img): return estimate(n, m, img.shape[1], device=img.device)
     some, other = img[:min(n, 64)], txt[:min(m, 1024)]
     def once(): t = time.perf_counter(); model.matrix(some, other).sum().item(); return time.perf_counter() - t
     once(); seconds = min(once() for _ in range(2))
