@@ -13,12 +13,13 @@ import torch
 
 from itm_nb.aoq import PRESETS, STAGES, aoq, lists_of
 from itm_nb.data import SPECIALS, Batches, DataError, Split, Vocabulary, fingerprint
-from itm_nb.methods import Method, costs, explain, fetches
-from itm_nb.offline import Draw, Lists, load_lists, mine_model, save_lists
-from itm_nb.runs import finish
+from itm_nb.methods import Method, costs, explain, fetches, schedule
+from itm_nb.offline import SHARE, Draw, Lists, depth, load_lists, mine_model, save_lists
+from itm_nb.runs import OF_A_RUN, finish
 from itm_nb.samplers import Source, Step, View, in_batch, semi_hard, top
 from itm_nb.similarity import picked_of
-from itm_nb.train import Config, embed, fit, load_picks
+from itm_nb.sweeps import entries, read_sweep, sweep_file
+from itm_nb.train import Config, build, config, embed, fit, load_picks
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -235,3 +236,32 @@ def test_counts_and_the_running_mean_survive_a_resume(mined, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), on_step=stop, every=5)
     fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), every=5); assert whole.steps > 9
     for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
+
+
+# ---------------------------------------------------------------- the sweeps
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'nbs'/'experiments'/'sweeps').glob('aoq_*.yaml')))
+def test_every_run_of_a_sweep_can_be_built(name, tmp_path):
+    "Settings resolve, models can be made (at the size of the profile tiny where there is one), methods find what they name"
+    train = train_of(); save(tmp_path, table(), train.split, (9, 4)); path = sweep_file(name); spec = read_sweep(path)
+    spec = read_sweep(path, 'tiny') if 'tiny' in spec['profiles'] else spec; spec['search'] = {}; found = entries(spec, name, tmp_path/'runs')
+    assert len({e.block for e in found}) == len(spec['blocks']); folders = {str(e.out): e for e in found}; built = {}
+    for e in found:
+        if e.block or e.template != 'train': continue
+        cfg = config({k: v for k, v in e.values.items() if k not in OF_A_RUN}); cfg = replace(cfg, dim=min(cfg.dim, 16), d_word=min(cfg.d_word, 8), captioner=min(cfg.captioner, 8)); kind = (cfg.similarity, cfg.image, cfg.text, cfg.captioner, cfg.dim, cfg.d_word)
+        model = built[kind] = built.get(kind) or build(cfg, 20, 50)
+        m = schedule(cfg.method, cfg.warmup, cfg.before, margin=cfg.margin, model=model, train=train, lists=str(tmp_path) if e.values['lists'] else '')[-1][1]
+        assert ('off' in m.sources) == (e.values['lists'] != '' or 'random' in cfg.method)
+        if e.values['init']: assert {k: built_like(folders[e.values['init']], k) for k in KIND} == {k: e.values[k] for k in KIND}       # what it goes on from is the same model
+    mines = [e for e in found if e.template == 'mine']; assert len(mines) >= len(spec['blocks'])
+    for e in mines: parent = folders[e.values['init']]; assert all(e.values[k] == parent.values[k] for k in ('data', 'preset', 'rho', 'regions', 'folds', 'fold', 'similarity') if k in parent.values) and parent.block == e.block
+
+KIND = ('similarity', 'image', 'text', 'dim', 'd_word', 'captioner', 'image_hidden', 'regions', 'fold', 'seed')
+def built_like(e, k): return e.values[k]
+
+
+def test_depths_of_the_sweeps_are_those_of_the_paper():
+    for name, n in (('aoq_flickr30k', 29_000), ('aoq_coco', 113_287)):
+        spec = read_sweep(sweep_file(name)); share = spec['runs']['mined']['share']; said = spec['arms']['scan_aoq']['method']
+        used = float(said.partition('share=')[2].rstrip(')')) if 'share=' in said else SHARE
+        assert depth(5*n, n, share) == (300, 60) == depth(5*n, n, used)
