@@ -1,5 +1,4 @@
 """Search against brute force: blocks, ties, every kind of score, words and regions left out one by one, questions that cannot be asked."""
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +10,8 @@ from hypothesis import strategies as st
 from itm_nb.cross_attention import SCORES, cross_attention
 from itm_nb.cross_encoder import CrossEncoder
 from itm_nb.data import Batches, DataError, Split, Vocabulary
-from itm_nb.encoders import mean_pool
-from itm_nb.runs import template
 from itm_nb.search import Shelf, answering, ask, bare, find_images, find_sentences, open_run, region_gains, tell, top_k, unknown, why, word_gains
 from itm_nb.similarity import Model, States
-from itm_nb.train import Corpus
 
 N, R, D, CAPS = 13, 5, 6, ('a red ball', 'the dog runs over a hill', 'two men', 'red red red hats and a dog', 'a hill')
 
@@ -158,3 +154,15 @@ def test_pictures_nobody_described(tmp_path, split):
     for bad in ('o.npy', 'cut.npy', 'no.npy', 'line.npy', 'int.npy', '.', 'nothing'):
         with pytest.raises(DataError): bare(tmp_path/bad)
     with pytest.raises(DataError, match='no trained model'): open_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_notebook_searches_and_so_does_its_model_elsewhere(tmp_path, monkeypatch):
+    "`itm_run search` on a tiny world; then its model by folder, in features that nobody described"
+    from itm_nb import runs, scenes
+    monkeypatch.chdir(tmp_path); quick = dict(preset='tiny', epochs=2, query='a red moon', top=2)
+    code, out = runs.start('search', quick | dict(out='a'), bar=False); assert code == 0 and (out/'model'/'best').is_dir()
+    np.save('x.npy', scenes.make('tiny').split('test').feats[:9])
+    for given in (dict(run='a/model'), dict(run='a/model', folder='x.npy')): assert runs.start('search', quick | given, bar=False)[0] == 0
+    assert runs.start('search', quick | dict(run='nowhere', out='b'), bar=False)[0] == 1
+    assert 'no trained model' in open('b/FAILED').read()
