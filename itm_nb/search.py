@@ -164,6 +164,10 @@ def read(
     ids, lengths = s.vocab.encode(sentences); device = s.batches.device
     return s.model.text(ids.to(device), lengths.to(device))
 
+def _at(s, images)->torch.Tensor:
+    "Indices of images where the encodings are"
+    return (images if torch.is_tensor(images) else torch.tensor(np.array(images))).to(s.batches.device)
+
 @torch.no_grad()
 def find_images(
     s:Shelf,
@@ -184,7 +188,7 @@ def find_sentences(
     **block
 )->tuple:              # (I, k) caption indices, (I, k) scores
     "The sentences that say best what each picture shows"
-    img = s.img[torch.as_tensor(np.array(images), device=s.batches.device)] if isinstance(images, (list, np.ndarray, range)) else images
+    img = s.img[_at(s, images)] if isinstance(images, (list, np.ndarray, range)) else images
     return top_k(lambda r, c: s.model.matrix(img[r], s.txt[c]), len(img), len(s.txt), k, **block)
 
 @torch.no_grad()
@@ -246,7 +250,7 @@ def word_gains(
 )->tuple:              # L words, (n, L) array
     "How much of the score of each picture is owed to each word"
     said = _asked(s.vocab, query); txt = read(s, [query, *without_each(said)])
-    scores = s.model.matrix(s.img[torch.as_tensor(np.array(images), device=s.batches.device)], txt).float().cpu()
+    scores = s.model.matrix(s.img[_at(s, images)], txt).float().cpu()
     return said, (scores[:,:1] - scores[:,1:]).numpy()
 
 # %% ../nbs/18_search.ipynb #65e51d39
