@@ -18,7 +18,7 @@ from itm_nb import records as R
 from itm_nb.data import DataError
 from itm_nb.metrics import Matches, Ranks
 from itm_nb.records import SCHEMA, made_up_record, mismatches, pack, read_records, record, recompute, stored_ranks, unpack, write_record
-from itm_nb.report import collapsed, _photos, differences, interval, lint_records, lint_table, per_photo, published, table, value
+from itm_nb.report import _photos, collapsed, differences, interval, latex, lint_records, lint_table, markdown, per_photo, published, table, value
 
 ROOT = Path(__file__).parent.parent
 ABOUT = ('id', 'sweep', 'method', 'preset', 'seed', 'block', 'config', 'commit', 'source', 'versions', 'device', 'threads')
