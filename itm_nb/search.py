@@ -24,9 +24,10 @@ from PIL import Image, ImageDraw, ImageOps
 from . import tokens
 from .data import Batches, DataError, Split, Vocabulary, words
 from .figures import style
+from .models import from_pretrained
 from .readers import recognise
+from .samplers import sight
 from .scenes import draw, parse, show, truth
-from .similarity import Model, from_pretrained
 from .train import Corpus, config, corpus, embed, load_checkpoint
 
 # %% ../nbs/18_search.ipynb #4a42af91
@@ -57,7 +58,7 @@ def top_k(
 @dataclass(eq=False)
 class Shelf:
     "A model, and the encodings of all images and sentences it can find"
-    model:Model
+    model:torch.nn.Module
     vocab:object          # Vocabulary or Pieces
     batches:Batches       # of the split
     img:object            # N encodings of images
@@ -69,7 +70,7 @@ class Shelf:
 
 @torch.no_grad()
 def shelf(
-    model:Model,
+    model,             # of a kind in `models.MODELS`
     vocab,             # Vocabulary or Pieces the model was trained with
     data:Corpus,
     part:str='test',   # which part of the data
@@ -254,10 +255,11 @@ def word_gains(
     return said, (scores[:,:1] - scores[:,1:]).numpy()
 
 # %% ../nbs/18_search.ipynb #65e51d39
-def _hidden(feats, n:int)->tuple:
-    "One image with all its n regions, without the first, without the second, ...: (n+1, n, D) features and (n+1,) counts"
-    keep = torch.stack([torch.arange(n)] + [torch.tensor([j for j in range(n) if j != i] + [i]) for i in range(n)])
-    return feats[0,keep.to(feats.device)], torch.tensor([n] + [n-1]*n, device=feats.device)
+def _hidden(b:dict, n:int)->dict:
+    "One image, as a loader gives it, with all its n regions, without the first, without the second, ...: n+1 rows"
+    order = torch.stack([torch.arange(n)] + [torch.tensor([j for j in range(n) if j != i] + [i]) for i in range(n)]).to(b['mask'].device)
+    count = torch.tensor([n] + [n-1]*n, device=order.device)
+    return {k: b[k][0,order] for k in ('feats', 'boxes') if k in b} | dict(mask=torch.arange(n, device=order.device) < count[:,None])
 
 @torch.no_grad()
 def region_gains(
@@ -270,7 +272,7 @@ def region_gains(
     if s.split.feats is None or n < 2:
         raise DataError(f'image {image}', 'no regions' if s.split.feats is None else 'a single region', 'two or more', 'Ask about words.')
     said = _asked(s.vocab, query)
-    img = s.model.image(*_hidden(s.batches.images(slice(image, image+1))['feats'], n))
+    img = s.model.image(*sight(_hidden(s.batches.images(slice(image, image+1)), n)))
     scores = s.model.matrix(img, read(s, [query, *without_each(said)])).float().cpu()
     gains = scores[:,:1] - scores[:,1:]
     return said, (gains[:1] - gains[1:]).numpy()
