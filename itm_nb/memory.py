@@ -136,9 +136,9 @@ class Bank:
         if self.momentum: self.momentum.model.load_state_dict(part('copy.'))
         else: self.waiting = {k: v.clone() for k, v in part('copy.').items()}
 
-_WHY = ('a memory keeps one vector per entry, and scores an anchor with all entries in one product. This model ({}) keeps a vector for every '
-        'region and word and scores pair by pair: R x L products per entry - with 36 regions and 12 words 432, for each of {:,} entries and '
-        'each anchor of every step - and R or L vectors to keep instead of one. Use a model with one vector per side.')
+_WHY = ('a memory keeps one vector per entry, and scores an anchor with all entries in one product. This model ({}) keeps a vector for '
+        'every region and word and scores pair by pair: R x L products per entry - with 36 regions and 12 words 432, for each of {:,} '
+        'entries and each anchor of every step - and R or L vectors to keep instead of one. Use a model with one vector per side.')
 
 def refuse(
     model,             # as built, before any step
