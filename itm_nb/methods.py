@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .aoq import aoq, caption
 from .data import DataError
+from .fne import fne, fne_warmup
 from .losses import Term, average, infonce_term, total, triplet_term
 from .samplers import Source, View, draw, every, everything, hardest, in_batch, semi_hard
 
@@ -124,7 +125,7 @@ def infonce(temperature:float=.05)->Method:
     "Softmax over the batch in both directions (CLIP)"
     return Method(dict(all=Source(everything, every)), dict(infonce=infonce_term('all', temperature)))
 
-METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce)   # name -> maker
+METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce, fne=fne, fne_warmup=fne_warmup)   # name -> maker
 
 # %% ../nbs/13_methods.ipynb #a829cec2
 NEEDY = dict(aoq=aoq, caption=caption)   # makers that cannot do without something of a run: mined lists, a captioner
