@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['word_classes', 'chunk', 'pack', 'members', 'unit_law', 'draw_units', 'mask_copies', 'spell', 'Lexicon', 'lexicon',
-           'refill_law', 'draw_words', 'fill', 'earlier', 'suspects', 'penalty', 'Captions', 'buckets', 'Writer',
-           'refill', 'lesson', 'judge_of', 'Tally', 'Synthetic', 'elsewhere', 'synthetic_source']
+           'units_of', 'refill_law', 'draw_words', 'fill', 'earlier', 'suspects', 'penalty', 'Captions', 'buckets',
+           'Writer', 'refill', 'lesson', 'judge_of', 'Tally', 'Synthetic', 'elsewhere', 'synthetic_source']
 
 # %% ../nbs/09_generator.ipynb #f96f51f3
 import unicodedata
@@ -23,6 +23,7 @@ from . import truth
 from .cross_encoder import wide
 from .data import DataError, Split, Vocabulary, uniform, words
 from .samplers import Candidates, Source, View, searching, top
+from .tokens import ENDS
 
 # %% ../nbs/09_generator.ipynb #d925cfcb
 _ENTITY, _ATTRIBUTE, _RELATION = ('NN',), ('JJ', 'CD'), ('VB', 'IN', 'TO', 'RP')
@@ -156,10 +157,28 @@ class Lexicon:
         return ' '.join(self.names[i] for i in tokens.tolist() if not self.special[i])
 
 def lexicon(
-    vocab:Vocabulary,
+    vocab,              # Vocabulary or Pieces
 )->Lexicon:             # one id more than the vocabulary: build models with `len(lexicon.names)` words
-    "The lexicon of a vocabulary of words"
-    return Lexicon.of((*vocab.words, '<mask>'), {0, 1, 2, 3, len(vocab)}, len(vocab))
+    "The lexicon of a vocabulary; of pieces, the mask is their own"
+    if isinstance(vocab, Vocabulary): return Lexicon.of((*vocab.words, '<mask>'), {0, 1, 2, 3, len(vocab)}, len(vocab))
+    table = vocab.made.get_vocab(); ends = {table[x] for x in ENDS if x in table}
+    return Lexicon.of((*sorted(table, key=table.get), '<mask>'), {0, *ends, len(table)}, table.get('[MASK]', len(table)))
+
+def units_of(
+    vocab,              # Vocabulary or Pieces
+    sentences:Sequence,
+    units='chunk',      # as in `Captions.of`
+):                      # what `Captions.of` takes
+    "Units of sentences; where words are cut into pieces, the units of the words become units of pieces"
+    if not isinstance(units, str) or isinstance(vocab, Vocabulary): return units
+    vocab.encode(list(sentences)[:1]); out = []                                     # sets how long a sentence may be
+    for s, e in zip(sentences, vocab.made.encode_batch(list(sentences))):
+        spans, word = {}, [-1 if w is None else w for w in e.word_ids]
+        for w, (a, b) in zip(word, e.offsets): spans.setdefault(w, [a, b])[1] = b
+        said = [s[a:b].lower() for w, (a, b) in sorted(spans.items()) if w >= 0]
+        groups = chunk(said) if units == 'chunk' else [[k] for k in range(len(said))]
+        out.append([[p-1 for p, w in enumerate(word) if w in u] for u in groups])
+    return out
 
 # %% ../nbs/09_generator.ipynb #7ce02df8
 def refill_law(
