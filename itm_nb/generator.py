@@ -97,12 +97,13 @@ def mask_copies(
     lexicon,             # its mask and its ordinary words
     seed:int=0,
     epoch:int=0,
+    share:float=.15,     # as in `unit_law`
 )->tuple:                # (B, K, L) masked copies, (B, K, L) which places are to be refilled
     "Masked copies; what is masked depends on caption, copy, seed and epoch, on nothing else"
     (B, L), K = tokens.shape, copies; ids = (cap[:,None]*K + torch.arange(K, device=cap.device)).flatten()
     draws = lambda what, n: uniform(ids, f'mask/{what}', n, seed, epoch).view(B, K, n)
     member = members(units, L) & (tokens != 0)[:,None]; filled = member.any(-1).sum(1)
-    chosen = draw_units(unit_law(member), filled, draws('unit', units.shape[1]), draws('forced', 1)[...,0])
+    chosen = draw_units(unit_law(member, share), filled, draws('unit', units.shape[1]), draws('forced', 1)[...,0])
     hit = (chosen[...,None] & member[:,None]).any(2)
     fate, other = draws('fate', L), draws('word', L)
     strange = lexicon.ordinary.to(tokens.device)[(other*len(lexicon.ordinary)).long()]
@@ -373,29 +374,31 @@ def judge_of(
     return ask
 
 class Tally:
-    "Counts what a generator yields in an epoch; of some batches the kept sentences are judged. On several devices: of this one's share"
+    "Counts what a generator yields in an epoch; of some batches the kept are judged, of the first they are noted down. Of this device's share"
     def __init__(self,
         lexicon:Lexicon,
         judge=None,         # from `judge_of`
         every:int=50,       # one batch of so many is judged
         anchors:int=64,     # of its captions so many
     ):
-        self.lexicon, self.judge, self.every, self.anchors, self.batch = lexicon, judge, every, anchors, 0
+        self.lexicon, self.judge, self.every, self.anchors, self.batch, self.epoch = lexicon, judge, every, anchors, 0, 0
         self.n = torch.zeros(8, dtype=torch.double)      # captions, candidates, clean, captions without any; false, half, true, bad
+        self.said = {}                                   # epoch -> (anchors, k, L) tokens, 0 where nothing was kept; behind each its caption's id
 
     def start_epoch(self, epoch:int): self.n, self.batch = torch.zeros_like(self.n), 0
 
-    def count(self, legal:Tensor):   # (B, N)
+    def count(self, legal:Tensor, epoch:int):   # (B, N)
         "A batch of candidates"
-        clean = legal.sum(1); self.batch += 1; self.n = self.n.to(legal.device)
+        clean = legal.sum(1); self.batch += 1; self.n, self.epoch = self.n.to(legal.device), epoch
         self.n[:4] += torch.stack([clean.new_tensor(len(legal)), clean.new_tensor(legal.numel()), clean.sum(), (clean == 0).sum()])
 
-    def look(self, tokens:Tensor, ok:Tensor, img:Tensor):   # (B, k, L) kept sentences, (B, k), (B,) image ids
-        "Judge the kept of the first anchors, if it is time"
-        if self.judge is None or (self.batch-1) % self.every: return
-        b, j = ok[:self.anchors].nonzero(as_tuple=True)
-        said = [self.lexicon.say(x) for x in tokens[b,j].cpu()]
-        t = self.judge(img[b].cpu().numpy(), said) if said else np.zeros(0, 'u1')
+    def look(self, tokens:Tensor, ok:Tensor, img:Tensor, cap:Tensor):   # (B, k, L) kept sentences, (B, k), (B,) image ids, (B,) caption ids
+        "Note down and judge the kept of the first anchors, if it is time"
+        if (self.batch-1) % self.every: return
+        tokens, ok, img, cap = (x[:self.anchors].cpu() for x in (tokens, ok, img, cap))
+        if self.batch == 1: self.said[self.epoch] = torch.cat([tokens*ok[...,None], cap[:,None,None].expand(-1, ok.shape[1], 1)], -1)
+        if self.judge is None or not ok.any(): return
+        t = self.judge(img[ok.nonzero()[:,0]].numpy(), [self.lexicon.say(x) for x in tokens[ok]])
         self.n[4:] += torch.as_tensor([float((t == v).sum()) for v in (0, 1, 2, truth.NONE)], device=self.n.device, dtype=torch.double)
 
     def monitor(self)->dict:
@@ -405,8 +408,14 @@ class Tally:
         names = ('syn_false', 'syn_half', 'syn_true', 'syn_bad')
         return out | ({k: 100*x/told for k, x in zip(names, seen)} if told else {})
 
-    def state_dict(self)->dict: return dict(n=self.n, batch=torch.tensor(self.batch))
-    def load_state_dict(self, d:dict): self.n, self.batch = d['n'].double(), int(d['batch'])
+    def state_dict(self)->dict:
+        "Counts and notes"
+        return dict(n=self.n, batch=torch.tensor([self.batch, self.epoch])) | {f'said.{k}': v for k, v in self.said.items()}
+
+    def load_state_dict(self, d:dict):
+        "Go on from there"
+        self.n, (self.batch, self.epoch) = d['n'].double(), d['batch'].tolist()
+        self.said = {int(k[5:]): v for k, v in d.items() if k.startswith('said.')}
 
 # %% ../nbs/09_generator.ipynb #268b97f3
 @dataclass(eq=False)
@@ -416,6 +425,7 @@ class Synthetic:
     copies:int=4              # K
     draws:int=4               # S; 0: the lesson only (warm-up)
     temperature:float=1.5
+    share:float=.15           # of a caption's places that are masked in a copy, if not fewer than a unit
     writer:Writer=None        # None: the model in training writes
     words:str='model'         # 'model': drawn from its law; 'random': any word (a placebo)
     learns:bool=True          # does the model in training take the lesson, also where it is not the one that writes?
@@ -440,14 +450,14 @@ class Synthetic:
         if not view.i2t: return None
         s = view.step; device = s.img.device; cap = s.cap.cpu(); at = self.known.at(cap); tokens = self.known.tokens[at]
         tokens = tokens[:,:int((tokens != 0).sum(1).max())]
-        copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed, s.epoch)
+        copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed, s.epoch, self.share)
         own, there, copies, wanted = (x.to(device) for x in (self.known.own(at), tokens, copies, hit))
         place, logits, also = _lessons(self, s, tokens if not s.img.is_cuda else there, there, copies, hit)
         made = _draw(self, cap.to(device), place, logits, copies, wanted, s)
         legal, minus, why = _legal(self, made, own, there)
         score = _score(self, s, made, legal, (tokens != 0).sum(1)) - minus
         pos = s.model.blind(s.images, there) if self.blind else view.positive()
-        if self.tally and torch.is_grad_enabled(): self.tally.count(legal)
+        if self.tally and torch.is_grad_enabled(): self.tally.count(legal, s.epoch)
         rescore = lambda idx: _rescore(self, s, made, legal, wanted, there, idx, int(hit.sum(-1).max()))
         who = lambda: dict(image=s.img[:,None].expand_as(legal), caption=torch.full_like(legal, -1, dtype=torch.int64)) | why
         return Candidates(score, legal, pos, rescore, also | dict(clean=legal.sum(1)), who)
@@ -514,7 +524,7 @@ def _rescore(g, s, made, legal, hit, tokens, idx, most):
     if not k: return {'': torch.zeros(B, 0, device=made.device), 'tokens': made}
     e = made.gather(1, idx[...,None].expand(-1, -1, L)); flat = e.flatten(0, 1); of = torch.arange(B, device=e.device).repeat_interleave(k)
     out = {'': m.pairs(s.images[of], m.text(flat, (tokens != 0).sum(1)[of])).view(B, k), 'tokens': e}
-    if g.tally and torch.is_grad_enabled(): g.tally.look(e, legal.gather(1, idx), s.img)
+    if g.tally and torch.is_grad_enabled(): g.tally.look(e, legal.gather(1, idx), s.img, s.cap)
     if not g.heads: return out
     states = m.tokens(_seen(s, m, 'heads' in g.misled)[of], flat).view(B, k, L, -1)
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
