@@ -22,7 +22,7 @@ from torch import Tensor
 from . import truth
 from .cross_encoder import wide
 from .data import DataError, Split, Vocabulary, uniform, words
-from .samplers import Candidates, Source, View, searching, top
+from .samplers import Candidates, Source, View, searching, sight, top
 from .tokens import ENDS
 
 # %% ../nbs/09_generator.ipynb #d925cfcb
@@ -472,7 +472,7 @@ def elsewhere(
 
 def _seen(s, model, misled):
     "Regions as a model sees them: the anchors' own, or another image's"
-    r = s.get(('regions', id(model)), lambda: model.regions(s.batch['feats'], s.batch['mask']))
+    r = s.get(('regions', id(model)), lambda: model.regions(*sight(s.batch)))
     return r[elsewhere(s.img)] if misled else r
 
 def _lessons(g, s, tokens, there, copies, hit):

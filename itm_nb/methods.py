@@ -26,6 +26,7 @@ from torch import Tensor
 from .data import DataError
 from .losses import Term, average, infonce_term, total, triplet_term
 from .samplers import Source, View, draw, every, everything, hardest, in_batch, semi_hard
+from .tags_dc import mlm_warmup, tags
 
 # %% ../nbs/13_methods.ipynb #5100c445
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def infonce(temperature:float=.05)->Method:
     "Softmax over the batch in both directions (CLIP)"
     return Method(dict(all=Source(everything, every)), dict(infonce=infonce_term('all', temperature)))
 
-METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce)   # name -> maker
+METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce, tags=tags, mlm_warmup=mlm_warmup)   # name -> maker
 
 # %% ../nbs/13_methods.ipynb #2948b532
 def explain(
