@@ -28,6 +28,7 @@ from .data import DataError
 from .fne import fne, fne_warmup
 from .losses import Term, average, infonce_term, total, triplet_term
 from .samplers import Source, View, draw, every, everything, hardest, in_batch, semi_hard
+from .tags_dc import mlm_warmup, tags
 
 # %% ../nbs/13_methods.ipynb #5100c445
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def infonce(temperature:float=.05)->Method:
 METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce, fne=fne, fne_warmup=fne_warmup)   # name -> maker
 
 # %% ../nbs/13_methods.ipynb #a829cec2
-NEEDY = dict(aoq=aoq, caption=caption)   # makers that cannot do without something of a run: mined lists, a captioner
+NEEDY = dict(aoq=aoq, caption=caption, tags=tags, mlm_warmup=mlm_warmup)   # cannot do without a run: its lists, captioner, sentences
 
 # %% ../nbs/13_methods.ipynb #2948b532
 def explain(
