@@ -453,7 +453,7 @@ def prepare(
     model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models).to(accelerator.device)
     opt = accelerator.prepare(optimiser(cfg, model))      # not the model: `_sum_devices` does what a wrapper would, for all heads
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models), model=model, train=batches[0],
-                    seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator), world=data.world)
+                    vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator))
     phases = schedule(cfg.method, cfg.warmup, cfg.before, **settings)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
