@@ -105,7 +105,7 @@ def record(
     gallery:np.ndarray=None,   # (N,) gallery of each photo, labels 0..; None: all in one
     matches:list=None,         # per gallery, by its number: what `many_positives` found, indices counted within the gallery
     test:dict=None, val:dict=None, kind:str='run',   # metrics of a control without ranks; on the validation split; see SCHEMA
-    **rest,                    # best_epoch, last, cost, curves, picks, collapsed, search
+    **rest,                    # best_epoch, last, cost, curves, picks, collapsed, spread, search
 )->dict:                       # ready for `write_record`
     "What is kept of a run; recalls are computed from the ranks"
     rec = dict(schema=1, kind=kind, **about, data=dict(data), metrics=dict(val=val, test=dict(test or {})), **rest)
@@ -211,6 +211,7 @@ SCHEMA = _title | _object(
          metrics=_metrics),
     dict(best_epoch=dict(type=['integer', 'null']), last=dict(_or_null(_numbers), description='validation at the last epoch'),
          collapsed=dict(type='boolean', description='by the rule fixed beforehand; kept in every mean'),
+         spread=_object({}, dict(image=dict(type='number'), text=dict(type='number')), description='mean cosine of different vectors'),
          search=dict(type='object', description='how the settings were found: tried, and validation rSum of each trial'),
          cost=_of(dict(type=['number', 'null'])), curves=_of(_series, required=['epoch']), ranks=_ranks,
          picks=dict(_of(_object({}, dict(i2t=_picked, t2i=_picked))), description='what sources of negatives picked, by epoch'),

@@ -429,13 +429,15 @@ def conclude(
     data,              # its Corpus
 )->dict:               # the record, written to records/ beside the run folder
     "Open the test split, rank it with the best model, write the record"
+    from itm_nb.metrics import spread
     from itm_nb.records import record, write_record
     from itm_nb.train import embed, evaluate, scores_of
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
     if values['search']: more |= dict(search=json.loads(values['search']))
     if not values['test']: return _searched(run, t, more)
     ranks, split, batches = evaluate(run, data, 'test', device)
-    truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *embed(t.core, batches))]))
+    vectors = embed(t.core, batches); more |= spread(*vectors)
+    truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *vectors)]))
     if seen := picks(run, t.train.split, data.world): more |= dict(picks=seen)
     rec = record(about(values, 'train', values['method'], device), tested_on(values, split, data.label, len(t.train.split)),
                  ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1],
