@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from . import truth
-from .data import DataError, fingerprint, order, read_json, uniform, words
-from .generator import Synthetic, Tally, Writer, elsewhere, judge_of, mask_copies, refill
+from .data import DataError, order, read_json, uniform, words
+from .generator import Synthetic, Writer, elsewhere, judge_of, mask_copies, refill
 from .models import from_pretrained
 from .perplexity import Ngrams, perplexity
 from .samplers import Step, View, sight, top
 from .scenes import word_foils
-from .tags_dc import captions_of, tags, word_counts
+from .tags_dc import captions_of, word_counts
 from .tokens import load
 
 # %% ../nbs/12a_attacks.ipynb #5e76bc54
@@ -45,10 +45,17 @@ class Opened:
     def world(self): return self.data.world
 
 @lru_cache(4)
-def _corpus(settings, folder):
+def _corpus(settings, folder, folds, fold):
     "The data of a run; runs on equal data share it"
-    from itm_nb.train import config, corpus
-    return corpus(config(json.loads(settings)), folder)
+    from itm_nb.runs import fold_file
+    from itm_nb.train import config, corpus, in_fold
+    data = corpus(config(json.loads(settings)), folder)
+    return in_fold(data, fold_file(folds), fold) if folds else data
+
+def _given(run)->dict:
+    "What a sweep gave a run"
+    said = Path(run)/'params.json'
+    return read_json(said) if said.is_file() else {}
 
 _DATA = ('data', 'name', 'preset', 'rho', 'world', 'seed', 'dims', 'regions', 'boxes')
 
@@ -62,8 +69,8 @@ def opened(
     "Open a finished run"
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
-    settings = read_json(at)['state']['config']; own = {k: settings[k] for k in _DATA if k in settings}
-    data = like.data if like else _corpus(json.dumps(own, sort_keys=True), str(folder)); part = like.part if like else part
+    settings, given = read_json(at)['state']['config'], _given(run); own = json.dumps({k: settings[k] for k in _DATA if k in settings}, sort_keys=True)
+    data = like.data if like else _corpus(own, str(folder), given.get('folds', ''), given.get('fold', -1)); part = like.part if like else part
     model, vocab = from_pretrained(run/'best', device), load(run/'best'/'vocab.json')
     batches = data.batches(data.split(part), vocab, device)
     return Opened(run, settings, model, vocab, data, part, batches, _pool(run, settings, model, vocab, batches))
@@ -71,11 +78,10 @@ def opened(
 def _pool(run, settings, model, vocab, batches):
     "The generator of a run: that of its method, else one with the usual settings; None where nobody can write"
     from itm_nb.methods import named, _split
-    said = run/'params.json'; generator = read_json(said).get('generator', '') if said.is_file() else ''
     mine = [p for p in _split(settings['method'], '|') if p.partition('(')[0] == 'tags']
     if not mine and not hasattr(model, 'stream'): return None
     if not mine: return Synthetic(captions_of(batches, model, vocab))
-    made = named(mine[0], train=batches, vocab=vocab, model=model, generator=generator, seed=settings['seed'])
+    made = named(mine[0], train=batches, vocab=vocab, model=model, generator=_given(run).get('generator', ''), seed=settings['seed'])
     return made.sources['syn'].pool.__self__
 
 def some_captions(
