@@ -146,7 +146,7 @@ def refuse(
 ):
     "Raise where a memory would have to keep more than single vectors: cross-attention, cross-encoders"
     kind = getattr(model, 'config', {}).get('similarity', 'cosine')
-    if kind != 'cosine': raise ValueError(_WHY.format(kind, size))
+    if kind not in ('cosine', 'two_modes'): raise ValueError(_WHY.format(kind, size))
 
 def _refuse(step:Step, ring:Ring):
     "The same by what comes out of the towers, for models that do not say what they are"
