@@ -7,6 +7,7 @@ __all__ = ['METHODS', 'Method', 'proposals', 'scores', 'costs', 'fetches', 'vse0
            'as_table', 'named', 'schedule', 'in_force', 'found', 'code_of']
 
 # %% ../nbs/13_methods.ipynb #2ab584bc
+import ast
 import difflib
 import functools
 import hashlib
@@ -64,11 +65,13 @@ def proposals(method:Method, view:View)->Iterator:   # of (name of the source, C
 
 def scores(
     method:Method,
-    view:View,     # one direction of a step
-)->dict:           # {name: tensor}, what the terms' costs see
+    view:View,         # one direction of a step
+    seen:list=None,    # (view, name, Candidates, Picked) of every source is put here, for whoever watches
+)->dict:               # {name: tensor}, what the terms' costs see
     "Let every source propose, pick and re-score"
     named = {}
     for name, c, picked in proposals(method, view):
+        if seen is not None: seen.append((view, name, c, picked))
         named |= {f'{name}.{k}' if k else name: v for k, v in (c.rescore(picked.idx)|c.also).items()}
         named |= {f'{name}.ok': picked.ok, f'{name}.pos': c.pos}
     return named
@@ -79,12 +82,13 @@ def _due(method, side, named)->dict:
 
 def costs(
     method:Method,
-    step,          # the batch, encoded
-)->dict:           # {'term/side': scalar with gradient, this device's share}; their sum is the loss
+    step,              # the batch, encoded
+    seen:list=None,    # see `scores`
+)->dict:               # {'term/side': scalar with gradient, this device's share}; their sum is the loss
     "The value of every term in every direction it is applied in"
     out = {}
     for side in ('i2t', 't2i'):
-        named = scores(method, View(step, side))
+        named = scores(method, View(step, side), seen)
         out |= {f'{k}/{side}': t(named, step.world) for k, t in _due(method, side, named).items()}
     return out or {'nothing': 0*View(step, 'i2t').positive().sum()}      # every source was empty: a loss of zero, with a gradient of zero
 
@@ -165,31 +169,60 @@ def named(
     name:str,      # a name in `METHODS`, or a path 'my_module:my_method', 'my_file.py:my_method', '__main__:my_method'; see below
     **kw,          # settings; each maker takes those it knows
 )->Method:
-    "A method by name or path; `a|b` adds methods, `a,on=PATH` replaces the source `on`"
-    return functools.reduce(operator.or_, [_part(text.strip(), kw) for text in name.split('|')])
+    "A method by name or path, e.g. `fne(tau=5.)`; `a|b` adds methods, `a,on=PATH` replaces the source `on`"
+    return functools.reduce(operator.or_, [_part(text, kw) for text in _split(name, '|')])
+
+def _split(text, sign)->list:
+    "Cut at a sign that stands outside brackets and quotation marks"
+    out, depth, quote = [''], 0, ''
+    for ch in text:
+        if quote: quote = '' if ch == quote else quote
+        elif ch in '"\'': quote = ch
+        else: depth += (ch in '([{') - (ch in ')]}')
+        if ch == sign and not depth and not quote: out.append('')
+        else: out[-1] += ch
+    return [x.strip() for x in out]
+
+def _call(text)->tuple:
+    "'fne(tau=5.)' -> ('fne', {'tau': 5.}); values are Python literals, nothing is executed"
+    path, bracket, rest = text.partition('(')
+    if not bracket: return text, {}
+    try: call = ast.parse(f'f({rest}', mode='eval').body; own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AttributeError): own = None
+    if own is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args or None in own:
+        raise ValueError(f"{text!r} is no method; wanted e.g. fne(tau=5.0, preset='faithful')")
+    return path.strip(), own
 
 def _part(text, kw)->Method:
     "One method of a mixture, with its sources replaced where that is asked for"
-    first, *swaps = (x.strip() for x in text.split(','))
+    (first, own), *swaps = _call(_split(text, ',')[0]), *_split(text, ',')[1:]
     if ':' not in first and first not in METHODS: raise ValueError(f'no method called {first!r}; there are {sorted(METHODS)}')
-    method = _made(first, METHODS.get(first) or found(first), Method, kw)
-    return method.but(**{k.strip(): _made(path, found(path), Source, kw) for k, _, path in (x.partition('=') for x in swaps)})
+    method = _made(first, METHODS.get(first) or found(first), Method, kw, own); new = {}
+    for name, _, path in (x.partition('=') for x in swaps):
+        path, own = _call(path.strip()); new[name.strip()] = _made(path, found(path), Source, kw, own)
+    return method.but(**new)
 
-def _made(path, maker, kind, kw):
-    "Call a maker with the settings it knows"
-    if not isinstance(maker, kind):
-        known = inspect.signature(maker).parameters if callable(maker) else ()
-        maker = maker(**{k: v for k, v in kw.items() if k in known}) if callable(maker) else maker
+def _made(path, maker, kind, kw, own):
+    "Call a maker with the settings it knows, and with those that were written behind its name"
+    if callable(maker) and not isinstance(maker, kind):
+        known = inspect.signature(maker).parameters; free = any(p.kind == p.VAR_KEYWORD for p in known.values())
+        if odd := [k for k in own if k not in known and not free]:
+            near = difflib.get_close_matches(odd[0], known, 1)
+            hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(known)}'
+            raise ValueError(f'{path} has no setting {odd[0]!r}; {hint}')
+        maker = maker(**{k: v for k, v in kw.items() if k in known} | own)
+    if kind is Method and isinstance(maker, tuple): maker = Method(*maker)      # (sources, terms), from rooms that come before this one
     if isinstance(maker, kind): return maker
     raise DataError(path, f'a {type(maker).__name__}', f'a {kind.__name__}, or a function that returns one', 'Return it from the function.')
 
 def schedule(
     name:str,          # see `named`
-    warmup:int=0,      # epochs of `vse0` before it
+    warmup:int=0,      # epochs of another method before it
+    before:str='vse0', # that method
     **kw,              # settings of both
 )->tuple:              # ((first epoch, Method), ...)
     "Which method is in force from which epoch"
-    return ((0, named('vse0', **kw)), (warmup, named(name, **kw))) if warmup and name != 'vse0' else ((0, named(name, **kw)),)
+    return ((0, named(before, **kw)), (warmup, named(name, **kw))) if warmup and name != before else ((0, named(name, **kw)),)
 
 def in_force(
     phases:tuple,   # from `schedule`
@@ -232,11 +265,16 @@ def _file(path:Path):
         return module
     return sys.modules.get(key) or _run(load, path)
 
+def _path_of(text)->str:
+    "The path of a method or, behind `on=`, of a source; without settings"
+    head, sign, tail = text.partition('(')[0].partition('=')
+    return (tail if sign else head).strip()
+
 def code_of(
     name:str,      # as given to `named`
 )->str:            # 12 hexadecimal digits per path, joined by '+'; '' where everything is the package's own
     "A hash of the source a name's paths lead to, for records: the whole file, or in a notebook the function"
-    paths = [p.rpartition('=')[2].strip() for part in name.split('|') for p in part.split(',') if ':' in p]
+    paths = [_path_of(p) for part in _split(name, '|') for p in _split(part, ',')]; paths = [p for p in paths if ':' in p]
     def source(path):
         place, module = path.rpartition(':')[0], inspect.getmodule(found(path))
         file = Path(place) if place.endswith('.py') else getattr(sys.modules[place], '__file__', None)
