@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -59,7 +60,7 @@ class Answer(BaseHTTPRequestHandler):
         for a in range(start, stop, 1 << 16):
             try: self.wfile.write(data[a:min(a + (1 << 16), stop)]); time.sleep(s.slow)
             except OSError: return
-        if stop < len(data): self.wfile.flush(); self.connection.close()
+        if stop < len(data): self.wfile.flush(); self.close_connection = True; self.connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
