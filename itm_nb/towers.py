@@ -200,7 +200,8 @@ class VisionTower(nn.Module):
         "Tokens before the patches, and the length of the vector that is projected"
         self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
         if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
-        if x.ndim == 4 and self.kind in ('cls', 'all'): raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
+        if x.ndim == 4 and self.kind in ('cls', 'all'):
+            raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
         patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
         skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
         return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
