@@ -419,7 +419,7 @@ def run_vectors(
 )->tuple:                # (N, D) images, (M, D) sentences, Split, Corpus, settings
     "Vectors of a split by the best model of a run"
     from itm_nb.data import Batches, Vocabulary
-    from itm_nb.similarity import from_pretrained
+    from itm_nb.models import from_pretrained
     from itm_nb.train import config, corpus, embed
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import DataError
-from .encoders import mean_pool, tower
+from .encoders import mean_pool
 from .language import Stream, real_words
+from .vsrn import tower
 
 # %% ../nbs/04_cross_encoder.ipynb #08b6a172
 def wide(
@@ -33,7 +34,7 @@ class CrossEncoder(nn.Module):
     "Words and regions in one stream; the first word's state becomes a score (UNITER's layout)"
     def __init__(self, **stream):   # arguments of `Stream`; `d_in` is needed
         super().__init__()
-        self.config = dict(kind='cross', **stream); self.stream = Stream(**stream); dim = self.stream.config.hidden_size
+        self.config = dict(similarity='cross', **stream); self.stream = Stream(**stream); dim = self.stream.config.hidden_size
         self.pooler, self.rank = nn.Linear(dim, dim), nn.Linear(dim, 1)
         for m in (self.pooler, self.rank): nn.init.normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
 
@@ -77,7 +78,7 @@ class TwoModes(nn.Module):
         text:dict,     # arguments of `Stream`; `d_in` is needed
     ):
         super().__init__()
-        self.config = dict(kind='two modes', image=dict(image), text=dict(text))
+        self.config = dict(similarity='two_modes', image=dict(image), text=dict(text))
         self.image_tower, self.stream = tower(**image), Stream(**text)
         self.project = nn.Linear(self.stream.config.hidden_size, image['dim'])
 

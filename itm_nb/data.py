@@ -508,6 +508,14 @@ def _on_device(split, device, dtype):
             raise DataError(split.source, 'too large features', f'features that fit {dtype}', 'Keep them as torch.float32.')
     return feats
 
+def _boxes_on(device, split, wanted)->Tensor:
+    "Places of the regions on the device, where they are wanted"
+    if not wanted: return None
+    if split.boxes is None: raise DataError(split.source, 'no boxes', 'the places of the regions', 'Set boxes=False.')
+    return torch.from_numpy(np.array(split.boxes, np.float32)).to(device)
+
+def _places(b, at)->dict: return {} if b.boxes is None else dict(boxes=b.boxes[at])
+
 class Batches:
     "A split on the device: `take` gives training batches, `images` and `texts` give chunks for evaluation"
     def __init__(self,
@@ -518,9 +526,10 @@ class Batches:
         pixels=None,                       # array-like of N pictures (N, S, S, 3) in place of features
         change=None,                       # (pictures, caption ids, epoch) -> pictures as training sees them
         workers:int=0,                     # threads that load coming batches; 0: features lie on the device, pictures wait to be asked for
+        boxes:bool=False,                  # give the places of the regions too
     ):
         self.split, self.device, self.dtype, R = split, torch.device(device), dtype, 1 if pixels is not None else split.feats.shape[1]
-        self.pixels, self.change, self.workers, self.coming = pixels, change, workers, {}
+        self.pixels, self.change, self.workers, self.coming, self.boxes = pixels, change, workers, {}, _boxes_on(device, split, boxes)
         self.pool = ThreadPoolExecutor(workers, 'loader', torch.set_num_threads, (torch.get_num_threads(),)) if workers else None
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
         num = np.ones(len(split), int) if pixels is not None else np.array(split.num)
@@ -533,11 +542,11 @@ class Batches:
 
     def images(self,
         idx,           # image indices on the CPU: a slice or (B,) integers
-    )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R): which regions are real
+    )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R): which regions are real; boxes (B, R, 4)
         "Region features or pictures of some images"
         at = idx if isinstance(idx, slice) else torch.as_tensor(idx).to(self.device, non_blocking=True)
-        if self.feats is not None: return dict(feats=self.feats[at].float(), mask=self.mask[at])
-        return dict(feats=_look(self, np.arange(len(self.split))[idx]).to(self.device), mask=self.mask[at])
+        feats = self.feats[at].float() if self.feats is not None else _look(self, np.arange(len(self.split))[idx]).to(self.device)
+        return dict(feats=feats, mask=self.mask[at], **_places(self, at))
 
     def texts(self,
         idx,           # caption indices on the CPU: a slice or (B,) integers
@@ -556,7 +565,7 @@ class Batches:
         "A batch of matching pairs"
         at = cap.to(self.device, non_blocking=True); img = self.img_of[at]
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        return dict(cap=at, img=img, feats=feats, mask=self.mask[img], **self.texts(cap),
+        return dict(cap=at, img=img, feats=feats, mask=self.mask[img], **_places(self, img), **self.texts(cap),
                     cap_ids=self.cap_ids[at], img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
 
 def fetched(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['word_classes', 'chunk', 'pack', 'members', 'unit_law', 'draw_units', 'mask_copies', 'spell', 'Lexicon', 'lexicon',
-           'refill_law', 'draw_words', 'fill', 'earlier', 'suspects', 'penalty', 'Captions', 'buckets', 'Writer',
-           'refill', 'lesson', 'Synthetic', 'synthetic_source']
+           'units_of', 'refill_law', 'draw_words', 'fill', 'earlier', 'suspects', 'penalty', 'Captions', 'buckets',
+           'Writer', 'refill', 'lesson', 'judge_of', 'Tally', 'Synthetic', 'elsewhere', 'synthetic_source']
 
 # %% ../nbs/09_generator.ipynb #f96f51f3
 import unicodedata
@@ -19,9 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import truth
 from .cross_encoder import wide
 from .data import DataError, Split, Vocabulary, uniform, words
-from .samplers import Candidates, Source, View, searching, top
+from .samplers import Candidates, Source, View, searching, sight, top
+from .tokens import ENDS
 
 # %% ../nbs/09_generator.ipynb #d925cfcb
 _ENTITY, _ATTRIBUTE, _RELATION = ('NN',), ('JJ', 'CD'), ('VB', 'IN', 'TO', 'RP')
@@ -95,12 +97,13 @@ def mask_copies(
     lexicon,             # its mask and its ordinary words
     seed:int=0,
     epoch:int=0,
+    share:float=.15,     # as in `unit_law`
 )->tuple:                # (B, K, L) masked copies, (B, K, L) which places are to be refilled
     "Masked copies; what is masked depends on caption, copy, seed and epoch, on nothing else"
     (B, L), K = tokens.shape, copies; ids = (cap[:,None]*K + torch.arange(K, device=cap.device)).flatten()
     draws = lambda what, n: uniform(ids, f'mask/{what}', n, seed, epoch).view(B, K, n)
     member = members(units, L) & (tokens != 0)[:,None]; filled = member.any(-1).sum(1)
-    chosen = draw_units(unit_law(member), filled, draws('unit', units.shape[1]), draws('forced', 1)[...,0])
+    chosen = draw_units(unit_law(member, share), filled, draws('unit', units.shape[1]), draws('forced', 1)[...,0])
     hit = (chosen[...,None] & member[:,None]).any(2)
     fate, other = draws('fate', L), draws('word', L)
     strange = lexicon.ordinary.to(tokens.device)[(other*len(lexicon.ordinary)).long()]
@@ -155,10 +158,28 @@ class Lexicon:
         return ' '.join(self.names[i] for i in tokens.tolist() if not self.special[i])
 
 def lexicon(
-    vocab:Vocabulary,
+    vocab,              # Vocabulary or Pieces
 )->Lexicon:             # one id more than the vocabulary: build models with `len(lexicon.names)` words
-    "The lexicon of a vocabulary of words"
-    return Lexicon.of((*vocab.words, '<mask>'), {0, 1, 2, 3, len(vocab)}, len(vocab))
+    "The lexicon of a vocabulary; of pieces, the mask is their own"
+    if isinstance(vocab, Vocabulary): return Lexicon.of((*vocab.words, '<mask>'), {0, 1, 2, 3, len(vocab)}, len(vocab))
+    table = vocab.made.get_vocab(); ends = {table[x] for x in ENDS if x in table}
+    return Lexicon.of((*sorted(table, key=table.get), '<mask>'), {0, *ends, len(table)}, table.get('[MASK]', len(table)))
+
+def units_of(
+    vocab,              # Vocabulary or Pieces
+    sentences:Sequence,
+    units='chunk',      # as in `Captions.of`
+):                      # what `Captions.of` takes
+    "Units of sentences; where words are cut into pieces, the units of the words become units of pieces"
+    if not isinstance(units, str) or isinstance(vocab, Vocabulary): return units
+    vocab.encode(list(sentences)[:1]); out = []                                     # sets how long a sentence may be
+    for s, e in zip(sentences, vocab.made.encode_batch(list(sentences))):
+        spans, word = {}, [-1 if w is None else w for w in e.word_ids]
+        for w, (a, b) in zip(word, e.offsets): spans.setdefault(w, [a, b])[1] = b
+        said = [s[a:b].lower() for w, (a, b) in sorted(spans.items()) if w >= 0]
+        groups = chunk(said) if units == 'chunk' else [[k] for k in range(len(said))]
+        out.append([[p-1 for p, w in enumerate(word) if w in u] for u in groups])
+    return out
 
 # %% ../nbs/09_generator.ipynb #7ce02df8
 def refill_law(
@@ -275,14 +296,14 @@ def buckets(
 
 # %% ../nbs/09_generator.ipynb #abedc134
 class Writer:
-    "A generator beside the model; with a step size it goes on learning from the masked-word term of the loss"
+    "A generator beside the model; with a step size it goes on learning from what its own lesson adds to the loss"
     def __init__(self,
         model,            # with `regions`, `tokens` and a `stream`
         lr:float=0.,      # of Adam; 0: static
     ):
         self.model, self.static = model.requires_grad_(lr > 0), not lr
         self.opt = torch.optim.Adam(model.parameters(), lr=lr) if lr else None
-        if self.static: model.eval()
+        model.train(not self.static)
 
     def before_step(self, step):
         "Forget the last lesson"
@@ -339,6 +360,63 @@ def lesson(
     n = spread.index_copy(0, place, torch.ones_like(nll)).view(B, -1).sum(1)
     return spread.index_copy(0, place, nll).view(B, -1).sum(1) / n.clamp(min=1)
 
+# %% ../nbs/09_generator.ipynb #3e1da611
+def judge_of(
+    world,           # a drawn world; None: nobody knows
+    part:str='train',
+):                   # (image ids, sentences) -> (n,) half units of truth, 255 where it is no sentence of good grammar; None
+    "Who judges written sentences"
+    if world is None: return None
+    ids = np.asarray(world.split(part).img_ids); order = np.argsort(ids, kind='stable'); facts = world.scenes(part).facts
+    def ask(images, said):
+        at = order[np.searchsorted(ids, np.asarray(images), sorter=order)]; codes, _, good = truth.encode(list(said))
+        return np.where(good, truth.judge(facts, codes, at), np.uint8(truth.NONE))
+    return ask
+
+class Tally:
+    "Counts what a generator yields in an epoch; of some batches the kept are judged, of the first they are noted down. Of this device's share"
+    def __init__(self,
+        lexicon:Lexicon,
+        judge=None,         # from `judge_of`
+        every:int=50,       # one batch of so many is judged
+        anchors:int=64,     # of its captions so many
+    ):
+        self.lexicon, self.judge, self.every, self.anchors, self.batch, self.epoch = lexicon, judge, every, anchors, 0, 0
+        self.n = torch.zeros(8, dtype=torch.double)      # captions, candidates, clean, captions without any; false, half, true, bad
+        self.said = {}                                   # epoch -> (anchors, k, L) tokens, 0 where nothing was kept; behind each its caption's id
+
+    def start_epoch(self, epoch:int): self.n, self.batch = torch.zeros_like(self.n), 0
+
+    def count(self, legal:Tensor, epoch:int):   # (B, N)
+        "A batch of candidates"
+        clean = legal.sum(1); self.batch += 1; self.n, self.epoch = self.n.to(legal.device), epoch
+        self.n[:4] += torch.stack([clean.new_tensor(len(legal)), clean.new_tensor(legal.numel()), clean.sum(), (clean == 0).sum()])
+
+    def look(self, tokens:Tensor, ok:Tensor, img:Tensor, cap:Tensor):   # (B, k, L) kept sentences, (B, k), (B,) image ids, (B,) caption ids
+        "Note down and judge the kept of the first anchors, if it is time"
+        if (self.batch-1) % self.every: return
+        tokens, ok, img, cap = (x[:self.anchors].cpu() for x in (tokens, ok, img, cap))
+        if self.batch == 1: self.said[self.epoch] = torch.cat([tokens*ok[...,None], cap[:,None,None].expand(-1, ok.shape[1], 1)], -1)
+        if self.judge is None or not ok.any(): return
+        t = self.judge(img[ok.nonzero()[:,0]].numpy(), [self.lexicon.say(x) for x in tokens[ok]])
+        self.n[4:] += torch.as_tensor([float((t == v).sum()) for v in (0, 1, 2, truth.NONE)], device=self.n.device, dtype=torch.double)
+
+    def monitor(self)->dict:
+        "Means over the epoch so far; percent of what was judged"
+        rows, made, clean, empty, *seen = self.n.tolist(); told = sum(seen)
+        out = dict(syn_clean=clean/rows, syn_dropped=(made-clean)/rows, syn_empty=empty) if rows else {}
+        names = ('syn_false', 'syn_half', 'syn_true', 'syn_bad')
+        return out | ({k: 100*x/told for k, x in zip(names, seen)} if told else {})
+
+    def state_dict(self)->dict:
+        "Counts and notes"
+        return dict(n=self.n, batch=torch.tensor([self.batch, self.epoch])) | {f'said.{k}': v for k, v in self.said.items()}
+
+    def load_state_dict(self, d:dict):
+        "Go on from there"
+        self.n, (self.batch, self.epoch) = d['n'].double(), d['batch'].tolist()
+        self.said = {int(k[5:]): v for k, v in d.items() if k.startswith('said.')}
+
 # %% ../nbs/09_generator.ipynb #268b97f3
 @dataclass(eq=False)
 class Synthetic:
@@ -347,7 +425,11 @@ class Synthetic:
     copies:int=4              # K
     draws:int=4               # S; 0: the lesson only (warm-up)
     temperature:float=1.5
+    share:float=.15           # of a caption's places that are masked in a copy, if not fewer than a unit
     writer:Writer=None        # None: the model in training writes
+    words:str='model'         # 'model': drawn from its law; 'random': any word (a placebo)
+    learns:bool=True          # does the model in training take the lesson, also where it is not the one that writes?
+    misled:tuple=()           # who is shown another image of the batch (placebos): 'writer', 'heads'
     heads:bool=False          # give what discrimination and correction need
     blind:bool=False          # the release's image-blind positive
     drop:str='mask'           # 'mask': what is dropped never counts; 'penalty': as released
@@ -355,44 +437,73 @@ class Synthetic:
     inside:bool=True          # drop sentences made of the words of the image's captions
     special:bool=False        # may padding, ends and the mask be drawn?
     rows:int=4096             # candidates scored at a time
+    tally:Tally=None          # counts what comes out
 
     def __post_init__(self):
         if self.drop not in ('mask', 'penalty'): raise ValueError(f"drop is 'mask' or 'penalty', not {self.drop!r}")
+        if self.words not in ('model', 'random'): raise ValueError(f"words is 'model' or 'random', not {self.words!r}")
+        if odd := set(self.misled) - {'writer', 'heads'}: raise ValueError(f"misled are 'writer' and 'heads', not {sorted(odd)}")
         if self.copies < 1 or self.draws < 0 or self.temperature <= 0: raise ValueError('copies >= 1, draws >= 0, temperature > 0')
 
     def pool(self, view:View)->Candidates:   # None for the direction that has none
         "Write, drop, score"
         if not view.i2t: return None
-        s, write = view.step, self.writer.model if self.writer else view.step.model; device = s.img.device
-        cap = s.cap.cpu(); at = self.known.at(cap); tokens = self.known.tokens[at]
+        s = view.step; device = s.img.device; cap = s.cap.cpu(); at = self.known.at(cap); tokens = self.known.tokens[at]
         tokens = tokens[:,:int((tokens != 0).sum(1).max())]
-        copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed, s.epoch)
+        copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed, s.epoch, self.share)
         own, there, copies, wanted = (x.to(device) for x in (self.known.own(at), tokens, copies, hit))
-        regions = s.get(('regions', id(write)), lambda: write.regions(s.batch['feats'], s.batch['mask']))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.writer and self.writer.static)):
-            place, logits = refill(write, regions, tokens if not s.img.is_cuda else there, copies, hit)
-            mlm = lesson(place, logits, there, copies.shape)
-        made = _draw(self, cap.to(device), place, logits.detach(), copies, wanted, s)
-        legal, minus = _legal(self, made, own, there)
+        place, logits, also = _lessons(self, s, tokens if not s.img.is_cuda else there, there, copies, hit)
+        made = _draw(self, cap.to(device), place, logits, copies, wanted, s)
+        legal, minus, why = _legal(self, made, own, there)
         score = _score(self, s, made, legal, (tokens != 0).sum(1)) - minus
         pos = s.model.blind(s.images, there) if self.blind else view.positive()
-        rescore = lambda idx: _rescore(self, s, made, wanted, there, idx, int(hit.sum(-1).max()))
-        return Candidates(score, legal, pos, rescore, dict(mlm=mlm, clean=legal.sum(1)))
+        if self.tally and torch.is_grad_enabled(): self.tally.count(legal, s.epoch)
+        rescore = lambda idx: _rescore(self, s, made, legal, wanted, there, idx, int(hit.sum(-1).max()))
+        who = lambda: dict(image=s.img[:,None].expand_as(legal), caption=torch.full_like(legal, -1, dtype=torch.int64)) | why
+        return Candidates(score, legal, pos, rescore, also | dict(clean=legal.sum(1)), who)
+
+def elsewhere(
+    img:Tensor,   # (B,) image ids
+)->Tensor:        # (B,) rows
+    "For every row the next one of another image; itself where there is none"
+    B = len(img); at = (torch.arange(B, device=img.device)[:,None] + torch.arange(B, device=img.device)) % B
+    other = img[at] != img[:,None]
+    return at.gather(1, other.byte().argmax(1, keepdim=True))[:,0]
+
+def _seen(s, model, misled):
+    "Regions as a model sees them: the anchors' own, or another image's"
+    r = s.get(('regions', id(model)), lambda: model.regions(*sight(s.batch)))
+    return r[elsewhere(s.img)] if misled else r
+
+def _lessons(g, s, tokens, there, copies, hit):
+    "Masked places, what whoever writes says there (None: any word), and what there is to learn"
+    def read(model, misled=False, learns=True):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            place, z = refill(model, _seen(s, model, misled), tokens, copies, hit)
+            return place, z, lesson(place, z, there, copies.shape) if learns else None
+    also, w, writes = {}, g.writer, g.words == 'model' and g.draws > 0
+    if g.learns: place, z, also['mlm'] = read(s.model)
+    if not writes: return hit.flatten().nonzero()[:,0].to(there.device), None, also
+    if w is None and g.learns and 'writer' not in g.misled: return place, z.detach(), also
+    place, z, taught = read(w.model if w else s.model, 'writer' in g.misled, w is not None and not w.static)
+    return place, z.detach(), also | (dict(taught=taught) if taught is not None else {})
 
 def _draw(g, cap, place, logits, copies, hit, s):
     "(B, K*S, L) refilled copies"
-    (B, K, L), S = copies.shape, g.draws
+    (B, K, L), S, lex = copies.shape, g.draws, g.known.lexicon
     ids = ((cap[:,None]*K + torch.arange(K, device=cap.device))[...,None]*S + torch.arange(S, device=cap.device)).flatten()
     u = uniform(ids, 'refill', L, s.seed, s.epoch).view(B*K, S, L)[place//L,:,place % L]
-    never = None if g.special else g.known.lexicon.special.to(logits.device)
-    drawn = copies.new_zeros(B*K*L, S).index_copy(0, place, draw_words(refill_law(wide(logits), g.temperature, never), u))
+    ordinary = lex.ordinary.to(cap.device); never = None if g.special or logits is None else lex.special.to(cap.device)
+    new = ordinary[(u*len(ordinary)).long()] if logits is None else draw_words(refill_law(wide(logits), g.temperature, never), u)
+    drawn = copies.new_zeros(B*K*L, S).index_copy(0, place, new)
     return fill(copies, hit, drawn.view(B, K, L, S).permute(0, 1, 3, 2))
 
 def _legal(g, made, own, tokens):
-    "What may be a negative, and what its score loses"
-    if g.drop == 'penalty': return torch.ones(made.shape[:2], dtype=torch.bool, device=made.device), penalty(made, tokens)
-    bad = suspects(made, own if g.others else tokens[:,None], g.known.lexicon)
-    return ~(bad['caption'] | bad['repeat'] | (bad['inside'] & g.inside)), 0.
+    "What may be a negative, what its score loses, and why one may not"
+    if g.drop == 'penalty': return torch.ones(made.shape[:2], dtype=torch.bool, device=made.device), penalty(made, tokens), {}
+    bad = suspects(made, own if g.others else tokens[:,None], g.known.lexicon); bad['inside'] = bad['inside'] & g.inside
+    why = {'a caption of the image': bad['caption'], 'words of its captions only': bad['inside'], 'was there before': bad['repeat']}
+    return ~(bad['caption'] | bad['repeat'] | bad['inside']), 0., why
 
 def _score(g, s, made, legal, lengths):
     "Scores of what is legal, bucket by bucket; -inf elsewhere"
@@ -407,15 +518,15 @@ def _score(g, s, made, legal, lengths):
                 if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, lengths.to(b.device)[b])).to(score)
     return score
 
-def _rescore(g, s, made, hit, tokens, idx, most):
+def _rescore(g, s, made, legal, hit, tokens, idx, most):
     "Scores of what was picked, with gradient, and what its words say"
     (B, k), L, m = idx.shape, made.shape[2], s.model
-    if not k: return {'': s.images.new_zeros(B, 0), 'tokens': made}
+    if not k: return {'': torch.zeros(B, 0, device=made.device), 'tokens': made}
     e = made.gather(1, idx[...,None].expand(-1, -1, L)); flat = e.flatten(0, 1); of = torch.arange(B, device=e.device).repeat_interleave(k)
     out = {'': m.pairs(s.images[of], m.text(flat, (tokens != 0).sum(1)[of])).view(B, k), 'tokens': e}
+    if g.tally and torch.is_grad_enabled(): g.tally.look(e, legal.gather(1, idx), s.img, s.cap)
     if not g.heads: return out
-    regions = s.get(('regions', id(m)), lambda: m.regions(s.batch['feats'], s.batch['mask']))
-    states = m.tokens(regions[of], flat).view(B, k, L, -1)
+    states = m.tokens(_seen(s, m, 'heads' in g.misled)[of], flat).view(B, k, L, -1)
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
     out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e))
     return out | _corrections(m, states, was, tokens, most)
@@ -434,4 +545,4 @@ def synthetic_source(
     hard:int=4,         # H: how many are kept; fewer where there are fewer clean ones
 )->Source:
     "The hardest written sentences as a source of negatives"
-    return Source(pool.pool, top(hard), keeps=(pool.writer,) if pool.writer else ())
+    return Source(pool.pool, top(hard), keeps=tuple(filter(None, (pool.writer, pool.tally))))

@@ -6,7 +6,7 @@
 __all__ = ['TIE', 'Ranks', 'ranks_blocks', 'ranks_of', 'exact_matmul', 'ranks', 'in_galleries', 'galleries', 'recalls', 'summary',
            'mean_summary', 'by_gallery', 'Matches', 'relevant', 'many_positives', 'match_summary', 'oracle', 'chance',
            'chance_many', 'Bounds', 'bounds', 'sensitivity', 'bootstrap', 'per_photo', 'Difference', 'paired',
-           'corrected_t']
+           'corrected_t', 'spread']
 
 # %% ../nbs/02_metrics.ipynb #bfd904b7
 import math
@@ -587,3 +587,15 @@ def corrected_t(
     half = float(stats.t.ppf((1+level)/2, k-1)) * se
     p = 2*float(stats.t.sf(abs(mean)/se, k-1)) if se else float(mean == 0)
     return Difference(mean, mean-half, mean+half, p, k)
+
+# %% ../nbs/02_metrics.ipynb #aef22cff
+def spread(
+    img,        # (N, D) vectors of images; encodings that are no vectors are passed over
+    txt,        # (M, D) vectors of sentences
+)->dict:        # {'spread': {'image', 'text'}}: mean cosine of different images, of different sentences; {} where there are no vectors
+    "How much alike the vectors of one side are: near 0 apart, 1 all the same"
+    def alike(x):
+        u = x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-12); n = len(u)
+        return float((u.sum(0).square().sum() - u.square().sum()) / (n*(n-1)))
+    fit = lambda x: torch.is_tensor(x) and x.is_floating_point() and x.ndim == 2 and len(x) > 1
+    return dict(spread=dict(image=alike(img), text=alike(txt))) if fit(img) and fit(txt) else {}

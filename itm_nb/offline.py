@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'Lists', 'search', 'ordered', 'rescore', 'mine', 'mine_scores', 'estimate', 'model_fingerprint', 'save_lists',
-           'load_lists', 'depth', 'Draw', 'report']
+           'load_lists', 'depth', 'Own', 'own_captions', 'Draw', 'Anywhere', 'mine_model', 'foresee', 'positives',
+           'report', 'without_true']
 
 # %% ../nbs/07_offline.ipynb #7caa0c94
 import hashlib
@@ -12,6 +13,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from .data import DataError, read_json, uniform, write_atomic
 from .metrics import exact_matmul
+from .similarity import are_vectors
 
 # %% ../nbs/07_offline.ipynb #3341f07c
 class Lists(NamedTuple):
@@ -50,6 +53,7 @@ def search(
     h:int,                  # how many
     rows:int=512,           # of a block
     cols:int=8192,
+    tick:Callable=None,     # called with the number of rows of a block that is done
 )->Lists:                   # (N, min(h, M)) tensors; order among equals not settled
     "The best-scored keys of other images, block by block; beyond the lists it holds one block"
     idx, val = [], []
@@ -60,6 +64,7 @@ def search(
             best = _merge(best, score(r, c), b, h, own_q[r], own_k[c])
         v, i = (F.pad(x, (0, min(h, len(own_k)) - x.shape[1]), value=-torch.inf if x.is_floating_point() else -1) for x in best)
         val.append(v.cpu()); idx.append(i.masked_fill(v == -torch.inf, -1).int().cpu())
+        if tick: tick(r.stop - r.start)
     return Lists(torch.cat(idx), torch.cat(val))
 
 def ordered(
@@ -119,7 +124,7 @@ def mine(
     h:int,                # length of the lists
     slack:float=.25,      # share of further proposals
     how:str='torch',      # 'torch' (any device) or 'faiss' (CPU)
-    **blocks,             # rows, cols of `search`
+    **blocks,             # rows, cols, tick of `search`
 )->tuple:                 # Lists (N, h), number of rows that were done again
     "Exact lists, whichever way they are searched for"
     wide = min(int(h*(1 + slack)) + 8, len(k)); eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
@@ -143,11 +148,12 @@ def mine_scores(
     h:int,
     rows:int=64,         # of a block; part of the definition of the score
     cols:int=1024,
+    tick:Callable=None,  # as in `search`
 )->tuple:                # Lists (N, h), number of rows that were done again
     "Exact lists of any score, from blocks of fixed shape"
     wide, M = min(h + 8, len(own_k)), len(own_k)
     with torch.no_grad():
-        idx, v = search(score, own_q, own_k, wide, rows, cols)
+        idx, v = search(score, own_q, own_k, wide, rows, cols, tick)
         found = ordered(idx, v, h); rest = v[:,-1]
         redo = (found.score[:,-1] == rest) & (rest > -torch.inf) & (wide < M)
         for a in sorted({int(i)//rows*rows for i in redo.nonzero()}):
@@ -232,29 +238,100 @@ def depth(
     "How deep the lists are used: the same share of captions and of images, at least one"
     return max(1, round(share*captions)), max(1, round(share*images))
 
+class Own(NamedTuple):
+    "The captions of every image"
+    by:Tensor       # (M,) captions in the order of their images
+    n:Tensor        # (N,) how many an image has
+    first:Tensor    # (N,) where its own begin in `by`
+
+def own_captions(
+    img_of:Tensor,   # (M,) image of every caption
+    images:int,
+)->Own:
+    "Which captions belong to which image"
+    n = torch.bincount(img_of, minlength=images)
+    return Own(torch.argsort(img_of, stable=True), n, n.cumsum(0) - n)
+
 @dataclass(frozen=True, eq=False)
 class Draw:
-    "Offline negatives of given captions, drawn anew in every epoch; may serve as `fetch` of a source"
-    lists:dict            # 'i2t', 't2i' -> Lists
-    img_of:Tensor         # (M,) image of every caption
-    h_txt:int             # how many captions of an image's list are used
-    h_img:int             # how many images of a caption's list
-    tied:bool=True        # one draw for both ranks (as released)
+    "Offline negatives of given captions, drawn anew in every epoch"
+    lists:dict              # 'i2t', 't2i' -> Lists
+    img_of:Tensor           # (M,) image of every caption
+    h_txt:int               # how many captions of an image's list are used
+    h_img:int               # how many images of a caption's list
+    tied:bool=True          # one draw for both ranks (as released)
+    purpose:str='offline'   # name of the random numbers: others are second draws
 
-    def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> (B,) ids T3, I3, T4, I4; -1 where there is none
+    @cached_property
+    def own(self)->Own: return own_captions(self.img_of, len(self.lists['i2t'].idx))
+
+    def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) captions -> (B,) T3, I3, T4, I4; -1 where there is none
         "The draws of AOQ (dossier: released code, data loader)"
-        img_of = self.img_of; u = uniform(cap, 'offline', 3, seed, epoch); v = u[:,0] if self.tied else u[:,1]
-        T3 = _pick(self.lists['i2t'].idx, img_of[cap], self.h_txt, u[:,0])
-        I3 = _pick(self.lists['t2i'].idx, cap, self.h_img, v)
-        by = torch.argsort(img_of, stable=True)
-        n = torch.bincount(img_of, minlength=len(self.lists['i2t'].idx)); first = n.cumsum(0) - n
-        i = I3.clamp(min=0); T4 = by[(first[i] + (u[:,2]*n[i]).long()).clamp(max=len(by)-1)]
-        return dict(T3=T3, I3=I3, T4=T4.masked_fill((I3 < 0) | (n[i] == 0), -1), I4=img_of[T3.clamp(min=0)].masked_fill(T3 < 0, -1))
+        u = uniform(cap, self.purpose, 3, seed, epoch)
+        T3 = _pick(self.lists['i2t'].idx, self.img_of[cap], self.h_txt, u[:,0])
+        I3 = _pick(self.lists['t2i'].idx, cap, self.h_img, u[:,0 if self.tied else 1])
+        return _four(self.own, self.img_of, T3, I3, u[:,2])
+
+@dataclass(frozen=True, eq=False)
+class Anywhere:
+    "The placebo of mining: offline negatives from anywhere in the training set, all alike"
+    img_of:Tensor           # (M,) image of every caption
+    images:int
+    purpose:str='offline'   # name of the random numbers
+
+    @cached_property
+    def own(self)->Own: return own_captions(self.img_of, self.images)
+
+    def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # as `Draw`
+        "Any caption of another image, any other image"
+        u, k = uniform(cap, self.purpose, 3, seed, epoch), self.img_of[cap]; by, n, first = self.own
+        left = len(by) - n[k]; t = (u[:,0]*left).long(); T3 = by[(t + torch.where(t < first[k], 0, n[k])).clamp(max=len(by)-1)]
+        i = (u[:,1]*(self.images-1)).long(); none = torch.tensor(self.images < 2)
+        return _four(self.own, self.img_of, T3.masked_fill(left == 0, -1), (i + (i >= k)).masked_fill(none, -1), u[:,2])
+
+def _four(own, img_of, T3, I3, u)->dict:
+    "The unanchored pair that follows from T3 and I3: the image of the one, a caption of the other"
+    i = I3.clamp(min=0); T4 = own.by[(own.first[i] + (u*own.n[i]).long()).clamp(max=len(own.by)-1)]
+    return dict(T3=T3, I3=I3, T4=T4.masked_fill((I3 < 0) | (own.n[i] == 0), -1), I4=img_of[T3.clamp(min=0)].masked_fill(T3 < 0, -1))
 
 def _pick(idx, rows:Tensor, h:int, u:Tensor)->Tensor:
     "Entry number floor(u * used) of given rows, where `used` is h or what the row has"
     some = torch.from_numpy(np.ascontiguousarray(np.asarray(idx)[rows.numpy(),:h])).long(); n = (some >= 0).sum(1)
     return torch.where(n > 0, some.gather(1, (u*n).long()[:,None]).squeeze(1), -1)
+
+# %% ../nbs/07_offline.ipynb #46e11636
+def mine_model(
+    model,                # with `matrix`: images and sentences -> scores
+    img,                  # encodings of the N images
+    txt,                  # encodings of the M sentences
+    img_of:Tensor,        # (M,) image of every sentence
+    h:tuple,              # how many sentences per image, how many images per sentence, see `depth`
+    tick:Callable=None,   # as in `search`; called for N + M rows altogether
+    **kw,                 # of `mine` or `mine_scores`
+)->dict:                  # 'i2t', 't2i' -> Lists, on the CPU
+    "Lists of both directions"
+    every = torch.arange(len(img), device=img.device); own = img_of.to(img.device)
+    if are_vectors(img):
+        return dict(i2t=mine(img, txt, every, own, h[0], tick=tick, **kw)[0], t2i=mine(txt, img, own, every, h[1], tick=tick, **kw)[0])
+    look = lambda r, c: model.matrix(img[r], txt[c])
+    i2t = mine_scores(look, every, own, h[0], tick=tick, **kw)[0]
+    return dict(i2t=i2t, t2i=mine_scores(lambda r, c: look(c, r).T, own, every, h[1], tick=tick, **kw)[0])
+
+@torch.no_grad()
+def foresee(model, img, txt)->dict:   # as `mine_model`
+    "As `estimate`, for any model: one block is timed"
+    n, m = len(img), len(txt)
+    if are_vectors(img): return estimate(n, m, img.shape[1], device=img.device)
+    some, other = img[:min(n, 64)], txt[:min(m, 1024)]
+    def once(): t = time.perf_counter(); model.matrix(some, other).sum().item(); return time.perf_counter() - t
+    once(); seconds = min(once() for _ in range(2))
+    return dict(seconds=2*seconds*n*m/(len(some)*len(other)), pairs_per_s=len(some)*len(other)/seconds, mib_per_100=(n + m)*100*8/2**20)
+
+@torch.no_grad()
+def positives(model, img, txt, img_of:Tensor, block:int=4096)->Tensor:   # (M,)
+    "Score of every sentence with its own image"
+    parts = torch.arange(len(txt), device=img.device).split(block); own = img_of.to(img.device)
+    return torch.cat([model.pairs(img[own[i]], txt[i]) for i in parts]).cpu()
 
 # %% ../nbs/07_offline.ipynb #74d3f083
 def report(
@@ -277,3 +354,18 @@ def report(
         out[side] |= dict(false=wrong.sum().item()/ok.sum().item(), false_by_rank=(wrong.sum(0)/ok.sum(0).clamp(min=1)).tolist())
     d = draw(torch.arange(len(img_of)))
     return out | dict(collisions=((d['I3'] == d['I4']) & (d['I3'] >= 0)).double().mean().item())
+
+# %% ../nbs/07_offline.ipynb #f0e2cd7a
+def without_true(
+    lists:dict,          # 'i2t', 't2i' -> Lists
+    is_true:Callable,    # (image ids, sentence ids) -> bool array
+    h:tuple,             # how long the lists are to be: sentences per image, images per sentence
+)->dict:
+    "The same lists without the pairs that are true; rows that become too short end with -1"
+    out = {}
+    for (side, (idx, score)), w in zip(lists.items(), h):
+        q, bad = torch.arange(len(idx))[:,None].expand_as(idx), idx < 0; i, t = (q, idx) if side == 'i2t' else (idx, q)
+        bad[~bad] |= torch.as_tensor(np.asarray(is_true(i[~bad].numpy(), t[~bad].numpy()), dtype=bool))
+        by = bad.byte().argsort(dim=1, stable=True)[:,:w]; gone = bad.gather(1, by)
+        out[side] = Lists(idx.gather(1, by).masked_fill(gone, -1), score.gather(1, by).masked_fill(gone, -torch.inf))
+    return out

@@ -105,7 +105,7 @@ def record(
     gallery:np.ndarray=None,   # (N,) gallery of each photo, labels 0..; None: all in one
     matches:list=None,         # per gallery, by its number: what `many_positives` found, indices counted within the gallery
     test:dict=None, val:dict=None, kind:str='run',   # metrics of a control without ranks; on the validation split; see SCHEMA
-    **rest,                    # best_epoch, last, cost, curves, collapsed, search
+    **rest,                    # best_epoch, last, cost, curves, picks, collapsed, spread, search
 )->dict:                       # ready for `write_record`
     "What is kept of a run; recalls are computed from the ranks"
     rec = dict(schema=1, kind=kind, **about, data=dict(data), metrics=dict(val=val, test=dict(test or {})), **rest)
@@ -117,6 +117,7 @@ def record(
     if matches: rec['perphoto'] = _photo_means(matches, img_of, gallery)
     if matches: rec['metrics']['test']['truth'] = mean_summary([match_summary(m) for m in matches])
     if rec.get('curves'): rec['curves'] = _thin(rec['curves'])
+    if rec.get('picks'): rec['picks'] = {k: {d: _thin(x) for d, x in sides.items()} for k, sides in rec['picks'].items()}
     for clip in () if ranks is None else _CLIPS:
         rec['ranks'] = _stored_ranks(ranks, img_of, gallery, clip)
         if len(_bytes(rec)) <= _limit(rec): break
@@ -192,6 +193,7 @@ _ranks = _object(dict(
 
 # %% ../nbs/15_records.ipynb #371aa202
 _series = dict(type='array', items=dict(type=['number', 'null']))
+_picked = _of(_series, required=['epoch', 'n', 'score', 'gap'])
 _id = dict(type='string', pattern='^[0-9a-f]{12}$', description="hash of what defines the run; the file's name")
 _block = _object(dict(fold=dict(type=['integer', 'null']), seed=dict(type='integer')), description='with equal data: runs that are paired')
 _per = _object({}, dict(map_r=_packed))
@@ -209,8 +211,10 @@ SCHEMA = _title | _object(
          metrics=_metrics),
     dict(best_epoch=dict(type=['integer', 'null']), last=dict(_or_null(_numbers), description='validation at the last epoch'),
          collapsed=dict(type='boolean', description='by the rule fixed beforehand; kept in every mean'),
+         spread=_object({}, dict(image=dict(type='number'), text=dict(type='number')), description='mean cosine of different vectors'),
          search=dict(type='object', description='how the settings were found: tried, and validation rSum of each trial'),
          cost=_of(dict(type=['number', 'null'])), curves=_of(_series, required=['epoch']), ranks=_ranks,
+         picks=dict(_of(_object({}, dict(i2t=_picked, t2i=_picked))), description='what sources of negatives picked, by epoch'),
          perphoto=_object({}, dict(i2t=_per, t2i=_per), description='whole percents under truth; 255: none; t2i: mean over the sentences')),
     anyOf=[dict(properties=dict(kind=dict(enum=['control']))),
            dict(required=['ranks'], properties=dict(metrics=dict(properties=dict(test=dict(required=['i2t', 't2i', 'rsum'])))))])

@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'SetupError', 'project', 'fold_file',
            'template', 'Parameter', 'parameters', 'resolve', 'sha256_of', 'about_folder', 'origin', 'identity',
            'run_id', 'source_hash', 'commit', 'claim', 'in_turn', 'done', 'execute', 'content', 'finish', 'parents',
-           'finished', 'start', 'about', 'under_truth', 'curves', 'cost', 'tested_on', 'collapsed', 'conclude',
+           'finished', 'start', 'about', 'under_truth', 'curves', 'picks', 'cost', 'tested_on', 'collapsed', 'conclude',
            'control', 'settings', 'read_yaml', 'command', 'itm_run', 'itm_data', 'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
@@ -105,7 +105,7 @@ def resolve(
 # %% ../nbs/15_runs.ipynb #55b95f61
 PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')   # parameters that do not change a result
 INPUTS = ('init', 'lists', 'generator', 'scores', 'img_of', 'img_ids', 'gallery', 'folds')  # those that name a run, a file, or a word
-OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'folds', 'fold', 'test')     # parameters of `train` that are no settings of training
+OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fold', 'test')  # of `train`: no settings of training
 FIRST = dict(    # parameters that always count: those the templates had when the first records were made
     train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word dropout method warmup margin '
           'temperature epochs batch lr decay clip precision seed threads arm'.split(),
@@ -327,7 +327,7 @@ def about(
 def under_truth(
     world,            # the drawn world
     split,            # a Split of it
-    img, txt,         # vectors of its images and sentences
+    scores,           # (images, sentences) -> what `many_positives` takes; see `train.scores_of`
 )->list:              # per gallery, what `many_positives` found
     "Where many sentences are true of an image: ranks of all that are true, inside each gallery; half-true pairs are left out"
     import numpy as np
@@ -336,19 +336,56 @@ def under_truth(
     for g in np.unique(split.gallery):
         images, caps = np.flatnonzero(split.gallery == g), np.flatnonzero(split.gallery[split.img_of] == g)
         truth = world.matrix(split.name, g)
-        out.append(many_positives((img[images], txt[caps]), truth == 2, ignore=truth == 1))
+        out.append(many_positives(scores(images, caps), truth == 2, ignore=truth == 1))
     return out
 
 # %% ../nbs/15_runs.ipynb #a710c2a6
 def curves(
     run:Path,      # run folder
 )->dict:           # name -> a value per epoch
-    "Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum"
+    "Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum, and what owners of state tell"
     lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text().splitlines()]
     vals = {l['epoch']: l['val']['rsum'] for l in lines if 'val' in l}
     steps = {e: [l for l in lines if l['epoch'] == e and 'loss' in l] for e in vals}
     mean = lambda e, k: sum(l[k] for l in steps[e])/len(steps[e])
-    return dict(epoch=list(vals), val_rsum=list(vals.values()), **{k: [mean(e, k) for e in vals] for k in ('loss', 'clipped')})
+    told = {l['epoch']: l['monitor'] for l in lines if 'monitor' in l}; names = dict.fromkeys(k for m in told.values() for k in m)
+    return dict(epoch=list(vals), val_rsum=list(vals.values()), **{k: [mean(e, k) for e in vals] for k in ('loss', 'clipped')},
+                **{k: [told.get(e, {}).get(k) for e in vals] for k in names})
+
+def picks(
+    run:Path,
+    split,            # the training split
+    world=None,       # the drawn world, where truth is known
+)->dict:              # source -> side -> epoch, n, score, gap (positive minus pick), and on the drawn world `false`; a value per epoch
+    "What the sources of a run picked, from its sampled log: how hard, and how often false"
+    import numpy as np
+    from itm_nb.train import load_picks
+    rows, out = load_picks(Path(run)/'picks.bin'), {}
+    false = None if world is None else _false(rows, split, world)
+    for source, side in sorted(set(zip(rows['source'].tolist(), rows['side'].tolist()))):
+        at = (rows['source'] == source) & (rows['side'] == side); epochs, which = np.unique(rows['epoch'][at], return_inverse=True)
+        mean = lambda v: [None if np.isnan(x) else float(f'{x:.4g}') for x in _mean_by(v[at].astype(float), which, len(epochs))]
+        found = dict(epoch=epochs.tolist(), n=np.bincount(which).tolist(), score=mean(rows['score']))
+        found['gap'] = mean(rows['positive'] - rows['score'])
+        out.setdefault(source.decode(), {})[side.decode()] = found | ({} if false is None else dict(false=mean(false)))
+    return out
+
+def _mean_by(v, which, n):
+    "Means of groups; values that are not numbers do not count"
+    import numpy as np
+    ok = ~np.isnan(v); count = np.bincount(which[ok], minlength=n)
+    return np.where(count, np.bincount(which[ok], v[ok], minlength=n)/np.maximum(count, 1), np.nan)
+
+def _false(rows, split, world):
+    "Is each pick true of its anchor in the drawn world? nan where the pick is none of its pairs"
+    import numpy as np
+    def place(ids, x):
+        order = np.argsort(ids); at = order[np.minimum(np.searchsorted(ids, x, sorter=order), len(ids)-1)]
+        return at, ids[at] == x
+    i2t = rows['side'] == b'i2t'
+    img, ok = place(split.img_ids, np.where(i2t, rows['image'], rows['other_image']))
+    cap, there = place(split.cap_ids, np.where(i2t, rows['other_caption'], rows['caption']))
+    return np.where(ok & there, world.truth(split.name, img, cap) == 2, np.nan)
 
 def cost(
     run:Path,
@@ -392,13 +429,16 @@ def conclude(
     data,              # its Corpus
 )->dict:               # the record, written to records/ beside the run folder
     "Open the test split, rank it with the best model, write the record"
+    from itm_nb.metrics import spread
     from itm_nb.records import record, write_record
-    from itm_nb.train import embed, evaluate
+    from itm_nb.train import embed, evaluate, scores_of
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
     if values['search']: more |= dict(search=json.loads(values['search']))
     if not values['test']: return _searched(run, t, more)
     ranks, split, batches = evaluate(run, data, 'test', device)
-    truth = None if data.world is None else under_truth(data.world, split, *(x.cpu() for x in embed(t.core, batches)))
+    vectors = embed(t.core, batches); more |= spread(*vectors)
+    truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *vectors)]))
+    if seen := picks(run, t.train.split, data.world): more |= dict(picks=seen)
     rec = record(about(values, 'train', values['method'], device), tested_on(values, split, data.label, len(t.train.split)),
                  ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1],
                  cost=cost(run), curves=curves(run), **more)

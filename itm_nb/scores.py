@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import Batches, DataError, Vocabulary, fingerprint, regular_file
-from .metrics import Ranks, galleries, in_galleries, ranks_blocks
+from . import tokens
+from .data import DataError, fingerprint, regular_file
+from .metrics import Ranks, in_galleries, ranks_blocks
+from .models import from_pretrained
 from .records import record, write_record
 from .runs import SetupError, about, about_folder, control, done, finish, tested_on, under_truth
-from .similarity import from_pretrained
-from .train import embed, save_ranks
+from .similarity import are_vectors
+from .train import embed, rank_encoded, save_ranks, scores_of
 
 # %% ../nbs/15_scores.ipynb #5d3f2c8b
 def _array(path, what, ok:Callable, wanted:str)->np.ndarray:
@@ -138,16 +140,17 @@ def ensemble(
     device='cpu',
 )->dict:               # the record, of kind 'ensemble'
     "Average the scores of finished runs on the test split"
-    split, vectors = data.split('test'), []
+    split, encoded = data.split('test'), []
     for folder in map(Path, values['scores'].split(',')):
         if not done(folder):
             raise SetupError(f'{folder}: no finished run; scores are oracle, chance, an npy or npz file, or folders of runs')
         _same_test(folder, split)
-        batches = Batches(split, Vocabulary.load(folder/'best'/'vocab.json'), device)
-        vectors.append([x.cpu() for x in embed(from_pretrained(folder/'best', device), batches)])
-    img, txt = torch.cat([v[0]/len(vectors) for v in vectors], 1), torch.cat([v[1] for v in vectors], 1)
-    r = galleries(img, txt, split.img_of, split.gallery)
-    truth = None if data.world is None else under_truth(data.world, split, img, txt)
+        batches = data.batches(split, tokens.load(folder/'best'/'vocab.json'), device)
+        model = from_pretrained(folder/'best', device); encoded.append((model, *embed(model, batches)))
+    if all(are_vectors(img) for _, img, _ in encoded):                   # averaging cosines is one product of longer vectors
+        encoded = [(model, torch.cat([x/len(encoded) for _, x, _ in encoded], 1), torch.cat([x for *_, x in encoded], 1))]
+    r = rank_encoded(encoded, split)
+    truth = None if data.world is None else under_truth(data.world, split, scores_of(encoded))
     names = ' + '.join(about_folder(f)['id'] for f in values['scores'].split(','))
     return _write(run, r, record(about(values, 'evaluate', names, device), tested_on(values, split, data.label), r,
                                  split.img_of, split.gallery, truth, kind='ensemble'))

@@ -31,7 +31,8 @@ from .runs import (
 # %% ../nbs/15_sweeps.ipynb #73faa89a
 PARTS = dict(runs='train', arms='train', controls='evaluate')      # where runs are named, and their template if they name none
 WORDS = ('oracle', 'chance')         # scores that are words, even where a run is called so
-_KINDS = dict(title=str, about=str, base=dict, profiles=dict, blocks=list, runs=dict, arms=dict, controls=dict, search=dict, cost=dict)
+_KINDS = dict(title=str, about=str, base=dict, profiles=dict, blocks=list, runs=dict, arms=dict, controls=dict, search=dict, cost=dict,
+              report=str)
 
 def sweep_file(
     name:str,        # 'scenes', or the path of a yaml file
@@ -435,11 +436,13 @@ def report(
     records:Path,        # folder of records
     figures:Path,        # where tables and figures go
     work:Path,           # where the executed notebook goes
+    kind:str='study',    # its template
+    **more               # further parameters, for templates that have them
 )->int:                  # exit code
-    "Run the notebook `study` on a folder of records, in a process of its own"
-    shutil.rmtree(work, ignore_errors=True)
-    values = resolve(parameters(template('study')), dict(sweep=name, records=str(records), figures=str(figures), out=str(work)))
-    return launch(Entry('study', 'study', values, work)).wait()
+    "Run a notebook on a folder of records, in a process of its own"
+    shutil.rmtree(work, ignore_errors=True); known = parameters(template(kind))
+    given = dict(sweep=name, records=str(records), figures=str(figures), out=str(work)) | {k: str(v) for k, v in more.items() if k in known}
+    return launch(Entry(kind, kind, resolve(known, given), work)).wait()
 
 # %% ../nbs/15_sweeps.ipynb #e193efd7
 def seconds(
@@ -504,7 +507,7 @@ def itm_sweep(argv=None)->int:
     a = _parser().parse_args(argv)
     odd = [k for k, _ in a.p if k not in ('folder', 'cache', 'models', 'workers', 'device')]
     if odd: raise SetupError(f'a sweep fixes {odd[0]!r}; -p takes folder, cache, models, workers and device')
-    path = sweep_file(a.sweep); spec = read_sweep(path, a.profile)
+    path = sweep_file(a.sweep); spec = read_sweep(path, a.profile); a.told = spec['report']
     a.name, a.places = path.stem + (f'_{a.profile}' if a.profile else ''), dict(a.p) | dict(progress=False)
     tried = searches(spec, a.name, Path(a.runs), a.places); a.chosen = choose(spec, tried)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); known = measured(a.runs, project()/'figures'/'results')
@@ -566,8 +569,11 @@ def _report(a, todo)->int:
     if not any(finished(e.out, e.values) for e in todo): print('nothing is finished yet'); return 0
     with in_turn(Path(a.runs)/name/'report.lock'):     # a second driver of the same folder waits here and then makes the same files
         gather(todo, base/'results', name, a.runs)
-        code = report(name, base/'results', base, Path(a.runs)/name/'study')
-    if code: print(f'the report failed; see {Path(a.runs)/name/"study"/"worker.log"}', file=sys.stderr)
+        code, kind = report(name, base/'results', base, Path(a.runs)/name/'study'), 'study'
+        if a.told and not code:
+            more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', '')); kind = a.told
+            code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
+    if code: print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
     if code == 0: print((base/f'table_{name}.md').read_text('utf-8'))
     for f in sorted(base.glob(f'*{name}*')): print(f)
     return code

@@ -4,16 +4,23 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'PRESETS', 'synthetic', 'word_loss', 'mean_where', 'discrimination', 'synthetic_term', 'mlm_term',
-           'discrimination_term', 'correction_term', 'tags_terms', 'word_counts', 'warm_linear']
+           'discrimination_term', 'correction_term', 'tags_terms', 'captions_of', 'writer_of', 'tags', 'mlm_warmup',
+           'word_counts', 'warm_linear']
 
 # %% ../nbs/12_tags_dc.ipynb #d0e6abdc
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cross_encoder import CrossEncoder
+from .data import purpose_key
+from .generator import Captions, Synthetic, Tally, Writer, judge_of, lexicon, synthetic_source, units_of
 from .losses import Term, average, hinge
+from .models import from_pretrained, model_of
+from .samplers import Source, top
 
 # %% ../nbs/12_tags_dc.ipynb #a96ba063
 def synthetic(
@@ -72,9 +79,9 @@ def synthetic_term(source:str='syn', weight:float=1., margin:float=.2, squash:bo
     s = source
     return Term(lambda n: synthetic(n[f'{s}.pos'], n[s], n[f'{s}.ok'], margin, squash), (s,), weight, sides=('i2t',))
 
-def mlm_term(source:str='syn', weight:float=1.)->Term:
-    "The generator's own lesson: the masked words of the true caption"
-    return Term(lambda n: n[f'{source}.mlm'], (source,), weight, sides=('i2t',))
+def mlm_term(source:str='syn', weight:float=1., lesson:str='mlm')->Term:
+    "A generator's lesson: the masked words of the true caption; 'taught' is that of a writer of its own"
+    return Term(lambda n: n[f'{source}.{lesson}'], (source,), weight, sides=('i2t',))
 
 def discrimination_term(source:str='syn', weight:float=1., weights:tuple=KEPT, per:str='words', floor:float=0.)->Term:
     "Which words were replaced?"
@@ -109,6 +116,91 @@ def tags_terms(
                 discrimination=(discrimination, lambda w: discrimination_term(source, w, **cost)),
                 correction=(correction, lambda w: correction_term(source, w, **cost)))
     return {k: make(w) for k, (w, make) in made.items() if w}
+
+# %% ../nbs/12_tags_dc.ipynb #0db5e514
+def captions_of(
+    train,              # Batches of a split
+    model,              # that reads them
+    vocab,              # of its words
+    units='chunk',      # as in `Captions.of`
+)->Captions:
+    "The sentences of a split, as the generator wants them"
+    lex = lexicon(vocab); n = model.stream.config.vocab_size if hasattr(model, 'stream') else len(lex.names)
+    if n < len(lex.names): raise ValueError(f'a model of {n} words; wanted {len(lex.names)}: those of the vocabulary and a mask')
+    return Captions.of(train.split, train.tokens, lex, units_of(vocab, train.split.captions, units))
+
+def _streaming(model, whose):
+    "Refuse who cannot read words together with regions"
+    if not hasattr(model, 'stream'):
+        raise ValueError(f"{whose} has no stream that reads words together with regions: use similarity 'two_modes' or 'cross', "
+                         "or sharing='static' with the generator of a run that has one")
+    return model
+
+def writer_of(
+    sharing:str,        # 'shared', 'unshared' or 'static'
+    generator:str,      # folder of a finished run, or ''
+    model,              # in training
+    rate:float=1e-3,    # step size of an unshared one
+    seed:int=0,         # of its first weights where no run is given
+)->Writer:              # None: the model in training
+    "Who writes"
+    if sharing not in ('shared', 'unshared', 'static'): raise ValueError(f"sharing is 'shared', 'unshared' or 'static', not {sharing!r}")
+    if sharing == 'static' and not generator: raise ValueError("sharing='static' needs a finished run that writes: generator=...")
+    if sharing == 'shared' or not generator: _streaming(model, 'the model in training')
+    if sharing == 'shared': return None
+    if generator: made = _streaming(from_pretrained(Path(generator)/'best'), 'the run that writes')
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(purpose_key('writer', seed) % 2**63); made = model_of(model.config)
+    return Writer(made.to(next(model.parameters()).device), rate if sharing == 'unshared' else 0.)
+
+def tags(
+    preset:str='corrected',     # name in `PRESETS`
+    copies:int=4,               # masked copies of a caption
+    draws:int=4,                # refills of each
+    hard:int=4,                 # how many of them are kept
+    tau:float=1.5,              # temperature of the refill (`temperature` is that of a contrastive loss)
+    units='chunk',              # 'chunk' (parts of speech), 'words', or per caption a list of units
+    sharing:str='shared',       # 'shared', 'unshared' or 'static': see above
+    generator:str='',           # folder of a finished run: who writes
+    words:str='model',          # 'random': any word instead of the model's (a placebo)
+    misled:tuple=(),            # who sees another image (placebos): 'writer', 'heads'
+    synthetic:float=1.,         # weights of the terms, see `tags_terms`
+    mlm:float=.05,
+    discrimination:float=0.,
+    correction:float=0.,
+    margin:float=.2,
+    rate:float=1e-3,            # step size of an unshared writer
+    train=None,                 # Batches of the training split
+    vocab=None,                 # its words
+    model=None,                 # in training
+    world=None,                 # the drawn world, where there is one: it judges a part of what is kept
+    seed:int=0,
+)->tuple:                       # ({'syn': Source}, {name: Term})
+    "Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and correction TAGS-DC)"
+    learns, heads = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0
+    if heads: _streaming(model, 'the model in training')
+    w = None if words == 'random' else writer_of(sharing, generator, model, rate, seed)
+    terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
+    if w and not w.static: terms['taught'] = mlm_term(lesson='taught')
+    known, misled = captions_of(train, model, vocab, units), (misled,) if isinstance(misled, str) else tuple(misled)
+    pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads,
+                     tally=Tally(known.lexicon, judge_of(world)), **PRESETS[preset]['pool'])
+    return dict(syn=synthetic_source(pool, hard)), terms
+
+# %% ../nbs/12_tags_dc.ipynb #d601473c
+def mlm_warmup(
+    weight:float=1.,
+    copies:int=1,         # masked copies of a caption
+    share:float=.6,       # of its places to mask: far more than when it writes, since a place that is not masked teaches nothing
+    units='chunk',        # as in `tags`
+    train=None,           # Batches of the training split
+    vocab=None,           # its words
+    model=None,           # in training
+)->tuple:                 # ({'mask': Source}, {'masked': Term})
+    "The lesson of masked words; no sentence is written"
+    pool = Synthetic(captions_of(train, _streaming(model, 'the model in training'), vocab, units), copies, 0, share=share)
+    return dict(mask=Source(pool.pool, top(1))), dict(masked=mlm_term('mask', weight))
 
 # %% ../nbs/12_tags_dc.ipynb #06dcd167
 def word_counts(

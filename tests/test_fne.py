@@ -3,6 +3,8 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import test_seam as seam
-from itm_nb import fne
+from itm_nb import calibration, fne
+from itm_nb.audit import ranked
 from itm_nb.losses import hinge, triplet_term
 from itm_nb.memory import Bank, Momentum, Ring
 from itm_nb.methods import Method, costs, vse0
 from itm_nb.samplers import Source, Step, View, hardest, of_scores
 from itm_nb.similarity import Model
-from itm_nb.train import resume, save_checkpoint, _pack
+from itm_nb.runs import curves, picks
+from itm_nb.train import Config, corpus, fit, prepare, resume, save_checkpoint, _pack
 
 torch.set_num_threads(1)
 QUICK = settings(max_examples=60, deadline=None)
@@ -168,9 +172,9 @@ def test_the_placebo_draws_from_the_same_candidates_with_the_same_weights():
 def test_the_ring_holds_the_last_ones(size, batches):
     ring, seen = Ring(size), []
     for n in batches:
-        ids = torch.arange(len(seen), len(seen)+n); ring.put(ids[:,None].double(), -ids[:,None].double(), ids); seen += ids.tolist()
+        ids = torch.arange(len(seen), len(seen)+n); ring.put(ids[:,None].double(), -ids[:,None].double(), ids, ids+100); seen += ids.tolist()
         assert sorted(ring.ids[:ring.used].tolist()) == seen[-size:] if size else ring.used == 0
-        assert torch.equal(ring.images[:ring.used,0].long(), ring.ids[:ring.used]) and torch.equal(ring.texts, -ring.images) and ring.at == (len(seen) % size if size else 0)
+        assert torch.equal(ring.images[:ring.used,0].long(), ring.ids[:ring.used]) and torch.equal(ring.texts, -ring.images) and torch.equal(ring.caps[:ring.used], ring.ids[:ring.used]+100) and ring.at == (len(seen) % size if size else 0)
 
 
 class Towers(torch.nn.Module):
@@ -305,6 +309,93 @@ def test_devices_do_not_change_a_run(tmp_path):
         for r in range(world):
             got = load_file(tmp_path/f'out_{world}_{r}.safetensors'); assert got.keys() == one.keys()
             for k, v in one.items(): torch.testing.assert_close(got[k], v, rtol=0, atol=1e-6, msg=lambda m: f'{world} devices, rank {r}, {k}: {m}')
+
+
+
+
+# ---- as a method of a run
+SMALL = Config(preset='tiny', text='mean', dim=16, d_word=16, image_hidden=16, epochs=3, batch=64, lr=5e-3)
+@lru_cache(1)
+def drawn(): return corpus(SMALL)
+
+
+@pytest.mark.parametrize('name', ['fne(queue=64)', "fne(pick='hardest', queue=64)", "fne(pick='uniform', queue=0)", "fne(preset='faithful', queue=64, start=0)", "fne(prior='known', tau=5.0, negatives='all', window='run')",
+                                  "vsepp,on=itm_nb.fne:bank_source(pool='batch', tau=5.0)", 'infonce|fne(queue=8)'])
+def test_a_string_names_the_whole_method(name, tmp_path):
+    cfg = replace(SMALL, method=name, warmup=2); t = fit(cfg, tmp_path/'r', drawn(), progress=False)
+    if 'known' in name:
+        fit(cfg, tmp_path/'twice', drawn(), progress=False)
+        for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'r'/f).read_bytes() == (tmp_path/'twice'/f).read_bytes()
+    told = curves(tmp_path/'r'); assert all(math.isfinite(x) for k in ('accepted', 'pos_mean', 'pos_sd', 'neg_mean', 'neg_sd') for x in told[k])
+    assert told['accepted'][-1] > 0 and told['pos_mean'][-1] > told['neg_mean'][-1]
+    seen = picks(tmp_path/'r', t.train.split, drawn().world); source = 'on' if 'batch' in name else 'bank'
+    for side in ('i2t', 't2i'): assert all(0 <= x <= 1 for x in seen[source][side]['false'] if x is not None) and seen[source][side]['epoch'] == [2]
+
+
+@pytest.mark.parametrize('similarity', ['scan_t2i', 'bfan_equal', 'two_modes', 'cross'])
+def test_cross_attention_is_refused_before_training(similarity):
+    for name in ('fne', "fne(queue=0)", 'vsepp,on=itm_nb.fne:bank_source'):
+        with pytest.raises(ValueError, match='R x L products per entry'): prepare(replace(SMALL, method=name, similarity=similarity, dim=16, d_word=16), drawn())
+    prepare(replace(SMALL, method="vsepp,on=itm_nb.fne:bank_source(pool='batch')", similarity=similarity, dim=16, d_word=16), drawn())      # no memory: welcome
+
+
+@pytest.mark.parametrize('name', ['fne(taw=1.0)', "fne(pick='best')", "fne(pick='uniform', tau=5.0)", "fne(pick='hardest', floor='none')", "fne(preset='best')", "fne(floor='local')", 'fne(prior=0)', 'fne(prior=2.0)', 'fne(queue=-1)',
+                                  "fne(window='day')", "fne(negatives='some')", "fne(fallback='dice')", "fne(space='cubic')", "vsepp,on=itm_nb.fne:bank_source(pool='list')"])
+def test_wrong_settings_are_refused_before_training(name):
+    with pytest.raises(ValueError): prepare(replace(SMALL, method=name), drawn())
+
+
+def test_the_released_schedule():
+    "One epoch of the released warm-up, then the method; the memory lives from the start, and fills from epoch 1"
+    t = prepare(replace(SMALL, method="fne(preset='faithful', queue=64)", warmup=1, before='fne_warmup'), drawn())
+    assert [(e, list(m.terms)) for e, m in t.phases] == [(0, ['own']), (1, ['bank'])]; bank, stats = t.owners()
+    assert bank.fill_from == stats.start == 1 and bank.ring.start == 'random' and stats.variance == 'drift'
+
+
+def test_a_known_prior_is_the_share_of_true_pairs():
+    s = drawn().world.split('train'); t = drawn().world.truth('train', np.arange(len(s.num))[:,None], np.arange(len(s.captions))[None]); true = some = 0
+    for i in range(t.shape[0]):
+        for j in range(t.shape[1]): true += s.img_of[j] != i and t[i,j] == 2; some += s.img_of[j] != i and t[i,j] != 1
+    assert math.isclose(fne.true_share(drawn().world), true/some)
+    with pytest.raises(ValueError, match='needs a world'): fne.fne(prior='known')
+
+
+# ---- calibration
+@QUICK
+@given(st.lists(st.tuples(st.sampled_from([0., .05, .2, .5, .9, 1.]), st.booleans()), min_size=6, max_size=60), st.integers(1, 6))
+def test_calibration_against_loops(pairs, bins):
+    p, y = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs], float); n = len(p); got = calibration.brier(p, y); base = sum(y)/n
+    assert math.isclose(got['brier'], sum((a-b)**2 for a, b in zip(p, y))/n, abs_tol=1e-12) and math.isclose(got['base'], base)
+    if 0 < base < 1: assert math.isclose(got['skill'], 1 - got['brier']/(base*(1-base)), abs_tol=1e-9)
+    share = {v: sum(b for a, b in zip(p, y) if a == v)/sum(a == v for a in p) for v in set(p)}; order = sorted(p); edge = [round(k*n/bins + 1e-9) if (k*n/bins) % 1 != .5 else round(k*n/bins) for k in range(bins+1)]
+    r = calibration.reliability(p, y, bins)
+    for k, row in enumerate(r.to_dict('records')):
+        mine = order[edge[k]:edge[k+1]]; assert row['n'] == len(mine)
+        if mine: assert math.isclose(row['said'], sum(mine)/len(mine), abs_tol=1e-12) and math.isclose(row['true'], sum(share[v] for v in mine)/len(mine), abs_tol=1e-12) and -1e-9 <= row['lo'] <= row['true'] + 1e-9
+    d = calibration.decomposed(r); assert d['uncertainty'] >= -1e-12 and d['resolution'] <= d['uncertainty'] + 1e-9
+
+
+def test_as_hard_as_keeps_every_anchors_hardness():
+    g = torch.Generator().manual_seed(0); score = torch.rand(9, 30, generator=g); own = torch.zeros(9, 30, dtype=torch.bool); own[torch.arange(9), torch.arange(9)] = True
+    c = ranked(score, own); m = known(.7, .01, .4, .02); legal = c.legal; flat = lambda c: c.legal.double()/c.legal.sum(1, keepdim=True)
+    for kw in ({}, dict(tau=5.), dict(tau=50., prior=.1), dict(floor='per_anchor')):
+        draw = calibration.fne_sampler(m, min_count=0, **kw); rival = calibration.fne_sampler(m, threshold=1., cutdown=False, **{k: v for k, v in kw.items() if k == 'floor'})
+        s = torch.where(legal, c.score, 0.).double(); a, b = draw(c), calibration.as_hard_as(rival, draw)(c)
+        torch.testing.assert_close((a*s).sum(1), (b*s).sum(1), atol=1e-6, rtol=0); torch.testing.assert_close(b.sum(1), torch.ones(9, dtype=torch.double)); assert (b[rival(c) == 0] == 0).all()
+        want = fne.weights(c.score, c.pos, m, c.legal, min_count=0, **kw); rows = want.sum(1) > 0; torch.testing.assert_close(a[rows], (want/want.sum(1, keepdim=True)).double()[rows], rtol=1e-5, atol=1e-7)
+        assert all(abs(float(p[0]) - 1) < 1e-9 for p in a[~rows])
+    log = torch.log(calibration.as_hard_as(flat, calibration.fne_sampler(m, tau=5., min_count=0, floor='none'))(c)[0][:20]); step = log.diff()/c.score[0][:20].diff()
+    assert (step - step.mean()).abs().max() < 1e-3*step.abs().max() + 1e-6                         # an exponential tilt of the rival and nothing else
+
+
+def test_moments_of_saved_vectors_are_those_of_training():
+    "Observed over saved vectors = observed by `Statistics` in the steps of an epoch"
+    from itm_nb.data import order
+    g = torch.Generator().manual_seed(1); img = F.normalize(torch.randn(20, 6, generator=g), dim=1); own = torch.arange(20).repeat_interleave(3); txt = F.normalize(img[own] + .5*torch.randn(60, 6, generator=g), dim=1)
+    for negatives in ('hardest', 'all'):
+        stats = fne.Statistics(negatives=negatives)
+        for caps in order(60, 4, 0).split(15): stats.observe(Step(Cosine(), img[own[caps]], txt[caps], own[caps], caps))
+        torch.testing.assert_close(calibration.moments_of(img, txt, own, 15, seed=4, negatives=negatives), stats.moments)
 
 
 if __name__ == '__main__': worker(sys.argv[1])

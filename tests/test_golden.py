@@ -476,7 +476,7 @@ def check_fne_warmup(b):
         pairs = lambda self, a, o: ((a @ S)*o).sum(1)
         at = lambda self, a, o, idx, i2t=True: torch.einsum('bd,bkd->bk', a @ (S if i2t else S.T), o[idx])
     eye, loss = torch.eye(n, dtype=torch.float64), 0.
-    source, term = (x['own'] for x in fne.warmup(b['margin']))
+    source, term = (x['own'] for x in fne.fne_warmup(b['margin']))
     for side in ('i2t', 't2i'):
         view = View(Step(Table(), eye, eye, torch.zeros(n), torch.arange(n)), side); c = source.pool(view); p = source.pick(c, view)
         loss = loss + term.cost({'own': c.rescore(p.idx)[''], 'own.ok': p.ok, 'own.pos': c.pos}).sum()

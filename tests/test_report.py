@@ -18,7 +18,7 @@ from itm_nb import records as R
 from itm_nb.data import DataError
 from itm_nb.metrics import Matches, Ranks
 from itm_nb.records import SCHEMA, made_up_record, mismatches, pack, read_records, record, recompute, stored_ranks, unpack, write_record
-from itm_nb.report import _photos, differences, interval, lint_records, lint_table, per_photo, published, table, value
+from itm_nb.report import _photos, collapsed, differences, interval, latex, lint_records, lint_table, markdown, per_photo, published, table, value
 
 ROOT = Path(__file__).parent.parent
 ABOUT = ('id', 'sweep', 'method', 'preset', 'seed', 'block', 'config', 'commit', 'source', 'versions', 'device', 'threads')
@@ -365,3 +365,14 @@ def test_equal_arms_are_rarely_called_different():
         recs = [made_up_record(m, 1.5, seed=s, photos=80, fold=t) for s in range(3) for m in ('left', 'right')]
         d = differences(recs, ['right'], 'left', draws=300).iloc[0]; found += not d.lo <= 0 <= d.hi
     assert found <= 4, found
+
+
+def test_collapsed_runs_are_counted_and_stay_in_the_mean():
+    "Below half of vse0 in its own block; alike vectors; and, where the block has no vse0, what the run found. Row, mean and n do not change"
+    told = lambda m, seed, last, **kw: made_up_record(m, 1., seed, last=dict(rsum=last), **kw)
+    recs = [told('vse0', 0, 100.), told('vse0', 1, 200.), told('new', 0, 51., spread=dict(image=.9, text=-.1)), told('new', 1, 99., collapsed=False),
+            told('new', 2, 1., collapsed=True), told('new', 3, 1.), told('new', 4, 500., spread=dict(image=.2, text=.91))]
+    fell = collapsed(recs); assert fell == sorted(recs[i]['id'] for i in (3, 4, 6))
+    tab = table(recs, ['vse0', 'new'], ['rsum']); assert tab.collapsed.tolist() == [0, 3] and tab.n.tolist() == [2, 5]
+    assert tab['mean'][1] == pytest.approx(np.mean([r['metrics']['test']['rsum'] for r in recs[2:]]))
+    assert '| 5 (3 collapsed) |' in markdown(tab) and '| 2 |' in markdown(tab) and '& 5 (3 collapsed)' in latex(tab) and not lint_table(tab, recs)

@@ -14,7 +14,8 @@ from PIL import Image
 from itm_nb import runs, towers
 from itm_nb.data import DataError, Split, order
 from itm_nb.pixels import Pixels
-from itm_nb.similarity import Model, from_pretrained, save_pretrained
+from itm_nb.models import from_pretrained, save_pretrained
+from itm_nb.similarity import Model
 from itm_nb.tokens import Pieces
 from itm_nb.towers import TextTower, VisionTower, depths, describe, fill, find, freeze_parts, groups, layers, network, tower
 from itm_nb.train import Config, Corpus, Stopped, config, corpus, evaluate, fit, prepare, train_step
