@@ -203,6 +203,7 @@ def test_mined_lists_are_those_of_brute_force(mined):
 @pytest.mark.parametrize('name, change', [
     ('dual', {}), ('faithful', dict(method="aoq(preset='faithful', share=0.02)")), ('scan', dict(similarity='scan_t2i')), ('bfan', dict(similarity='bfan_equal')),
     ('cross', dict(similarity='cross', layers=1, heads=2, batch=128)), ('vsrn', dict(image='vsrn', text='gru_last', captioner=8, method='aoq(share=0.02)|caption()')),
+    ('fne', dict(method="aoq(share=0.02),on=itm_nb.fne:bank_source()")),
     ('late', dict(method="aoq(placebo='constant', share=0.02)", warmup=1))])
 def test_every_kind_of_model_trains_on_mined_lists(name, change, mined, tmp_path):
     t = fit(replace(TINY, **dict(method='aoq(share=0.02)', epochs=1 + (name == 'late')) | change), tmp_path/name, progress=False, lists=str(mined[0]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from itm_nb.data import DataError
-from itm_nb.offline import Draw, Lists, load_lists, mine, mine_scores, save_lists, search
+from itm_nb.offline import Anywhere, Draw, Lists, load_lists, mine, mine_model, mine_scores, save_lists, search, without_true
 
 torch.set_num_threads(1)
 
@@ -136,3 +136,25 @@ def test_killed_half_way_leaves_nothing_that_is_accepted(tmp_path, monkeypatch):
     for model in ('m', 'new'):
         with pytest.raises(DataError, match='no lists.json'): load_lists(tmp_path, dict(model=model))
     count.extend([1]*9); saved(tmp_path); load_lists(tmp_path, dict(model='m'))
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_anywhere_is_uniform_over_other_images(seed):
+    "Unequal captions per image, in any order: every caption of another image about equally often, no own one ever"
+    _, _, _, own = world(seed, 5, 12, 3, 12); own = own[torch.randperm(12, generator=torch.Generator().manual_seed(seed))]; cap = torch.arange(12)
+    d = [Anywhere(own, 5)(cap, seed, e) for e in range(800)]; T3, I3, T4 = (torch.stack([x[k] for x in d]) for k in ('T3', 'I3', 'T4'))
+    assert (own[T3] != own).all() and (I3 != own).all() and torch.equal(torch.stack([x['I4'] for x in d]), own[T3])
+    silent = torch.tensor([i not in own.tolist() for i in range(5)]); assert torch.equal(T4 < 0, silent[I3]) and (own[T4.clamp(min=0)] == I3)[T4 >= 0].all()
+    for j in range(12):
+        n = torch.bincount(T3[:,j], minlength=12)[own != own[j]].double(); assert ((n - n.mean()).abs() < 5*n.mean().sqrt()).all()
+        m = torch.bincount(I3[:,j], minlength=5); m = m[torch.arange(5) != own[j]].double(); assert ((m - 200).abs() < 5*200**.5).all()
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_true_pairs_taken_out(seed):
+    img, txt, me, own = world(seed, 20, 90, 4, 90); S = img @ txt.T; true = torch.rand(20, 90, generator=torch.Generator().manual_seed(seed)) < .3
+    lists = mine_model(None, img, txt, own, (40, 15)); got = without_true(lists, lambda i, t: true[torch.as_tensor(i).long(), torch.as_tensor(t).long()].numpy(), (10, 8))
+    for side, A, bad, q, k, h in (('i2t', S, true, me, own, 10), ('t2i', S.T, true.T, own, me, 8)):
+        for r in range(len(A)):
+            kept = [int(c) for c in lists[side].idx[r] if c >= 0 and not bad[r,int(c)]][:h]; row = [int(c) for c in got[side].idx[r]]
+            assert row == kept + [-1]*(h - len(kept)) and torch.equal(got[side].score[r] == -torch.inf, got[side].idx[r] < 0)
