@@ -374,7 +374,7 @@ def judge_of(
     return ask
 
 class Tally:
-    "Counts what a generator yields in an epoch; of some batches the kept are judged, of the first they are noted down. Of this device's share"
+    "Counts what a generator yields in an epoch (on this device); some of what is kept is judged, and noted down"
     def __init__(self,
         lexicon:Lexicon,
         judge=None,         # from `judge_of`

@@ -89,7 +89,7 @@ class Ngrams:
 def perplexity(
     model:Ngrams,
     sentences:Sequence[str],
-)->dict:                      # 'per sentence': mean of each one's own, 'typical': its exponent's mean, 'per word': long sentences count more
+)->dict:                      # 'per sentence': mean of each one's own; 'typical': geometric mean; 'per word': long sentences count more
     "How surprising sentences are"
     if not len(sentences): return {k: math.nan for k in ('per sentence', 'typical', 'per word')}
     logs, size = model.log_prob(sentences); first = np.cumsum(size) - size

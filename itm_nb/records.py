@@ -86,7 +86,7 @@ def _bytes(
     lines = [f'{json.dumps(k)}: {json.dumps(rec[k], sort_keys=True, allow_nan=False, ensure_ascii=False)}' for k in sorted(rec)]
     return ('{\n' + ',\n'.join(lines) + '\n}\n').encode()
 
-def _limit(rec): return 50_000 if rec['data']['captions'] > 10_000 else 16_000
+def _limit(rec): return 50_000 if rec['data']['captions'] > 10_000 else 16_000 + 8_000*('perphoto' in rec)
 
 # %% ../nbs/15_records.ipynb #83b77c8f
 def _thin(

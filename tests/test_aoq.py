@@ -1,22 +1,27 @@
 """AOQ from lists to loss: the whole path against a plain loop, what each switch and each placebo changes, lists that do not belong here, mining and training."""
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from itm_nb.aoq import PLACEBOS, PRESETS, STAGES, Watch, aoq, lists_of, quintuplet
-from itm_nb.data import SPECIALS, Batches, DataError, Split, Vocabulary, fingerprint, order
-from itm_nb.methods import Method, costs, explain, fetches, vse0
-from itm_nb.offline import Anywhere, Draw, Lists, depth, load_lists, mine_model, save_lists
-from itm_nb.samplers import Source, Step, View, hardest, in_batch, semi_hard, top
-from itm_nb.similarity import States, matrix_of, picked_of
-from itm_nb.train import Config, corpus, embed, fit, prepare, train_step, _pack
+from itm_nb.aoq import PRESETS, STAGES, aoq, lists_of
+from itm_nb.data import SPECIALS, Batches, DataError, Split, Vocabulary, fingerprint
+from itm_nb.methods import Method, costs, explain, fetches, schedule
+from itm_nb.offline import SHARE, Draw, Lists, depth, load_lists, mine_model, save_lists
+from itm_nb.runs import OF_A_RUN, finish
+from itm_nb.samplers import Source, Step, View, in_batch, semi_hard, top
+from itm_nb.similarity import picked_of
+from itm_nb.sweeps import entries, read_sweep, sweep_file
+from itm_nb.train import Config, build, config, embed, fit, load_picks
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 N, M = 6, 15
 IMG_OF = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 5, 5])     # unequal numbers of captions
@@ -169,3 +174,94 @@ def test_any_pick_may_be_the_online_negative(tmp_path):
     S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25)
     a = Method(*aoq(on='semi_hard', **kw)); b = Method(*aoq(**kw)).but(on=Source(in_batch, semi_hard)); c = Method(*aoq(on=top(1), **kw)); d = Method(*aoq(**kw)); e = Method(*aoq(on=top(3), **kw))
     assert one(a, train, S) == one(b, train, S) != one(d, train, S) == one(c, train, S); assert abs(one(e, train, S) - one(d, train, S)) < 1e-12
+
+
+# ---------------------------------------------------------------- from a finished run to lists to training
+
+TINY = Config(preset='tiny', text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=0, epochs=2, batch=64, method='vse0', dropout=0., lr=5e-3)
+
+
+@pytest.fixture(scope='module')
+def mined(tmp_path_factory):
+    "A warm run, and what the template `mine` makes of it in a process of its own"
+    at = tmp_path_factory.mktemp('mined'); t = fit(TINY, at/'warm', progress=False); finish(at/'warm')
+    code = 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
+    given = dict(init=at/'warm', preset='tiny', share=.02, out=at/'lists of warm', progress=False)
+    command = [sys.executable, '-c', code, 'mine', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)), cwd=at); assert done.returncode == 0, done.stderr
+    return at/'lists of warm', t
+
+
+def test_mined_lists_are_those_of_brute_force(mined):
+    folder, t = mined; lists = load_lists(folder/'lists', dict(data=fingerprint(t.train.split), split='train')); img, txt = embed(t.core, t.train); own = t.train.img_of
+    for (side, got), A, q, k in zip(sorted(lists.items()), (img @ txt.T, txt @ img.T), (torch.arange(len(img)), own), (own, torch.arange(len(img)))):
+        want = A.masked_fill(q[:,None] == k, -torch.inf).sort(dim=1, descending=True, stable=True); h = got.idx.shape[1]; assert h == (20, 5)[side == 't2i']
+        np.testing.assert_allclose(got.score, want.values[:,:h], atol=1e-6); assert (q[:,None] != k[torch.tensor(np.array(got.idx)).long()]).all()
+    found = json.loads((folder/'report.json').read_text()); assert 0 < found['collisions'] < .5 and 0 < found['i2t']['false'] < 1 and (folder/'DONE').is_file()
+
+
+@pytest.mark.parametrize('name, change', [
+    ('dual', {}), ('faithful', dict(method="aoq(preset='faithful', share=0.02)")), ('scan', dict(similarity='scan_t2i')), ('bfan', dict(similarity='bfan_equal')),
+    ('cross', dict(similarity='cross', layers=1, heads=2, batch=128)), ('vsrn', dict(image='vsrn', text='gru_last', captioner=8, method='aoq(share=0.02)|caption()')),
+    ('late', dict(method="aoq(placebo='constant', share=0.02)", warmup=1))])
+def test_every_kind_of_model_trains_on_mined_lists(name, change, mined, tmp_path):
+    t = fit(replace(TINY, **dict(method='aoq(share=0.02)', epochs=1 + (name == 'late')) | change), tmp_path/name, progress=False, lists=str(mined[0]))
+    told = [json.loads(l) for l in (tmp_path/name/'log.jsonl').read_text().splitlines()]; m = [l['monitor'] for l in told if 'monitor' in l][-1]
+    assert all(np.isfinite(l['loss']) for l in told if 'loss' in l) and {'weight_mean', 'pulled', 'collisions', 'active_offline'} <= m.keys()
+    rows = load_picks(tmp_path/name/'picks.bin'); assert {b'on', b'off'} <= set(rows['source']) and (rows['other_image'] != rows['image']).all() if name != 'faithful' else True
+    off = rows[rows['source'] == b'off']; assert (off['other_caption'][off['side'] == b'i2t'] >= 0).all() and (off['other_image'] >= 0).all()
+
+
+def test_lists_of_other_data_are_refused_by_a_run(mined, tmp_path):
+    for cfg, lists, says in ((replace(TINY, method='aoq(share=0.02)', seed=5), mined[0], 'lists of data'), (replace(TINY, method='aoq()'), '', 'no mined lists'),
+                             (replace(TINY, method='aoq(share=0.5)'), mined[0], 'share=0.5')):
+        with pytest.raises(DataError, match=says): fit(cfg, tmp_path/says.split()[0], progress=False, lists=str(lists))
+    with pytest.raises(ValueError, match='no captioner'): fit(replace(TINY, method='vsepp|caption()'), tmp_path/'mute', progress=False)
+
+
+def test_mining_that_is_stopped_leaves_nothing_to_be_accepted(mined, tmp_path):
+    class Stop(Exception): pass
+    def tick(n): raise Stop
+    img, txt = embed(mined[1].core, mined[1].train)
+    with pytest.raises(Stop): save_lists(tmp_path, mine_model(mined[1].core, img, txt, mined[1].train.img_of, (20, 5), tick), dict(data=fingerprint(mined[1].train.split)))
+    with pytest.raises(DataError, match='no lists.json'): aoq(lists=tmp_path, train=mined[1].train)
+    half = tmp_path/'half'; shutil.copytree(mined[0]/'lists', half); (half/'t2i_idx.npy').write_bytes((half/'t2i_idx.npy').read_bytes()[:-8])
+    with pytest.raises(DataError, match='missing or changed'): aoq(lists=half, train=mined[1].train)
+
+
+def test_counts_and_the_running_mean_survive_a_resume(mined, tmp_path):
+    cfg = replace(TINY, method="aoq(placebo='constant', share=0.02)", epochs=1); whole = fit(cfg, tmp_path/'whole', progress=False, lists=str(mined[0]))
+    def stop(n):
+        if n == 9: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), on_step=stop, every=5)
+    fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), every=5); assert whole.steps > 9
+    for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
+
+
+# ---------------------------------------------------------------- the sweeps
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'nbs'/'experiments'/'sweeps').glob('aoq_*.yaml')))
+def test_every_run_of_a_sweep_can_be_built(name, tmp_path):
+    "Settings resolve, models can be made (at the size of the profile tiny where there is one), methods find what they name"
+    train = train_of(); save(tmp_path, table(), train.split, (9, 4)); path = sweep_file(name); spec = read_sweep(path)
+    spec = read_sweep(path, 'tiny') if 'tiny' in spec['profiles'] else spec; spec['search'] = {}; found = entries(spec, name, tmp_path/'runs')
+    assert len({e.block for e in found}) == len(spec['blocks']); folders = {str(e.out): e for e in found}; built = {}
+    for e in found:
+        if e.block or e.template != 'train': continue
+        cfg = config({k: v for k, v in e.values.items() if k not in OF_A_RUN}); cfg = replace(cfg, dim=min(cfg.dim, 16), d_word=min(cfg.d_word, 8), captioner=min(cfg.captioner, 8)); kind = (cfg.similarity, cfg.image, cfg.text, cfg.captioner, cfg.dim, cfg.d_word)
+        model = built[kind] = built.get(kind) or build(cfg, 20, 50)
+        m = schedule(cfg.method, cfg.warmup, cfg.before, margin=cfg.margin, model=model, train=train, lists=str(tmp_path) if e.values['lists'] else '')[-1][1]
+        assert ('off' in m.sources) == (e.values['lists'] != '' or 'random' in cfg.method)
+        if e.values['init']: assert {k: built_like(folders[e.values['init']], k) for k in KIND} == {k: e.values[k] for k in KIND}       # what it goes on from is the same model
+    mines = [e for e in found if e.template == 'mine']; assert len(mines) >= len(spec['blocks'])
+    for e in mines: parent = folders[e.values['init']]; assert all(e.values[k] == parent.values[k] for k in ('data', 'preset', 'rho', 'regions', 'folds', 'fold', 'similarity') if k in parent.values) and parent.block == e.block
+
+KIND = ('similarity', 'image', 'text', 'dim', 'd_word', 'captioner', 'image_hidden', 'regions', 'fold', 'seed')
+def built_like(e, k): return e.values[k]
+
+
+def test_depths_of_the_sweeps_are_those_of_the_paper():
+    for name, n in (('aoq_flickr30k', 29_000), ('aoq_coco', 113_287)):
+        spec = read_sweep(sweep_file(name)); share = spec['runs']['mined']['share']; said = spec['arms']['scan_aoq']['method']
+        used = float(said.partition('share=')[2].rstrip(')')) if 'share=' in said else SHARE
+        assert depth(5*n, n, share) == (300, 60) == depth(5*n, n, used)

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from itm_nb import scenes
+from itm_nb.attacks import above_all, opened, over_epochs
 from itm_nb.cross_encoder import CrossEncoder, TwoModes
 from itm_nb.data import Batches, Split, Vocabulary, order, uniform, words
-from itm_nb.generator import (Captions, Lexicon, Synthetic, Writer, buckets, chunk, draw_words, earlier, fill, lexicon, mask_copies, members, pack, penalty,
-                              refill, refill_law, suspects, synthetic_source, unit_law)
+from itm_nb.generator import (Captions, Lexicon, Synthetic, Tally, Writer, buckets, chunk, draw_words, earlier, elsewhere, fill, judge_of, lexicon, mask_copies, members, pack,
+                              penalty, refill, refill_law, suspects, synthetic_source, unit_law)
 from itm_nb.methods import Method, costs
+from itm_nb.perplexity import Ngrams
 from itm_nb.samplers import Step, View, top
 from itm_nb.tags_dc import PRESETS, tags_terms
 
@@ -209,3 +211,115 @@ def test_units_may_be_given_and_captions_cut_into_pieces():
     pieces = [[w for w in range(len(words(c))) for _ in range(2)] for c in split.captions]                      # every word in two pieces
     doubled = Captions.of(split, torch.ones(len(tokens), 2*tokens.shape[1], dtype=torch.int64), lex, units=[[[0]] for _ in split.captions], pieces=pieces)
     assert members(doubled.units[:1], 8)[0,0].nonzero()[:,0].tolist() == [1, 2]
+
+
+# ---- who writes -----------------------------------------------------------------------------------------------------------------------------
+
+def test_the_next_row_of_another_image_against_the_slow_way():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        img = rng.integers(0, 4, rng.integers(1, 9)); B = len(img)
+        want = [next((j % B for j in range(i, i+B) if img[j % B] != img[i]), i) for i in range(B)]
+        assert elsewhere(torch.tensor(img)).tolist() == want
+
+
+def test_equal_lessons_whoever_writes():
+    "Static and random writers leave the lesson of the model in training bit-equal: arms differ in who writes, in nothing else"
+    model = model_of(); cap = torch.arange(12); lessons = {}
+    for name, kw in dict(shared={}, random=dict(words='random'), static=dict(writer=Writer(model_of(seed=1))), unshared=dict(writer=Writer(model_of(seed=1), 1e-3)), misled=dict(misled=('writer',))).items():
+        also = Synthetic(data()[5], 2, 2, **kw).pool(View(step_of(model, cap), 'i2t')).also; lessons[name] = also['mlm']; assert ('taught' in also) == (name == 'unshared')
+    for name, x in lessons.items(): assert torch.equal(x, lessons['shared']), name
+
+
+def test_a_random_writer_draws_every_ordinary_word_alike():
+    _, _, lex, *_ = data(); model = model_of()
+    with torch.no_grad():
+        c = Synthetic(data()[5], 4, 8, words='random', learns=False, heads=True, inside=False).pool(View(step_of(model, torch.arange(256)), 'i2t')); r = c.rescore(torch.arange(32).expand(256, 32))
+    drawn = r['tokens'][r['hit']].bincount(minlength=len(lex.names)).double(); assert drawn[lex.special].sum() == 0
+    x = drawn[~lex.special]; n = len(x) - 1; chi = float(((x - x.mean())**2/x.mean()).sum())
+    # draws of one masked place of the 32 candidates differ, but places repeat over draws only: independent uniforms, so chi-square
+    assert abs(chi - n) < 5*(2*n)**.5
+
+
+def test_a_misled_writer_sees_the_other_image():
+    model = model_of().eval(); cap = torch.arange(0, 40, 5)
+    with torch.no_grad():
+        s = step_of(model, cap); mine = Synthetic(data()[5], 2, 2, misled=('writer',)).pool(View(s, 'i2t')).rescore(torch.arange(4).expand(8, 4))['tokens']
+        b = dict(s.batch); other = elsewhere(s.img); b['feats'], b['mask'] = b['feats'][other], b['mask'][other]
+        t = Step(model, s.images, s.texts, s.img, s.cap, 0, 0, b); want = Synthetic(data()[5], 2, 2).pool(View(t, 'i2t')).rescore(torch.arange(4).expand(8, 4))['tokens']
+    assert torch.equal(mine, want)
+
+
+def test_tally_counts_what_the_pool_yields_and_resumes():
+    split, _, lex, _, _, known = data(); world = scenes.make('tiny'); model = model_of(); t = Tally(lex, judge_of(world), every=2, anchors=8); g = Synthetic(known, 2, 3, tally=t)
+    rows = clean = 0; t.start_epoch(0)
+    for k in range(3):
+        step = step_of(model, torch.arange(10*k, 10*k+10)); c = g.pool(View(step, 'i2t')); p = top(4)(c); e = c.rescore(p.idx)
+        rows += 10; clean += int(c.legal.sum())
+        if k == 0: keep, toks = p.ok[:8], e['tokens'][:8]
+    m = t.monitor(); assert abs(m['syn_clean'] - clean/rows) < 1e-9 and abs(m['syn_dropped'] + clean/rows - 6) < 1e-9 and abs(sum(m[f'syn_{k}'] for k in ('false', 'half', 'true', 'bad')) - 100) < 1e-9
+    assert torch.equal(t.said[0][:,:,:-1], toks*keep[...,None]) and t.said[0][:,0,-1].tolist() == split.cap_ids[:8].tolist()
+    with torch.no_grad(): g.pool(View(step_of(model, torch.arange(4)), 'i2t'))                                       # looking on is not counted
+    assert t.monitor() == m
+    again = Tally(lex, judge_of(world)); again.load_state_dict({k: v.clone() for k, v in t.state_dict().items()}); assert again.monitor() == m and again.batch == t.batch
+    t.start_epoch(1); assert t.monitor() == {} and 0 in t.said
+
+
+def test_the_judge_against_truth_sentence_by_sentence():
+    world = scenes.make('tiny'); s = world.split('val'); said = [s.captions[j] for j in range(40)] + ['a red red', 'there is a object', 'two circle']; images = [k % 7 for k in range(43)]
+    got = judge_of(world, 'val')(s.img_ids[images], said)
+    for k, (i, x) in enumerate(zip(images, said)):
+        m = scenes.parse(x); want = 255 if m is None or not m.grammatical else scenes.truth(world.scenes('val'), x, [i])[0]
+        assert got[k] == want, x
+
+
+# ---- the language judge ---------------------------------------------------------------------------------------------------------------------
+
+def slow_kn(sentences, order):
+    "Kneser-Ney as the textbook writes it: dictionaries, one word at a time"
+    rows = [['<s>']*(order-1) + words(s) + ['</s>'] for s in sentences]; counts = {order: Counter(tuple(r[k-order+1:k+1]) for r in rows for k in range(order-1, len(r)))}
+    for n in range(order-1, 0, -1): counts[n] = Counter(g[1:] for g in counts[n+1])
+    D = {n: (lambda a, b: a/(a+2*b) if a else .5)(sum(v == 1 for v in c.values()), sum(v == 2 for v in c.values())) for n, c in counts.items()}
+    V = len({w for s in sentences for w in words(s)}) + 2
+    def p(gram):
+        if not gram: return 1/V
+        c, low = counts[len(gram)], p(gram[1:]); behind = {g: v for g, v in c.items() if g[:-1] == gram[:-1]}; total = sum(behind.values())
+        return (max(c.get(gram, 0) - D[len(gram)], 0) + D[len(gram)]*len(behind)*low)/total if total else low
+    return p
+
+
+@pytest.mark.parametrize('order_', [1, 2, 3])
+def test_kneser_ney_against_the_slow_way(order_):
+    captions = data()[0].captions[:60]; lm, p = Ngrams.fit(captions, order_), slow_kn(captions, order_)
+    for s in data()[0].captions[55:70]:
+        row = ['<s>']*(order_-1) + words(s) + ['</s>']; got = np.exp(lm.log_prob([s])[0])
+        np.testing.assert_allclose(got, [p(tuple(row[k-order_+1:k+1])) for k in range(order_-1, len(row))], rtol=1e-9)
+
+
+# ---- attacks --------------------------------------------------------------------------------------------------------------------------------
+
+def test_above_all_against_the_slow_way():
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        B, N = rng.integers(1, 6), rng.integers(1, 8); pos, neg, ok = rng.random(B), rng.random((B, N)), rng.random((B, N)) < .6
+        ns = (1, 2, 4); got = above_all(pos, neg, ok, ns)
+        for n in ns:
+            wins = [pos[b] > max(x[:n]) for b in range(B) if (x := [v for v, k in zip(neg[b], ok[b]) if k])]
+            assert (np.isnan(got[n]) and not wins) or abs(got[n] - 100*np.mean(wins)) < 1e-9
+
+
+def test_tags_trains_through_the_loop_and_goes_on_after_a_stop(tmp_path):
+    "A whole run by name: warm-up of masked words, then TAGS-DC; stopped in the middle and gone on with, the same bytes; counts are in the log"
+    import json, os, signal
+    from itm_nb.train import Stopped, config, fit
+    cfg = config(dict(preset='tiny', similarity='two_modes', dim=16, d_word=16, layers=1, heads=2, image_hidden=16, dropout=0., epochs=2, batch=64, lr=2e-3, warmup=1,
+                      before='infonce|mlm_warmup(weight=2.0)', method='vsepp|tags(copies=2, draws=2, hard=2, tau=1.0, discrimination=0.5, correction=0.05)'))
+    fit(cfg, tmp_path/'whole', progress=False)
+    def stop(step):
+        if step == 20: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped): fit(cfg, tmp_path/'cut', progress=False, on_step=stop)
+    fit(cfg, tmp_path/'cut', progress=False)
+    for name in ('log.jsonl', 'best/model.safetensors', 'last/tensors.safetensors'): assert (tmp_path/'whole'/name).read_bytes() == (tmp_path/'cut'/name).read_bytes(), name
+    told = [l for l in map(json.loads, (tmp_path/'whole'/'log.jsonl').read_text().splitlines()) if 'monitor' in l]
+    assert {'syn_clean', 'syn_dropped', 'syn_empty', 'syn_false', 'syn_true', 'syn_bad'} <= told[-1]['monitor'].keys()
+    o = opened(tmp_path/'whole', 'train'); rows = over_epochs(o, o); assert [r['epoch'] for r in rows] == [1] and o.pool.copies == 2 and o.pool.temperature == 1.
