@@ -91,10 +91,10 @@ def strangers(
 def judged(
     p:np.ndarray,       # (n,)
     y:np.ndarray,       # (n,)
-    bins:int=500,       # many: where few pairs are true, all of them are in the last of ten
+    bins:int=0,         # 0: so many (5 to 100) that there are ten true pairs to a bin: more would show noise, fewer would hide the few suspects
 )->dict:                # what `brier` and `decomposed` say
     "One line about a probability"
-    return brier(p, y) | decomposed(reliability(p, y, min(bins, len(p))))
+    return brier(p, y) | decomposed(reliability(p, y, bins or int(np.clip(np.sum(y)//10, 5, 100))))
 
 def learned(
     score:np.ndarray, y:np.ndarray,     # (n,), (n,): of other pairs
