@@ -420,10 +420,14 @@ def run_vectors(
     "Vectors of a split by the best model of a run"
     from itm_nb.data import Batches, Vocabulary
     from itm_nb.models import from_pretrained
-    from itm_nb.train import config, corpus, embed
+    from itm_nb.runs import fold_file
+    from itm_nb.train import config, corpus, embed, in_fold
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
-    settings = read_json(at)['state']['config']; data = corpus(config(settings), folder); split = data.split(part)
+    settings = read_json(at)['state']['config']; data = corpus(config(settings), folder)
+    given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
+    if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])      # the photographs it has not seen
+    split = data.split(part)
     img, txt = embed(from_pretrained(run/'best', device), Batches(split, Vocabulary.load(run/'best'/'vocab.json'), device))
     if not isinstance(img, Tensor): raise DataError(run, 'a model without one vector per image', 'a model whose score is a dot product')
     return img.cpu(), txt.cpu(), split, data, settings

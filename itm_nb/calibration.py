@@ -8,6 +8,7 @@ __all__ = ['brier', 'reliability', 'decomposed', 'moments_of', 'strangers', 'jud
 
 # %% ../nbs/11a_calibration.ipynb #df4cef23
 import math
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from .audit import BANDS, SAMPLERS, TRUE, FALSE, Ranked, audit_run, run_vectors, what_is_known
-from .data import DataError, order
+from .data import DataError, order, read_json
 from .fne import PRIOR, merge, observed, posterior, weights
 
 # %% ../nbs/11a_calibration.ipynb #24b071c0
@@ -90,10 +91,10 @@ def strangers(
 def judged(
     p:np.ndarray,       # (n,)
     y:np.ndarray,       # (n,)
-    bins:int=10,
+    bins:int=500,       # many: where few pairs are true, all of them are in the last of ten
 )->dict:                # what `brier` and `decomposed` say
     "One line about a probability"
-    return brier(p, y) | decomposed(reliability(p, y, bins))
+    return brier(p, y) | decomposed(reliability(p, y, min(bins, len(p))))
 
 def learned(
     score:np.ndarray, y:np.ndarray,     # (n,), (n,): of other pairs
@@ -192,12 +193,13 @@ def examine(
     judgements='', device:str='cpu',
 )->tuple:                    # about, lines, controls: what `audit.write_audit` takes
     "Audit a run with FNE's samplers and their rivals, and judge the posterior"
-    from pathlib import Path
     img, txt, split, data, settings = run_vectors(run, folder, part, device); found = Path(folder or '.')/'judgements.npz'
     file = judgements or (found if folder and part == 'test' and found.is_file() else '')
     images, caps, truth = what_is_known(split, data.world, file, gallery); own = np.searchsorted(images, split.img_of[caps])
     vectors = img[images], txt[caps], own; m = moments_of(*vectors, min(settings['batch'], len(caps)))
     about, rows, control = audit_run(run, folder, part, gallery, judgements, SAMPLERS | BANDS | samplers(m, margin=settings['margin']), device)
+    rec = Path(run).parent/'records'/f'{Path(run).name}.json'; about['config'] = settings
+    if rec.is_file(): about['data']['label'] = read_json(rec)['data']['label']      # the same name in all tables
     return about, pd.concat([rows, calibration_lines(*vectors, truth, settings['batch'])], ignore_index=True), control
 
 # %% ../nbs/11a_calibration.ipynb #3887c40a

@@ -8,6 +8,7 @@ __all__ = ['Momentum', 'Ring', 'Bank', 'refuse']
 # %% ../nbs/08_memory.ipynb #46775a55
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -120,7 +121,7 @@ class Bank:
         new, old = self.vectors(view.step)[view.i2t], (self.ring.texts if view.i2t else self.ring.images)[:self.ring.used]
         own = new[view.step.first:view.step.first+len(view.anchor)]
         same = view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
-        score = _bar(torch.cat([_scores(view, new), _scores(view, old)], 1), same)
+        score = _bar(_scores(view, new, old), same)
         return Candidates(score, ~same, view.pairs(view.anchor, own), lambda idx: {'': _again(view, new, old, idx)},
                           about=lambda: _who(view.step, self.ring) | {'same image': same})
 
@@ -168,11 +169,13 @@ def _same(step:Step, ring:Ring)->Tensor:   # (B, K)
     return same
 
 @torch.no_grad()
-def _scores(view:View, other:Tensor)->Tensor:   # (K, D) -> (B, K)
-    "Scores of the anchors; a cosine does not mind the order, and turning a large matrix round costs more than all the rest of the pool"
-    model, anchor = view.step.model, view.anchor.detach()
-    if getattr(model.matrix, '__func__', None) is Model.matrix: return model.matrix(anchor, other)
-    return view.matrix(anchor, other).contiguous()
+def _scores(view:View, *others:Tensor)->Tensor:   # (K1, D), (K2, D), ... -> (B, K)
+    "Scores of the anchors with several sets; a cosine minds no order, and its scores are written where they belong: turning or copying so large a matrix costs more than the draw"
+    model, anchor = view.step.model, view.anchor.detach(); stops = np.cumsum([0, *map(len, others)]).tolist()
+    if getattr(model.matrix, '__func__', None) is not Model.matrix: return torch.cat([view.matrix(anchor, o) for o in others], 1).contiguous()
+    out = anchor.new_empty(len(anchor), stops[-1])
+    for o, a, b in zip(others, stops, stops[1:]): torch.mm(anchor, o.T, out=out[:, a:b])
+    return out
 
 def _bar(score:Tensor, same:Tensor)->Tensor:
     "Scores with -inf at the few that are of the same image"

@@ -332,7 +332,7 @@ def test_a_string_names_the_whole_method(name, tmp_path):
     for side in ('i2t', 't2i'): assert all(0 <= x <= 1 for x in seen[source][side]['false'] if x is not None) and seen[source][side]['epoch'] == [2]
 
 
-@pytest.mark.parametrize('similarity', ['scan_t2i', 'bfan_equal', 'two_modes', 'cross'])
+@pytest.mark.parametrize('similarity', ['scan_t2i', 'bfan_equal', 'cross'])
 def test_cross_attention_is_refused_before_training(similarity):
     for name in ('fne', "fne(queue=0)", 'vsepp,on=itm_nb.fne:bank_source'):
         with pytest.raises(ValueError, match='R x L products per entry'): prepare(replace(SMALL, method=name, similarity=similarity, dim=16, d_word=16), drawn())
