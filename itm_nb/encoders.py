@@ -103,16 +103,18 @@ class RegionTower(nn.Module):
         hidden:int=0,         # width of an MLP added to the linear map; 0: none
         pool:str='mean',      # name of the pooling
         dropout:float=0.,     # of the features, in training
+        norm:bool=False,      # batch normalisation inside the MLP, over all rows with their padding (VSE-infinity)
     ):
         super().__init__()
         self.linear, self.drop, self.pool = nn.Linear(d_in, dim), nn.Dropout(dropout), pooling(pool)
-        self.mlp = nn.Sequential(nn.Linear(d_in, hidden), nn.ReLU(), nn.Linear(hidden, dim)) if hidden else None
+        inner = [nn.Flatten(0, 1), nn.BatchNorm1d(hidden), nn.ReLU()] if norm else [nn.ReLU()]
+        self.mlp = nn.Sequential(nn.Linear(d_in, hidden), *inner, nn.Linear(hidden, dim)) if hidden else None
         nn.init.xavier_uniform_(self.linear.weight); nn.init.zeros_(self.linear.bias)
 
     def states(self, feats:Tensor)->Tensor:   # (B, R, d_in) -> (B, R, dim)
         "A vector for every region"
-        x = self.drop(feats)
-        return self.linear(x) + self.mlp(x) if self.mlp else self.linear(x)
+        x = self.drop(feats); y = self.linear(x)
+        return y + self.mlp(x).view_as(y) if self.mlp else y
 
     def forward(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, dim)
         "One vector for every image; a linear map and a mean commute, so the mean is taken first where that is all there is"

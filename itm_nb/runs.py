@@ -533,13 +533,15 @@ def itm_run(argv=None)->int:
     p.add_argument('-f', metavar='FILE', help='a YAML or JSON file of parameters')
     p.add_argument('--parameters', action='store_true', help='list what can be set, and stop')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
-    a = p.parse_args(argv)
+    p.add_argument('--accelerate', type=int, default=1, metavar='N', help='train in N processes, then execute the notebook')
+    a = p.parse_args(argv); work = execute
     if not a.experiment: p.print_help(); return 2
     if a.parameters:
         for x in parameters(template(a.experiment)).values(): print(f'{x.name:14} {x.default!r:12} {x.about}')
         return 0
     given = read_yaml(Path(a.f)) if a.f else {}
-    code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet)
+    if a.accelerate > 1: from itm_nb.processes import several; work = several(a.accelerate)
+    code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work)
     said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
     if not a.quiet: print(f'{said.get(code, "failed")}: {out}')
     return code
@@ -547,11 +549,14 @@ def itm_run(argv=None)->int:
 # %% ../nbs/15_runs.ipynb #750da39d
 @command
 def itm_data(argv=None)->int:
-    "Look at a data folder: what is there, what is missing, sizes, samples; `itm_data audit --help`: what samplers pick from it"
+    "Look at a data folder; `itm_data get`: fetch one; `itm_data audit --help`: what samplers pick from it"
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['audit']:
         from itm_nb.audit import audit_command
         print(audit_command(argv[1:])); return 0
+    if argv[:1] == ['get']:
+        from itm_nb.sources import get_command
+        lines, code = get_command(argv[1:]); print('\n'.join(lines)); return code
     p = argparse.ArgumentParser(prog='itm_data', description=itm_data.__doc__)
     p.add_argument('what', choices=('info', 'check'), help='info: sizes and samples; check: everything that is wrong')
     p.add_argument('path', help='a data folder, or the word scenes'); p.add_argument('--layout', default='', help='default: found out')
@@ -564,6 +569,8 @@ def itm_data(argv=None)->int:
         return 0
     found = check_layout(a.path, a.layout, a.name)
     for f in found: print(f'{f.level:8} {f.part}: {f.text}')
+    from itm_nb.test_sets import served
+    for line in served(a.path, a.layout): print(line)
     wrong = sum(f.level == 'error' for f in found); print(f'{wrong} errors'); return 1 if wrong else 0
 
 def _scenes_info()->int:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from .runs import (
@@ -271,15 +272,18 @@ def estimate(
 # %% ../nbs/15_sweeps.ipynb #6312322f
 BLOCKED = 77      # code of a run whose parent failed
 
-def launch(e:Entry)->subprocess.Popen:
+def launch(
+    e:Entry,
+    more:tuple=(),     # further arguments of `itm_run`
+)->subprocess.Popen:
     "Start one run in its own session; what it prints goes to worker.log in its folder"
     e.out.mkdir(parents=True, exist_ok=True)
     tmp = e.out/f'.params.{os.getpid()}.tmp'; tmp.write_text(json.dumps(e.values, indent=1))
     os.replace(tmp, e.out/'params.json')               # whole at every moment: another driver's worker may be reading it
     code = 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
     with open(e.out/'worker.log', 'ab') as log:
-        return subprocess.Popen([sys.executable, '-c', code, e.template, '-f', str(e.out/'params.json'), '--quiet'], stdout=log, stderr=log,
-                                start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS=str(e.values.get('threads', 1))))
+        return subprocess.Popen([sys.executable, '-c', code, e.template, '-f', str(e.out/'params.json'), '--quiet', *more],
+                                stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS=str(e.values.get('threads', 1))))
 
 @dataclass
 class Plan:
@@ -473,7 +477,7 @@ def _look(a, todo, spec, tried, open_, costs)->int:
     if a.dry_run:
         guess = {arm: dict(settings=x[0]) for arm, x in trials(spec).items() if arm in open_}
         shown = entries(spec, a.name, Path(a.runs), a.places, a.chosen | guess) if open_ else todo
-        _dry(tried + [e for e in shown if e.out not in {x.out for x in tried}], open_, costs, a.jobs)
+        _dry(tried + [e for e in shown if e.out not in {x.out for x in tried}], open_, costs, a.jobs or _jobs())
     if a.status:
         for e in every: print(f'{state(e, every):8} {e.out.name} {e.arm:16} {where(e)}')
         if open_: print(f'{", ".join(sorted(open_))}: the search comes first')
@@ -482,13 +486,18 @@ def _look(a, todo, spec, tried, open_, costs)->int:
         print(f'{len(old)} made by other source than the present {source_hash()}')
     return 0
 
+def _jobs(): return min(2, os.cpu_count() or 1)
+
 def _parser()->argparse.ArgumentParser:
     "The arguments of `itm_sweep`"
     p = argparse.ArgumentParser(prog='itm_sweep', description='Run a sweep: every arm in every block, then tables and figures; what is '
                                 'finished is never run again')
     p.add_argument('sweep', help='scenes, flickr8k_base, tiny, or the path of a yaml file')
     p.add_argument('--profile', default='', help='a profile of the file: other settings, in a sweep of their own')
-    p.add_argument('--jobs', type=int, default=min(2, os.cpu_count() or 1), help='runs side by side (default: %(default)s)')
+    p.add_argument('--jobs', type=int, help=f'runs side by side (default: {_jobs()}; with ray what the cluster holds)')
+    p.add_argument('--engine', choices=('local', 'ray'), default='local', help='where runs are started: this machine, or a Ray cluster')
+    p.add_argument('--retries', type=int, default=2, help='ray: further tries of a run that failed or was lost (default: %(default)s)')
+    p.add_argument('--accelerate', type=int, default=1, metavar='N', help='train every run in N processes (default: one)')
     p.add_argument('--runs', default='runs', help='where runs go (default: %(default)s)')
     p.add_argument('--budget', type=seconds, help='time for everything, e.g. 10m: no block is begun that will not be completed')
     p.add_argument('--memory', type=float, help='MiB for all runs together (default: what the machine has)')
@@ -513,7 +522,7 @@ def itm_sweep(argv=None)->int:
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); known = measured(a.runs, project()/'figures'/'results')
     open_, costs = trials(spec).keys() - a.chosen.keys(), lambda e: estimate(e, known)
     if a.dry_run or a.status or a.stale: return _look(a, todo, spec, tried, open_, costs)
-    _has_data(tried + todo)
+    _has_data(tried + todo); _engine(a, tried + todo, costs)
     return _sweep(a, spec, tried, costs)
 
 def _has_data(todo):
@@ -522,6 +531,14 @@ def _has_data(todo):
         folder = e.values.get('folder', '')
         if e.values.get('data') in ('scan', 'images') and not Path(folder or '?').is_dir():
             raise SetupError(f'data folder {folder!r} is not there; wanted the folder of the data set: -p folder PATH')
+
+def _engine(a, todo, costs):
+    "How a run is started, and how many at a time"
+    more = ('--accelerate', str(a.accelerate)) if a.accelerate > 1 else (); begin = partial(launch, more=more); a.start, n = begin, _jobs()
+    if a.engine == 'ray':
+        from itm_nb.ray_engine import starter
+        a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)
+    a.jobs = a.jobs or n
 
 def _machine(device)->tuple:
     "MiB of memory: of the machine, of its accelerator where one is asked for"
@@ -535,9 +552,9 @@ def _drive_all(a, todo, costs, budget)->dict:
     "Drive with a bar; say what did not finish"
     from tqdm import tqdm
     host, gpu = _machine(a.places.get('device'))
-    plan = Plan(costs, budget, a.memory or host, a.gpu_memory or gpu)
+    plan = Plan(costs, budget, a.memory or host, a.gpu_memory or gpu) if a.engine == 'local' else Plan(costs, budget)
     look = '{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}] {postfix}'
-    with tqdm(total=len(todo), unit='run', bar_format=look) as bar: failed = drive(todo, a.jobs, bar, plan)
+    with tqdm(total=len(todo), unit='run', bar_format=look) as bar: failed = drive(todo, a.jobs, bar, plan, a.start)
     for i, code in failed.items():
         how = {RESUMABLE: 'not finished, resumable', BLOCKED: state(todo[i], todo)}.get(code, f'failed ({code})')
         print(f'{todo[i].arm} {where(todo[i])}: {how}; see {todo[i].out/"worker.log"}', file=sys.stderr)

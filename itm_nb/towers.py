@@ -180,7 +180,7 @@ class VisionTower(nn.Module):
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
         dim:int,                # length of the vector that comes out
-        pool:str='mean',        # 'cls', 'pooler', 'mean', 'max', 'topk', 'gpo'
+        pool:str='mean',        # 'cls', 'pooler', 'all', 'mean', 'max', 'topk', 'gpo'
         project:str='linear',   # 'linear', 'plain' (no bias) or 'none'
         freeze:str='',          # parts that do not learn
         mean:list=(.5,)*3,      # of R, G, B in 0..1, as the network was trained
@@ -189,7 +189,7 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         self.net, self.mean, self.std = _without_pooler(network(net), pool), tuple(mean), tuple(std)
-        self.size, self.kind, self.pool = size or _side(net.get('image_size', 224)), pool, _pool(pool, ('cls', 'pooler'))
+        self.size, self.kind, self.pool = size or _side(net.get('image_size', 224)), pool, _pool(pool, ('cls', 'pooler', 'all'))
         takes = 'interpolate_pos_encoding' in inspect.signature(self.net.forward).parameters
         self.stretch = dict(interpolate_pos_encoding=True) if takes and self.size != _side(net.get('image_size', 0)) else {}
         self.skip, width = self._probe()
@@ -200,7 +200,8 @@ class VisionTower(nn.Module):
         "Tokens before the patches, and the length of the vector that is projected"
         self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
         if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
-        if x.ndim == 4 and self.kind == 'cls': raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
+        if x.ndim == 4 and self.kind in ('cls', 'all'):
+            raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
         patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
         skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
         return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
@@ -222,6 +223,7 @@ class VisionTower(nn.Module):
         out = self._run(feats)
         if self.kind == 'pooler': return self.joint(out.pooler_output.flatten(1))
         if self.kind == 'cls': return self.joint(out.last_hidden_state[:,0])
+        if self.kind == 'all': return self.joint(out.last_hidden_state.mean(1))
         x = self._patches(out); return self.pool(x, torch.full((len(x),), x.shape[1], device=x.device))
 
 def _side(x)->int:
@@ -242,12 +244,14 @@ class TextTower(nn.Module):
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
         dim:int,                # length of the vector that comes out
-        pool:str='mean',        # 'cls', 'last', 'pooler', 'mean', 'max', 'topk', 'gpo'
+        pool:str='mean',        # 'cls', 'last', 'pooler', 'all', 'mean', 'max', 'topk', 'gpo'
         project:str='linear',   # 'linear', 'plain' (no bias) or 'none'
         freeze:str='',          # parts that do not learn
+        even:int=0,             # outside training every sentence is padded to so many tokens, which 'all' sees (FNE's release: 30)
     ):
         super().__init__()
-        self.net, self.kind, self.pool = _without_pooler(network(net), pool), pool, _pool(pool, ('cls', 'last', 'pooler'))
+        self.even, self.kind, self.pool = even, pool, _pool(pool, ('cls', 'last', 'pooler', 'all'))
+        self.net = _without_pooler(network(net), pool)
         c = self.net.config; self.pad = getattr(c, 'pad_token_id', None) or 0
         self.fill = c.max_position_embeddings if pool == 'pooler' and 'siglip' in c.model_type else 0
         self.most = longest(net)
@@ -257,6 +261,7 @@ class TextTower(nn.Module):
     train = _train
 
     def _run(self, tokens, lengths):
+        if not self.training: tokens = F.pad(tokens, (0, max(0, self.even-tokens.shape[1])))
         mask = real(lengths, tokens.shape[1]); ids = tokens.masked_fill(~mask, self.pad)
         if self.most and tokens.shape[1] > self.most: raise ValueError(f'{tokens.shape[1]} tokens, but this network reads {self.most}')
         if self.fill: return self.net(input_ids=F.pad(ids, (0, self.fill-ids.shape[1]), value=self.pad))
@@ -271,6 +276,7 @@ class TextTower(nn.Module):
         out = self._run(tokens, lengths); x = out.last_hidden_state
         if self.kind == 'pooler': return self.joint(out.pooler_output)
         if self.kind == 'cls': return self.joint(x[:,0])
+        if self.kind == 'all': return self.joint(x.mean(1))
         if self.kind == 'last': return self.joint(x[torch.arange(len(x), device=x.device), lengths-1])
         return self.pool(self.joint(x), lengths)
 
