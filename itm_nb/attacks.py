@@ -69,8 +69,10 @@ def opened(
     "Open a finished run"
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
-    settings, given = read_json(at)['state']['config'], _given(run); own = json.dumps({k: settings[k] for k in _DATA if k in settings}, sort_keys=True)
-    data = like.data if like else _corpus(own, str(folder), given.get('folds', ''), given.get('fold', -1)); part = like.part if like else part
+    settings, given = read_json(at)['state']['config'], _given(run)
+    own = json.dumps({k: settings[k] for k in _DATA if k in settings}, sort_keys=True)
+    data = like.data if like else _corpus(own, str(folder), given.get('folds', ''), given.get('fold', -1))
+    part = like.part if like else part
     model, vocab = from_pretrained(run/'best', device), load(run/'best'/'vocab.json')
     batches = data.batches(data.split(part), vocab, device)
     return Opened(run, settings, model, vocab, data, part, batches, _pool(run, settings, model, vocab, batches))
@@ -129,7 +131,8 @@ def written(
     "What is written for captions"
     g, said, ok = g or writing(o), [], []
     for part in cap.split(rows):
-        c = g.pool(View(step_of(o, part), 'i2t')); legal = c.legal; all_ = torch.arange(legal.shape[1], device=legal.device).expand_as(legal)
+        c = g.pool(View(step_of(o, part), 'i2t')); legal = c.legal
+        all_ = torch.arange(legal.shape[1], device=legal.device).expand_as(legal)
         tokens = c.rescore(all_)['tokens'].cpu(); ok.append(legal.cpu().numpy())
         said += [[g.known.lexicon.say(x) for x in row] for row in tokens]
     return said, np.concatenate(ok)
@@ -142,7 +145,8 @@ def judged_false(
     "Drop what is true, half true or no sentence of good grammar"
     if o.world is None: return ok, {}
     t = np.full(ok.shape, 3, 'u1'); image = np.broadcast_to(o.batches.split.img_ids[o.batches.split.img_of[cap.numpy()]][:,None], ok.shape)
-    asked = judge_of(o.world, o.part)(image[ok], [s for row, k in zip(said, ok) for s, x in zip(row, k) if x]) if ok.any() else np.zeros(0, 'u1')
+    flat = [s for row, k in zip(said, ok) for s, x in zip(row, k) if x]
+    asked = judge_of(o.world, o.part)(image[ok], flat) if flat else np.zeros(0, 'u1')
     t[ok] = np.where(asked == truth.NONE, 3, asked); n = max(int(ok.sum()), 1)
     return ok & (t == 0), {k: 100*float((t[ok] == v).sum())/n for v, k in enumerate(('false', 'half', 'true', 'bad'))}
 
@@ -172,13 +176,15 @@ def gate(
     captions:int=512,      # how many are asked about
 )->dict:                   # the numbers of `GATE`, what they were made of, and `passed`
     "May this run be asked about written sentences at all?"
-    cap = some_captions(o, captions); own, another = words_guessed(o, cap); said, ok = written(o, cap); _, shares = judged_false(o, cap, said, ok)
+    cap = some_captions(o, captions); own, another = words_guessed(o, cap)
+    said, ok = written(o, cap); _, shares = judged_false(o, cap, said, ok)
     held = o.data.split('test' if o.part != 'test' else 'val').captions; lm = Ngrams.fit(held, 3)
     mine = perplexity(lm, [o.batches.split.captions[i] for i in cap])['per word']
     theirs = perplexity(lm, [s for row, k in zip(said, ok) for s, x in zip(row, k) if x])['per word']
     good = 100 - shares['bad'] if shares else 100.*(theirs < 2*mine)
     out = dict(image_points=own-another, grammatical=good, clean_for_90=float(np.quantile(ok.sum(1), .1, method='lower')))
-    more = dict(with_image=own, other_image=another, perplexity=theirs, of_captions=mine, clean=float(ok.sum(1).mean()), empty=int((ok.sum(1) == 0).sum()))
+    n = ok.sum(1)
+    more = dict(with_image=own, other_image=another, perplexity=theirs, of_captions=mine, clean=float(n.mean()), empty=int((n == 0).sum()))
     return out | more | dict(passed=all(out[k] >= v for k, v in GATE.items()))
 
 # %% ../nbs/12a_attacks.ipynb #dd7dd704
@@ -211,8 +217,8 @@ def scores_of_texts(
     return o.model.pairs(s.images, s.texts).cpu().numpy(), neg.cpu().numpy()
 
 # %% ../nbs/12a_attacks.ipynb #e6070675
-_GROUPS = ('black white red blue green yellow brown pink orange purple gray', 'one two three four five six', 'man woman', 'men women', 'boy girl',
-           'boys girls', 'he she', 'his her')
+_GROUPS = ('black white red blue green yellow brown pink orange purple gray', 'one two three four five six', 'man woman', 'men women',
+           'boy girl', 'boys girls', 'he she', 'his her')
 _OTHERS = {w: [v for v in g.split() if v != w] for g in _GROUPS for w in g.split()}
 
 def ruled(
@@ -338,9 +344,11 @@ def words_found(
         g, n = replace(writing(o), heads=True, misled=misled), {}
         for part in some_captions(o, captions).split(128):
             view = View(step_of(o, part), 'i2t'); c = g.pool(view); p = top(hard)(c, view)
-            seen = word_counts({f'syn.{k}': v for k, v in c.rescore(p.idx).items()} | {'syn.ok': p.ok}); n = {k: n.get(k, 0) + v for k, v in seen.items()}
+            seen = word_counts({f'syn.{k}': v for k, v in c.rescore(p.idx).items()} | {'syn.ok': p.ok})
+            n = {k: n.get(k, 0) + v for k, v in seen.items()}
         wrong = n['kept'] - n['kept_right'] + n['replaced'] - n['replaced_right']
-        out |= {f'f1_{name}': 100*2*n['replaced_right']/max(2*n['replaced_right'] + wrong, 1), f'corrected_{name}': 100*n['corrected']/max(n['masked'], 1)}
+        out[f'f1_{name}'] = 100*2*n['replaced_right']/max(2*n['replaced_right'] + wrong, 1)
+        out[f'corrected_{name}'] = 100*n['corrected']/max(n['masked'], 1)
     return out
 
 # %% ../nbs/12a_attacks.ipynb #370dc2a9
@@ -358,7 +366,8 @@ def examine(
     if o.pool and judge:
         past = over_epochs(*notes) if notes else []; each = judged(judge, cap, hardest_written(o, cap))
         line('synthetic', judge=_mean(each), slope=slope(past), epochs=past)
-        for name, n in (('hardest of all', 0), ('hardest of 16', 16)): line(name, judge=_mean(judged(judge, cap, hardest_retrieved(o, cap, n))))
+        for name, n in (('hardest of all', 0), ('hardest of 16', 16)):
+            line(name, judge=_mean(judged(judge, cap, hardest_retrieved(o, cap, n))))
     found = attacked(o, by, captions, **changes)
     for r in found: line(f"attack: {r['attack']}", above_all=r['area'], **{k: v for k, v in r.items() if k not in ('attack', 'area')})
     foreign = [r['area'] for r in found if r['attack'] != 'own' and r['area'] == r['area']]

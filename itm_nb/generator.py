@@ -383,7 +383,7 @@ class Tally:
     ):
         self.lexicon, self.judge, self.every, self.anchors, self.batch, self.epoch = lexicon, judge, every, anchors, 0, 0
         self.n = torch.zeros(8, dtype=torch.double)      # captions, candidates, clean, captions without any; false, half, true, bad
-        self.said = {}                                   # epoch -> (anchors, k, L) tokens, 0 where nothing was kept; behind each its caption's id
+        self.said = {}                                   # epoch -> (anchors, k, L) tokens, 0 where none was kept; last its caption's id
 
     def start_epoch(self, epoch:int): self.n, self.batch = torch.zeros_like(self.n), 0
 
