@@ -170,7 +170,7 @@ def _same(step:Step, ring:Ring)->Tensor:   # (B, K)
 
 @torch.no_grad()
 def _scores(view:View, *others:Tensor)->Tensor:   # (K1, D), (K2, D), ... -> (B, K)
-    "Scores of the anchors with several sets; a cosine minds no order, and scores are written where they belong: copies cost more than draws"
+    "Scores of the anchors with several sets; those of a cosine are written where they belong, as copies cost more than draws"
     model, anchor = view.step.model, view.anchor.detach(); stops = np.cumsum([0, *map(len, others)]).tolist()
     if getattr(model.matrix, '__func__', None) is not Model.matrix:
         return torch.cat([view.matrix(anchor, o) for o in others], 1).contiguous()
