@@ -54,7 +54,8 @@ def decomposed(
 )->dict:                   # reliability (0 is best), resolution (more is better), uncertainty
     "Where a Brier score comes from"
     w, base = bins.n/bins.n.sum(), (bins.n*bins.true).sum()/bins.n.sum()
-    return dict(reliability=float((w*(bins.said-bins.true)**2).sum()), resolution=float((w*(bins.true-base)**2).sum()), uncertainty=float(base*(1-base)))
+    mean = lambda x: float((w*x**2).sum())
+    return dict(reliability=mean(bins.said-bins.true), resolution=mean(bins.true-base), uncertainty=float(base*(1-base)))
 
 # %% ../nbs/11a_calibration.ipynb #22972117
 def moments_of(
@@ -91,7 +92,7 @@ def strangers(
 def judged(
     p:np.ndarray,       # (n,)
     y:np.ndarray,       # (n,)
-    bins:int=0,         # 0: so many (5 to 100) that there are ten true pairs to a bin: more would show noise, fewer would hide the few suspects
+    bins:int=0,         # 0: ten true pairs to a bin (5 to 100 bins): more would show noise, fewer hide the suspects
 )->dict:                # what `brier` and `decomposed` say
     "One line about a probability"
     return brier(p, y) | decomposed(reliability(p, y, bins or int(np.clip(np.sum(y)//10, 5, 100))))
@@ -197,7 +198,8 @@ def examine(
     file = judgements or (found if folder and part == 'test' and found.is_file() else '')
     images, caps, truth = what_is_known(split, data.world, file, gallery); own = np.searchsorted(images, split.img_of[caps])
     vectors = img[images], txt[caps], own; m = moments_of(*vectors, min(settings['batch'], len(caps)))
-    about, rows, control = audit_run(run, folder, part, gallery, judgements, SAMPLERS | BANDS | samplers(m, margin=settings['margin']), device)
+    ways = SAMPLERS | BANDS | samplers(m, margin=settings['margin'])
+    about, rows, control = audit_run(run, folder, part, gallery, judgements, ways, device)
     rec = Path(run).parent/'records'/f'{Path(run).name}.json'; about['config'] = settings
     if rec.is_file(): about['data']['label'] = read_json(rec)['data']['label']      # the same name in all tables
     return about, pd.concat([rows, calibration_lines(*vectors, truth, settings['batch'])], ignore_index=True), control

@@ -170,9 +170,10 @@ def _same(step:Step, ring:Ring)->Tensor:   # (B, K)
 
 @torch.no_grad()
 def _scores(view:View, *others:Tensor)->Tensor:   # (K1, D), (K2, D), ... -> (B, K)
-    "Scores of the anchors with several sets; a cosine minds no order, and its scores are written where they belong: turning or copying so large a matrix costs more than the draw"
+    "Scores of the anchors with several sets; those of a cosine are written where they belong, as copies cost more than draws"
     model, anchor = view.step.model, view.anchor.detach(); stops = np.cumsum([0, *map(len, others)]).tolist()
-    if getattr(model.matrix, '__func__', None) is not Model.matrix: return torch.cat([view.matrix(anchor, o) for o in others], 1).contiguous()
+    if getattr(model.matrix, '__func__', None) is not Model.matrix:
+        return torch.cat([view.matrix(anchor, o) for o in others], 1).contiguous()
     out = anchor.new_empty(len(anchor), stops[-1])
     for o, a, b in zip(others, stops, stops[1:]): torch.mm(anchor, o.T, out=out[:, a:b])
     return out
