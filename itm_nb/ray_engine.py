@@ -78,7 +78,8 @@ def connect(
     options = dict(log_to_driver=False, logging_level='error', namespace='itm_nb')
     try: ray.init(address=address or os.environ.get('RAY_ADDRESS') or 'auto', **options)
     except ConnectionError as err:
-        if address or os.environ.get('RAY_ADDRESS'): raise SetupError(f'no Ray cluster answers ({str(err).splitlines()[0][:100]})') from None
+        why = str(err).splitlines()[0][:100]
+        if address or os.environ.get('RAY_ADDRESS'): raise SetupError(f'no Ray cluster answers ({why})') from None
         ray.init(include_dashboard=False, **options)
     return ray
 

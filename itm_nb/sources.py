@@ -84,7 +84,8 @@ def _fetch_once(url, part, f, size, bar, wait)->None:
     with _reply(url, start, version, wait) as r:
         total = _whole(r, start) or size
         if r.status_code == 416 and start == total: return
-        if r.status_code == 206 and not r.headers.get('Content-Range', '').startswith(f'bytes {start}-'): raise _Again('another part was sent')
+        sent = r.headers.get('Content-Range', '')
+        if r.status_code == 206 and not sent.startswith(f'bytes {start}-'): raise _Again('another part was sent')
         if r.status_code == 416: f.truncate(0); raise _Again('what has come is longer than the file')
         if r.status_code == 200: f.truncate(0); start = 0
         note.write_text(_version(r), 'utf-8'); _room(part, total and total-start)

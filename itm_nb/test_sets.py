@@ -21,7 +21,6 @@ from .metrics import many_positives
 from .models import from_pretrained
 from .readers import open_layout, recognise
 from .records import record, write_record
-from .report import published
 from .runs import SetupError, about, done, finish, project, read_yaml, tested_on
 from .similarity import are_vectors
 from .train import config, corpus, embed, load_checkpoint, rank_encoded, save_ranks, scores_of
@@ -44,7 +43,8 @@ def in_parts(
     n:int=FOLDS,
 )->Split:
     "The same photos, each searched only among those of its own n-th, in the order of the data"
-    if len(s) % n: raise DataError(s.source, f'{len(s)} photos', f'a multiple of {n}, to be cut into {n} equal parts', 'Take the whole test part.')
+    if len(s) % n: raise DataError(s.source, f'{len(s)} photos', f'a multiple of {n}, for {n} equal parts',
+                                    'Take the whole test part.')
     return replace(s, gallery=np.arange(len(s)) // (len(s)//n))
 
 # %% ../nbs/15_test_sets.ipynb #2a76fd05
@@ -186,6 +186,7 @@ def served(
     table=None,          # of published rows; None: figures/published.csv of the clone
 )->list:                 # of lines
     "Which published rows and which sweeps a data folder can serve"
+    from itm_nb.report import published              # a later room, needed by the command alone
     try: side, sizes = holds(folder, layout)
     except DataError: return []
     name, tables = tables_of(sizes); said = ', '.join(f'{k} {n:,}' for k, n in sizes.items())
