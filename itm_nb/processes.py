@@ -44,7 +44,7 @@ def launcher(
     if device == 'auto':
         import torch
         have = torch.cuda.device_count()
-        if have < n: raise SetupError(f'--accelerate {n}: this machine has {have} accelerators; -p device cpu runs {n} processes on its cores')
+        if have < n: raise SetupError(f'--accelerate {n}: {have} accelerators here; -p device cpu runs {n} processes on cores')
         return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1',
                 '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n)]

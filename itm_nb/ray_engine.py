@@ -78,7 +78,8 @@ def connect(
     options = dict(log_to_driver=False, logging_level='error', namespace='itm_nb')
     try: ray.init(address=address or os.environ.get('RAY_ADDRESS') or 'auto', **options)
     except ConnectionError as err:
-        if address or os.environ.get('RAY_ADDRESS'): raise SetupError(f'no Ray cluster answers ({str(err).splitlines()[0][:100]})') from None
+        why = str(err).splitlines()[0][:100]
+        if address or os.environ.get('RAY_ADDRESS'): raise SetupError(f'no Ray cluster answers ({why})') from None
         ray.init(include_dashboard=False, **options)
     return ray
 
@@ -93,7 +94,8 @@ def needs(
     if e.values.get('device') == 'auto' and any(m.get('GPU') for m in machines): want['GPU'] = processes
     if cost.mib: want['memory'] = min(int(cost.mib*2**20), int(max((m.get('memory', 0) for m in machines), default=0)))
     if not any(all(m.get(k, 0) >= v for k, v in want.items()) for m in machines):
-        raise SetupError(f'{e.arm}: no machine of the cluster has {want["CPU"]} cores' + (f' and {want["GPU"]} accelerators' if want['GPU'] else ''))
+        raise SetupError(f'{e.arm}: no machine of the cluster has {want["CPU"]} cores'
+                         + (f' and {want["GPU"]} accelerators' if want['GPU'] else ''))
     return dict(num_cpus=want['CPU'], num_gpus=want['GPU']) | ({'memory': want['memory']} if want.get('memory') else {})
 
 def side_by_side(
@@ -129,6 +131,7 @@ def starter(
     for e in todo: needs(e, cost(e), machines, processes)
     def start(e):
         now = [n['Resources'] for n in ray.nodes() if n['Alive']]; ask = needs(e, cost(e), now, processes)
-        submit = lambda stop: remote.options(name=f'{e.arm} {e.out.name}', **ask).remote(e.template, e.values, str(e.out), place, stop, begin)
+        name = f'{e.arm} {e.out.name}'
+        submit = lambda stop: remote.options(name=name, **ask).remote(e.template, e.values, str(e.out), place, stop, begin)
         return Task(e, submit, lambda handle: _lost(ray, handle), retries)
     return start, side_by_side(todo, machines, processes)

@@ -84,7 +84,8 @@ def _fetch_once(url, part, f, size, bar, wait)->None:
     with _reply(url, start, version, wait) as r:
         total = _whole(r, start) or size
         if r.status_code == 416 and start == total: return
-        if r.status_code == 206 and not r.headers.get('Content-Range', '').startswith(f'bytes {start}-'): raise _Again('another part was sent')
+        sent = r.headers.get('Content-Range', '')
+        if r.status_code == 206 and not sent.startswith(f'bytes {start}-'): raise _Again('another part was sent')
         if r.status_code == 416: f.truncate(0); raise _Again('what has come is longer than the file')
         if r.status_code == 200: f.truncate(0); start = 0
         note.write_text(_version(r), 'utf-8'); _room(part, total and total-start)
@@ -232,8 +233,8 @@ SOURCES = {
     'flickr30k': Source('Flickr30K: 31,014 photos, five captions each', _FLICKR, steps=(
         'Fill in the form at the Denotation Graph page of the University of Illinois; the archive of photos comes by mail.',
         'Unpack it to FOLDER/images.', 'itm_data get flickr30k-splits FOLDER', 'itm_data check FOLDER --name flickr30k')),
-    'coco': Source('COCO 2014, Karpathy parts: 123,287 photos, five captions each, about 19 GB', _COCO, hub='undefined443/coco-karpathy-wds',
-                   make='shards'),
+    'coco': Source('COCO 2014, Karpathy parts: 123,287 photos, five captions each, about 19 GB', _COCO,
+                   hub='undefined443/coco-karpathy-wds', make='shards'),
     'coco-photos': Source('COCO 2014 photos, about 19 GB, and annotations', _COCO, tuple(
         File((f'http://images.cocodataset.org/{x}.zip',), take=('*',)) for x in
         ('zips/train2014', 'zips/val2014', 'annotations/annotations_trainval2014')), make='images'),
@@ -341,7 +342,8 @@ def _get_hub(name, source, folder):
     "A repository of the Hub, by its own library, which resumes and checks; programs and pickled files are left there"
     from huggingface_hub import snapshot_download
     try:
-        snapshot_download(source.hub, repo_type=source.kind, local_dir=str(folder), ignore_patterns=['*.py', '*.bin', '*.pt', '*.pkl', '*.h5'],
+        snapshot_download(source.hub, repo_type=source.kind, local_dir=str(folder),
+                          ignore_patterns=['*.py', '*.bin', '*.pt', '*.pkl', '*.h5'],
                           allow_patterns=list(_WEIGHTS) if source.kind == 'model' else None)
     except Exception as e:               # the library has many kinds of errors, of its own and of its transport
         remedy = 'Log in with `hf auth login` if it asks for an account; otherwise run this again: it goes on.'

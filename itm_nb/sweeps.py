@@ -283,7 +283,8 @@ def launch(
     code = 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
     with open(e.out/'worker.log', 'ab') as log:
         return subprocess.Popen([sys.executable, '-c', code, e.template, '-f', str(e.out/'params.json'), '--quiet', *more],
-                                stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS=str(e.values.get('threads', 1))))
+                                stdout=log, stderr=log, start_new_session=True,
+                                env=os.environ | dict(OMP_NUM_THREADS=str(e.values.get('threads', 1))))
 
 @dataclass
 class Plan:

@@ -21,7 +21,6 @@ from .metrics import many_positives
 from .models import from_pretrained
 from .readers import open_layout, recognise
 from .records import record, write_record
-from .report import published
 from .runs import SetupError, about, done, finish, project, read_yaml, tested_on
 from .similarity import are_vectors
 from .train import config, corpus, embed, load_checkpoint, rank_encoded, save_ranks, scores_of
@@ -44,7 +43,8 @@ def in_parts(
     n:int=FOLDS,
 )->Split:
     "The same photos, each searched only among those of its own n-th, in the order of the data"
-    if len(s) % n: raise DataError(s.source, f'{len(s)} photos', f'a multiple of {n}, to be cut into {n} equal parts', 'Take the whole test part.')
+    if len(s) % n: raise DataError(s.source, f'{len(s)} photos', f'a multiple of {n}, for {n} equal parts',
+                                    'Take the whole test part.')
     return replace(s, gallery=np.arange(len(s)) // (len(s)//n))
 
 # %% ../nbs/15_test_sets.ipynb #2a76fd05
@@ -74,14 +74,16 @@ def _places(folder, s)->tuple:
     path = _label_file(folder, 'original_caption_to_image.json'); owner = {k: v[0] for k, v in _lists(path).items() if v}
     own = s.cap_ids.tolist()
     if not set(own) <= owner.keys():
-        ids = _npy(at := _label_file(folder, 'coco_test_ids.npy'), lambda x: x.ndim == 1 and x.dtype.kind in 'iu', 'a row of whole numbers', '')
+        at = _label_file(folder, 'coco_test_ids.npy')
+        ids = _npy(at, lambda x: x.ndim == 1 and x.dtype.kind in 'iu', 'a row of whole numbers', '')
         if len(ids) != len(own):
             raise DataError(s.source, f'{len(own)} sentences', f'{len(ids)} as in {at.name}', 'The lists are for all test photos of COCO.')
         own = ids.tolist()
     if missing := [i for i in own if i not in owner]: raise DataError(path, f'no sentence {missing[0]}', 'all of them', 'Fetch it again.')
     photo = [owner[i] for i in own]; pairs = set(zip(photo, s.img_of.tolist()))
     if not len(pairs) == len({p for p, _ in pairs}) == len(s):
-        raise DataError(s.source, 'sentences of one photo that the lists give to several', "the sentences of COCO's test photos, in their order",
+        raise DataError(s.source, 'sentences of one photo that the lists give to several',
+                        "the sentences of COCO's test photos, in their order",
                         'The order of the rows is another one: use data that keep the ids of COCO.')
     return {i: k for k, i in enumerate(own)}, dict(pairs)
 
@@ -142,7 +144,8 @@ def test_row(
     encoded = _encoded(folders, data, s, device); s = in_parts(s, kind.parts) if kind.parts > 1 else s
     ranks = rank_encoded(encoded, s)
     found = right and [many_positives(scores_of(encoded)(np.arange(len(s)), np.arange(len(s.captions))), right)]
-    where = tested_on(values | dict(data=cfg.data), s, label); run.mkdir(parents=True, exist_ok=True); save_ranks(run/'ranks_test.npz', ranks)
+    where = tested_on(values | dict(data=cfg.data), s, label)
+    run.mkdir(parents=True, exist_ok=True); save_ranks(run/'ranks_test.npz', ranks)
     rec = record(about(values, 'test_sets', values['test_set'], device), where, ranks, s.img_of, s.gallery, found, kind='ensemble')
     write_record(run.parent/'records', rec)
     if 'ITM_DRIVEN' not in os.environ: finish(run)
@@ -186,12 +189,14 @@ def served(
     table=None,          # of published rows; None: figures/published.csv of the clone
 )->list:                 # of lines
     "Which published rows and which sweeps a data folder can serve"
+    from itm_nb.report import published              # a later room, needed by the command alone
     try: side, sizes = holds(folder, layout)
     except DataError: return []
     name, tables = tables_of(sizes); said = ', '.join(f'{k} {n:,}' for k, n in sizes.items())
     if not name: return [f'serves no published row: {said} photos are the sizes of none of {", ".join(dict.fromkeys(_TRAIN.values()))}']
     rows = published(table or project()/'figures'/'published.csv'); out = [f'{name}, {side}: {said} photos']
-    if not tables: out.append(f'serves no published row: its test part is not whole ({max(sizes.get("test", 0), sizes.get("testall", 0)):,} photos)')
+    most = max(sizes.get('test', 0), sizes.get('testall', 0))
+    if not tables: out.append(f'serves no published row: its test part is not whole ({most:,} photos)')
     able = [p for p, x in NEEDS.items() if x == side or (x, side) == ('regions', 'boxes')]
     for t in tables:
         there = rows[rows.data.isin([f'{p}, {t}' for p in able])]; names = dict.fromkeys(there.row)
