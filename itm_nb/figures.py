@@ -153,12 +153,14 @@ def _trials(runs)->list:
     found = [r['search'] for r in runs if {'val', 'best_of'} <= r.get('search', {}).keys()]
     return list({str(s['val']): s for s in found}.values())
 
+def _worked(s)->list: return [v for v in s['val'] if v is not None]     # the trials that did not fail
+
 def searched(
     records:list,        # from `read_records`
     rows,                # methods' names, or {label: what `pick` takes}; those without a search are left out
 )->plt.Figure:           # a panel per data set
     "Best of n against n, from the searches that the records tell of"
-    chosen = {row: rs for row, rs in _chosen(records, rows)[0].items() if _trials(rs)}; good = lambda s: [v for v in s['val'] if v is not None]
+    chosen = {row: rs for row, rs in _chosen(records, rows)[0].items() if _trials(rs)}
     with style():
         fig, panels = _panels([r for rs in chosen.values() for r in rs if _trials([r])], 3.6, 2.4)
         for ax, here in panels:
@@ -166,8 +168,8 @@ def searched(
                 for s in _trials([r for r in here if r in rs]):
                     failed = f", {s['val'].count(None)} failed" if None in s['val'] else ''
                     ax.plot(range(1, len(s['best_of'])+1), s['best_of'], color=_color(i), label=f"{row} ({len(s['val'])} tried{failed})")
-                    ax.scatter([1]*(len(s['val'])-s['val'].count(None)), good(s), s=8, color=_color(i), alpha=.5, lw=0)
-            seen = [v for s in _trials(here) for v in (*good(s), s['best_of'][-1])]; gap = max(.05*(max(seen) - min(seen)), .5)
+                    ax.scatter([1]*(len(s['val'])-s['val'].count(None)), _worked(s), s=8, color=_color(i), alpha=.5, lw=0)
+            seen = [v for s in _trials(here) for v in (*_worked(s), s['best_of'][-1])]; gap = max(.05*(max(seen) - min(seen)), .5)
             ax.set(xlabel='n, trials', ylabel='validation rSum of the best of n', ylim=(min(seen) - gap, max(seen) + gap)); ax.legend()
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     return fig
@@ -187,7 +189,8 @@ def above_floor(
                 ax.barh(y, 1.96*line[k], height=.26 + .2*i, color=str(.62 + .15*i), zorder=-i, label=name if y == 0 else None)
             x = np.sort(steps.step[steps.test == line['test']].to_numpy())
             ax.scatter(x, y + .09*(np.arange(len(x)) % 3 - 1), s=16, color=_color(0), lw=0, label='published step' if y == 0 else None)
-        ax.set(yticks=range(len(floor)), yticklabels=list(floor.test), ylim=(len(floor)-.5, -.5), xlabel='difference of rSum'); ax.legend(loc='center right')
+        ax.set(yticks=range(len(floor)), yticklabels=list(floor.test), ylim=(len(floor)-.5, -.5), xlabel='difference of rSum')
+        ax.legend(loc='center right')
     return fig
 
 # %% ../nbs/17_figures.ipynb #afc60314
