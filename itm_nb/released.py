@@ -10,6 +10,7 @@ __all__ = ['RELEASES', 'read_pth', 'Release', 'release', 'opened', 'described', 
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,8 @@ def read_pth(
 )->object:       # dictionaries, lists, numbers, texts, tensors on the CPU
     "What `torch.save` wrote, if there is nothing in it that could run code"
     file = regular_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                    # of the encoding, which texts of Python 2 need
         try: return torch.load(file, map_location='cpu', weights_only=True, encoding='latin1')
         except Exception as e: raise _refused(path, e) from None       # a damaged file can fail anywhere
 
@@ -274,7 +276,8 @@ def _copies(found, model, path)->dict:
         shapes = ', '.join(str(tuple(found[k].shape)) for k in _QUEUE)
         raise DataError(path, f'a memory of {shapes}', 'as many columns as ids', 'Fetch the file again.')
     written = (ids[0] != -100).sum()[None]                                                     # -100: nobody was written there
-    ring = dict(images=images.T, texts=texts.T, ids=ids[0], place=torch.cat([place, written]))
+    ring = dict(images=images.T, texts=texts.T, ids=ids[0], place=torch.cat([place, written]),
+                caps=torch.full_like(ids[0], -1))                                                  # whose sentences: not in the file
     return {f'ring.{k}': v for k, v in ring.items()} | {f'copy.{k}': found[t] for k, t in names.items()}
 
 def _slow(name)->str: return name.replace('_encoder.', '_encoder_m.', 1)

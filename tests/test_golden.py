@@ -308,13 +308,13 @@ def check_fne_keys(block):
     "The same for FNE; the slow copies and the memory become the state of a `Bank`"
     from itm_nb.memory import Bank
     model, beside, n = through('fne', [dict(block['keys'])])
-    assert n == len(block['keys']) == block['counts']['keys'] and model.config['text']['net']['vocab_size'] == 30522
+    assert n - 1 == len(block['keys']) == block['counts']['keys'] and 'ring.caps' in beside['memory'] and model.config['text']['net']['vocab_size'] == 30522
     size = lambda names: sum(v.numel() for v in names.values() if v.is_floating_point())
     for tower, name in (('image', 'visual'), ('text', 'text')):
         pooler = {k: v for k, v in beside['released'].items() if k.startswith(f'0.{name}_encoder.')}
         own = {k: v for k, v in model.state_dict().items() if k.startswith(f'{tower}_tower')}
         assert size(own | pooler) == block['counts'][f'parameters_one_{tower}_encoder']
-    assert beside['memory'].keys() == {f'copy.{k}' for k in model.state_dict()} | {f'ring.{k}' for k in ('images', 'texts', 'ids', 'place')}
+    assert beside['memory'].keys() == {f'copy.{k}' for k in model.state_dict()} | {f'ring.{k}' for k in ('images', 'texts', 'ids', 'caps', 'place')}
     bank = Bank(beside['memory']['ring.ids'].shape[0])
     assert bank.ring.size == block['config']['queue'] and beside['memory']['ring.images'].shape == (bank.ring.size, 768)
     assert sum(block['counts'][f'parameters_one_{k}_encoder'] for k in ('image', 'text')) == block['counts']['trainable_parameters']
