@@ -104,7 +104,7 @@ def resolve(
 
 # %% ../nbs/15_runs.ipynb #55b95f61
 PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')   # parameters that do not change a result
-INPUTS = ('init', 'lists', 'generator', 'scores', 'img_of', 'img_ids', 'gallery', 'folds')  # those that name a run, a file, or a word
+INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds')  # that name a run, a file, or a word
 OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fold', 'test')  # of `train`: no settings of training
 FIRST = dict(    # parameters that always count: those the templates had when the first records were made
     train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word dropout method warmup margin '
@@ -125,9 +125,12 @@ def about_folder(
 def origin(
     given:str,       # value of an input: a run folder, a file, a word; several runs are joined by commas
 )->str:
-    "What an input is, wherever it lies: the id of a run, the hash of a file, or the word itself"
+    "What an input is, wherever it lies: the id of a run, the hash of a file or of weights, or the word itself"
     def one(x):
         p = Path(x)
+        if (p/'model.safetensors').is_file():
+            parts = (f'{n} {sha256_of(p/n)}' for n in ('config.json', 'model.safetensors', 'vocab.json') if (p/n).is_file())
+            return 'sha256:' + hashlib.sha256(' '.join(parts).encode()).hexdigest()
         if p.is_file() and p.suffix: return f'sha256:{sha256_of(p)}'
         return about_folder(p)['id'] if (p/'run.json').is_file() or len(p.parts) > 1 else x
     return ','.join(map(one, given.split(',')))
@@ -264,7 +267,7 @@ def parents(
     values:dict,      # all parameters
 )->dict:              # run folder -> its DONE; '' where it is not finished
     "The runs that a run needs, and what they have made"
-    named = [x for k in INPUTS for x in str(values.get(k) or '').split(',')]
+    named = [x for k in INPUTS if k != 'weights' for x in str(values.get(k) or '').split(',')]      # weights need not come from a run
     folders = [x for x in named if (Path(x)/'run.json').is_file() or len(Path(x).parts) > 1 and not Path(x).suffix]
     return {x: (Path(x)/'DONE').read_text().strip() if _stands(x) else '' for x in folders}
 

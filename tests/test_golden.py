@@ -5,6 +5,7 @@ not a target; it is checked against the right value beside it). A block that is 
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -280,6 +281,43 @@ def check_released(block):
         got = {k: (tuple(v.shape), str(v.dtype).removeprefix('torch.')) for k, v in to_released(module).items()}
         assert got == files[part]
         assert sum(v.numel() for v in to_released(module).values() if v.is_floating_point()) == block['float_values'][part]
+
+
+def through(kind, shapes):
+    "Tensors of these shapes (without memory) through our model and back: (model, what is kept beside it); every name in its place, shape, type and order"
+    from itm_nb.models import model_of
+    from itm_nb.released import described, give, take
+    with torch.device('meta'):
+        states = [{k: torch.empty(s, dtype=getattr(torch, t)) for k, (s, t) in part.items()} for part in shapes]
+        model = model_of(described(states, kind)); beside = take(model, states, kind); back = give(model, beside, kind)
+    assert [{k: (list(v.shape), str(v.dtype).removeprefix('torch.')) for k, v in s.items()} for s in back] == [{k: (list(s), t) for k, (s, t) in part.items()} for part in shapes]
+    return model, beside, len(model.state_dict()) + len(beside['released']) + len(beside['memory'])
+
+
+def check_vse(block):
+    "All names of the file have a place: in our model, or beside it where no forward pass reaches"
+    shapes = [{k.removeprefix('module.'): (s, t) for k, s, t in block[part]} for part in ('img_enc', 'txt_enc')]
+    assert all(k.startswith('module.') for part in ('img_enc', 'txt_enc') for k, *_ in block[part])
+    _, beside, n = through('vse_infinity', shapes)
+    assert n == sum(map(len, shapes)) and all(re.match(r'0\.mlp\.bns\.1|1\.bert\.pooler', k) for k in beside['released'])
+    for part, one in zip(('img_enc', 'txt_enc'), shapes):
+        assert sum(int(np.prod(s)) for s, t in one.values() if t == 'float32') == block['float_values'][part]
+
+
+def check_fne_keys(block):
+    "The same for FNE; the slow copies and the memory become the state of a `Bank`"
+    from itm_nb.memory import Bank
+    model, beside, n = through('fne', [dict(block['keys'])])
+    assert n - 1 == len(block['keys']) == block['counts']['keys'] and 'ring.caps' in beside['memory'] and model.config['text']['net']['vocab_size'] == 30522
+    size = lambda names: sum(v.numel() for v in names.values() if v.is_floating_point())
+    for tower, name in (('image', 'visual'), ('text', 'text')):
+        pooler = {k: v for k, v in beside['released'].items() if k.startswith(f'0.{name}_encoder.')}
+        own = {k: v for k, v in model.state_dict().items() if k.startswith(f'{tower}_tower')}
+        assert size(own | pooler) == block['counts'][f'parameters_one_{tower}_encoder']
+    assert beside['memory'].keys() == {f'copy.{k}' for k in model.state_dict()} | {f'ring.{k}' for k in ('images', 'texts', 'ids', 'caps', 'place')}
+    bank = Bank(beside['memory']['ring.ids'].shape[0])
+    assert bank.ring.size == block['config']['queue'] and beside['memory']['ring.images'].shape == (bank.ring.size, 768)
+    assert sum(block['counts'][f'parameters_one_{k}_encoder'] for k in ('image', 'text')) == block['counts']['trainable_parameters']
 
 
 # ---- tags.json ------------------------------------------------------------------------------------------------------------------------------
@@ -665,8 +703,6 @@ def check_uniter(kind, size):
 
 # ---- the registry -----------------------------------------------------------------------------------------------------------------------
 
-WEIGHTS = Pending("the authors' checkpoints")
-
 REGISTRY = {
     'metrics.matrices': Check(check_matrices, ('sims', 'captions_per_image', 'name', 'note')),
     'metrics.coco_five_fold': Check(check_five_fold, ('sims', 'fold_size_images')),
@@ -706,10 +742,10 @@ REGISTRY = {
     'tags.released_gather_index': Warn(check_tags_gather, ('text_lengths', 'regions'), 'regions are gathered from behind the last text, not the longest'),
     'tags.select_stage1_hard5': Warn(check_tags_hard5, ('pool_logits',), 'penalised rows enter as negatives'),
     **{f'state_dicts.models.{k}': Check(check_released) for k in ('SCAN_f30k', 'SCAN_coco', 'BFAN_f30k', 'BFAN_coco', 'VSRN_f30k', 'VSRN_coco', 'AOQ_VSRN_f30k', 'AOQ_VSRN_coco')},
-    **{f'state_dicts.models.VSE_infinity_region_{k}': WEIGHTS for k in ('BERT', 'BiGRU_f30k', 'BiGRU_coco')},
+    **{f'state_dicts.models.VSE_infinity_region_{k}': Check(check_vse) for k in ('BERT', 'BiGRU_f30k', 'BiGRU_coco')},
     **{f'state_dicts_fne_tags.{name}_{end}': Check(check_uniter(kind, size), ()) for size in ('base', 'large') for name, kind, end in (
         ('uniter', 'pretrained', f'{size}_pretrained'), ('uniter', 'itm', f'{size}_itm_finetuned'), ('tags_stage1', 'tags1', size), ('tags_stage2', 'tags2', size))},
-    'state_dicts_fne_tags.fne': WEIGHTS,
+    'state_dicts_fne_tags.fne': Check(check_fne_keys, ('trainable_parameters',)),
 }
 
 
