@@ -183,13 +183,15 @@ def weighed(
     if not (folder/'vocab.json').is_file():
         raise DataError(folder, 'no vocab.json', 'the words of these weights', 'Convert them with --vocab, or copy the vocabulary there.')
     d_in = model.config.get('d_in') or model.config['image'].get('d_in')
-    if d_in and split.feats is not None and (has := split.feats.shape[-1]) != d_in:
-        raise DataError(split.source, f'features of length {has}', f'{d_in}, as {folder} wants', 'Give the data of these weights.')
+    if d_in and split.feats is not None and split.feats.shape[-1] != d_in:
+        raise DataError(split.source, f'features of length {split.feats.shape[-1]}', f'{d_in}, as {folder} wants',
+                        'Give the data of these weights.')
     batches = _seen_by(model, data).batches(split, tokens.load(folder/'vocab.json'), device)
     encoded = [(model, *embed(model, batches))]; r = rank_encoded(encoded, split)
     truth = None if data.world is None else under_truth(data.world, split, scores_of(encoded))
     where = tested_on(values, split, data.label)
-    return _write(run, r, record(about(values, 'evaluate', folder.name, device), where, r, split.img_of, split.gallery, truth, kind='foreign'))
+    return _write(run, r, record(about(values, 'evaluate', folder.name, device), where, r, split.img_of, split.gallery, truth,
+                                 kind='foreign'))
 
 # %% ../nbs/15_scores.ipynb #5256bf79
 def judge(

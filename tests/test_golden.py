@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -283,13 +284,19 @@ def check_released(block):
         assert sum(v.numel() for v in to_released(module).values() if v.is_floating_point()) == block['float_values'][part]
 
 
+@lru_cache(4)
+def without_memory(config):
+    "A model of this description without any numbers in it; made once"
+    from itm_nb.models import model_of
+    with torch.device('meta'): return model_of(json.loads(config))
+
+
 def through(kind, shapes):
     "Tensors of these shapes (without memory) through our model and back: (model, what is kept beside it); every name in its place, shape, type and order"
-    from itm_nb.models import model_of
     from itm_nb.released import described, give, take
     with torch.device('meta'):
         states = [{k: torch.empty(s, dtype=getattr(torch, t)) for k, (s, t) in part.items()} for part in shapes]
-        model = model_of(described(states, kind)); beside = take(model, states, kind); back = give(model, beside, kind)
+        model = without_memory(json.dumps(described(states, kind))); beside = take(model, states, kind); back = give(model, beside, kind)
     assert [{k: (list(v.shape), str(v.dtype).removeprefix('torch.')) for k, v in s.items()} for s in back] == [{k: (list(s), t) for k, (s, t) in part.items()} for part in shapes]
     return model, beside, len(model.state_dict()) + len(beside['released']) + len(beside['memory'])
 
