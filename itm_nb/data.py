@@ -532,8 +532,7 @@ class Batches:
         self.pixels, self.change, self.workers, self.coming, self.boxes = pixels, change, workers, {}, _boxes_on(device, split, boxes)
         self.pool = ThreadPoolExecutor(workers, 'loader', torch.set_num_threads, (torch.get_num_threads(),)) if workers else None
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
-        num = torch.tensor(np.array(split.num)) if pixels is None else torch.ones(len(split))
-        self.mask = (torch.arange(R) < num[:,None]).to(device)
+        self.mask = (torch.arange(R) < torch.tensor(np.minimum(split.num, R))[:,None]).to(device)      # a picture counts as one region
         tokens, lengths = vocab.encode(split.captions)
         self.tokens, self.lengths, self._lengths = tokens.to(device), lengths.numpy(), lengths.to(device)
         self.img_of, self.img_ids, self.cap_ids = (torch.tensor(np.array(a), dtype=torch.int64, device=device)
