@@ -122,9 +122,10 @@ def test_one_changed_rank_is_noticed():
         assert any(f'{d}.r1' in m for m in mismatches(bad)) and lint_records([bad])
 
 def test_a_record_that_is_too_long_is_clipped_earlier_not_refused(tmp_path):
-    rec = made_up_record('long', 1., photos=2000, per_image=5, galleries=2, truth=True)
+    many = {k: [1/3 + i/7 for i in range(40)] for k in ('epoch', *(f'monitor {j}' for j in range(24)))}
+    rec = made_up_record('long', 1., photos=2000, per_image=5, galleries=2, truth=True, curves=many)
     assert rec['ranks']['clip'] < 255 and mismatches(rec) == []
-    assert write_record(tmp_path, rec).stat().st_size <= 16_000
+    assert write_record(tmp_path, rec).stat().st_size <= 24_000
     k = rec['ranks']['clip']
     assert per_photo(rec, f't2i.r{k}') is not None and per_photo(rec, f't2i.r{k+1}') is None and math.isnan(value(rec, f't2i.r{k+1}'))
     coco = made_up_record('coco', 2., photos=5000, per_image=5)
