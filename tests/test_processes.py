@@ -30,7 +30,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path, capsys):
     "An odd batch, accelerators that are not there: before anything is started"
     values = runs.resolve(runs.parameters(runs.template('train')), dict(batch=33))
     with pytest.raises(runs.SetupError, match='batch 33 cannot be shared by 2'): several(2)(runs.template('train'), values, tmp_path)
-    with pytest.raises(runs.SetupError, match='accelerators; -p device cpu'): launcher(999, 'auto')
+    with pytest.raises(runs.SetupError, match='accelerators here; -p device cpu'): launcher(999, 'auto')
     assert not list(tmp_path.iterdir())
 
 
