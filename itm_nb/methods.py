@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PAPERS', 'Method', 'proposals', 'scores', 'costs', 'fetches', 'vse0', 'vsepp', 'semihard', 'infonce',
-           'explain', 'as_table', 'named', 'schedule', 'in_force', 'found', 'code_of']
+           'explain', 'as_table', 'named', 'schedule', 'in_force', 'found', 'preset_of', 'code_of']
 
 # %% ../nbs/13_methods.ipynb #2ab584bc
 import ast
@@ -271,6 +271,13 @@ def _file(path:Path):
         except BaseException: del sys.modules[key]; raise
         return module
     return sys.modules.get(key) or _run(load, path)
+
+def preset_of(
+    name:str,      # as given to `named`
+)->str:            # 'faithful', 'corrected' (the papers' default), 'mixed'; None where no method of the papers is in it
+    "Which preset of the papers' methods a name asks for"
+    said = {own.get('preset', 'corrected') for path, own in map(_call, (_split(p, ',')[0] for p in _split(name, '|'))) if path in PAPERS}
+    return None if not said else said.pop() if len(said) == 1 else 'mixed'
 
 def _path_of(text)->str:
     "The path of a method or, behind `on=`, of a source; without settings"

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from .data import DataError
+from .methods import preset_of
 from .report import _at, collapsed, _one_per_block, _photos, _test_set, pick, value
 
 # %% ../nbs/16_verdicts.ipynb #d8b70e80
@@ -212,7 +213,8 @@ def needed(
 def _within(records, s, preset)->list:
     "Records of a set: those of the preset, and those that know no preset"
     found = [r for r in records if all(_at(r, k) == v for k, v in s['where'].items())]
-    return [r for r in found if r['preset'] in (preset, None) and (r['block']['fold'] is not None) == s.get('folds', False)]
+    known = lambda r: r['preset'] or preset_of(r['config'].get('method', ''))
+    return [r for r in found if known(r) in (preset, None) and (r['block']['fold'] is not None) == s.get('folds', False)]
 
 def _line(c, con, metric, delta, base)->dict:
     "What is known of a contrast before the other tests are looked at"

@@ -1,7 +1,6 @@
 "Every kind of model through the whole loop: trained, stopped and gone on with, saved, ranked against a plain loop, averaged"
-import json
-import os
-from dataclasses import asdict
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,7 +72,6 @@ def test_boxes_reach_the_transformer(tmp_path):
     img, txt = embed(t.core, t.val); moved = t.val; moved.boxes = moved.boxes.flip(1)
     assert not torch.equal(t.core.pairs(img[:4], txt[:4]), t.core.pairs(embed(t.core, moved)[0][:4], txt[:4]))
     with pytest.raises(DataError, match='no boxes'):
-        from dataclasses import replace
         prepare(cfg, Corpus('x', lambda p: replace(data.split(p), boxes=None), boxes=True))
 
 
