@@ -5,10 +5,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: long acceptance runs; only with -m slow')
-
-
 def pytest_collection_modifyitems(config, items):
     import pytest
     if 'slow' in (config.option.markexpr or ''): return
