@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PRESETS', 'COUNTS', 'ONLINE', 'PLACEBOS', 'CAPTION', 'adaptive_weight', 'quintuplet', 'switches_of',
-           'tally', 'monitors', 'Watch', 'aoq_term', 'Offline', 'but_own', 'lists_of', 'aoq', 'uncounted', 'caption']
+           'tally', 'monitors', 'Watch', 'aoq_term', 'Offline', 'kept', 'Refresh', 'but_own', 'lists_of', 'aoq',
+           'uncounted', 'caption']
 
 # %% ../nbs/10_aoq.ipynb #07aeb5d4
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .data import DataError, fingerprint
 from .losses import Term, hinge
-from .offline import SHARE, Anywhere, Draw, depth, load_lists
+from .offline import SHARE, Anywhere, Draw, Lists, depth, load_lists, mine_model
 from .samplers import Candidates, Picked, Source, Step, View, draw, hardest, in_batch, semi_hard
 from .similarity import gather
 from .vsrn import caption_cost, caption_targets
@@ -222,6 +223,38 @@ class Offline:
         return dict(apart=score, apart_ok=real if self.true_pairs else real & ~same, same=real & same)
 
 # %% ../nbs/10_aoq.ipynb #27ad10d8
+def _ids(x)->Tensor: return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+
+def kept(old, new, rows:int=4096)->float:   # (N, a), (N, b) ids, -1 where there is none
+    "Which share of new lists was in the old ones"
+    both = n = 0
+    for a, b in zip(_ids(old).split(rows), _ids(new).split(rows)):
+        x = torch.cat([a, b], 1).sort(1).values; both += int(((x[:,1:] == x[:,:-1]) & (x[:,1:] >= 0)).sum()); n += int((b >= 0).sum())
+    return both/max(n, 1)
+
+class Refresh:
+    "Mines lists anew while a model is trained"
+    def __init__(self,
+        lists:dict,      # 'i2t', 't2i' -> Lists: changed in place
+        h:tuple,         # how many captions, how many images are listed
+        every:int,       # epochs
+        model, train,    # what mines, and what
+    ): self.lists, self.h, self.every, self.model, self.train, self.share = lists, h, every, model, train, torch.tensor(torch.nan)
+
+    def start_epoch(self, epoch:int):
+        "Mine, if it is time"
+        from itm_nb.train import embed
+        if epoch % self.every or (self.lists and not epoch): return
+        new = mine_model(self.model, *embed(self.model, self.train), self.train.img_of.cpu(), self.h)
+        if self.lists: self.share = torch.tensor([kept(self.lists[k].idx, new[k].idx) for k in new]).mean()
+        self.lists.update(new)
+
+    def monitor(self)->dict: return {} if self.share.isnan() else dict(lists_kept=self.share.item())
+    def state_dict(self)->dict: return dict(share=self.share) | {k: _ids(x.idx) for k, x in self.lists.items()}
+    def load_state_dict(self, d:dict):
+        self.share = d['share'].clone(); self.lists.update({k: Lists(d[k].cpu(), None) for k in ('i2t', 't2i') if k in d})
+
+# %% ../nbs/10_aoq.ipynb #afade933
 ONLINE = dict(hardest=hardest, semi_hard=semi_hard, uniform=draw(purpose='aoq/online'))    # picks of the online negative
 PLACEBOS = dict(random=STAGES[1:], second=STAGES[2:], permuted=STAGES[3:], constant=STAGES[3:], detached=STAGES[3:])   # and their stages
 
@@ -248,13 +281,14 @@ def lists_of(
         raise DataError(at, f'lists of {have} entries ({side})', f'{h}, as share={share:g} asks for', 'Mine deeper or use a smaller share.')
     return lists, *want
 
-def _draws(train, tied, share, folder, random):
-    "Purpose -> a draw from lists, or from anywhere"
+def _draws(train, tied, share, folder, random, refresh=0, model=None):
+    "Purpose -> a draw from lists, or from anywhere; who keeps the lists up to date"
     if train is None: raise DataError('aoq', 'no training data', 'train: Batches of the training split', 'Give train=...')
     img_of = torch.as_tensor(np.asarray(train.split.img_of), dtype=torch.int64)
-    if random: return lambda purpose: Anywhere(img_of, len(train.split), purpose)
-    lists, h_txt, h_img = lists_of(folder, train.split, share)
-    return lambda purpose: Draw(lists, img_of, h_txt, h_img, tied, purpose)
+    if random: return lambda purpose: Anywhere(img_of, len(train.split), purpose), ()
+    if refresh and model is None: raise ValueError('refresh: give the model that is trained')
+    lists, *h = lists_of(folder, train.split, share) if folder or not refresh else ({}, *depth(len(img_of), len(train.split), share))
+    return lambda purpose: Draw(lists, img_of, *h, tied, purpose), (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ()
 
 def aoq(
     stage:str='adap',            # one of `STAGES`
@@ -264,8 +298,10 @@ def aoq(
     pool:Callable=None,          # where it comes from; None: the batch, as the switch `same_image` says
     lists:str='',                # folder of a finished run of `mine`
     train=None,                  # Batches of the training split
+    model=None,                  # what is trained; needed for `refresh`
     margin:float=.2,             # of the online hinge
     placebo:str='',              # name in `PLACEBOS`
+    refresh:int=0,               # the model mines anew every so many epochs; 0: never, as in the paper
     m_off:float=0., alpha:float=.3, beta:float=1.5,
     **switches                   # of the preset
 )->tuple:                        # ({name: Source}, {name: Term}): what a `Method` is made of
@@ -276,10 +312,10 @@ def aoq(
     term = aoq_term(stage, 'on', 'off', s['clamp'], s['detach'] or placebo == 'detached', s['reduce'], margin, m_off, alpha, beta,
                     placebo, watch)
     if stage == 'online': return sources, dict(aoq=term)
-    draw_of = _draws(train, s['tied'], share, lists, placebo == 'random')
+    draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None
     off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'], placebo == 'permuted')
-    return sources | dict(off=Source(off.pool, hardest, off.fetch, keeps=(watch,))), dict(aoq=term)
+    return sources | dict(off=Source(off.pool, hardest, off.fetch, keeps=(watch, *keeper))), dict(aoq=term)
 
 def _known(stage, placebo):
     "Refuse a stage or a placebo that there is not"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,6 +116,19 @@ def _faiss(q, k, own_q, own_k, wide, rows=4096):
         out.append((i.gather(1, by).masked_fill(v == -torch.inf, -1).int(), v, last))
     return [torch.cat(x) for x in zip(*out)]
 
+def _halved(q, k):
+    "Scores from products in half precision, summed in fp32; how far each query's may be off"
+    far = q.norm(dim=1); most, widest = far.max().clamp(min=1e-30), k.norm(dim=1).max().clamp(min=1e-30); a, b = (q/most).half(), (k/widest).half()
+    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5      # both factors and the product are rounded to 11 bits; what is tiny loses more of them
+    return lambda r, c: (a[r] @ b[c].T).float()*(most*widest), eps
+
+@contextmanager
+def _summed_in_fp32():
+    "Products of halves are not summed in half precision"
+    at = torch.backends.cuda.matmul; old = at.allow_fp16_reduced_precision_reduction; at.allow_fp16_reduced_precision_reduction = False
+    try: yield
+    finally: at.allow_fp16_reduced_precision_reduction = old
+
 # %% ../nbs/07_offline.ipynb #5e7a4223
 def mine(
     q:Tensor,             # (N, D) float32 vectors of the queries
@@ -123,15 +137,16 @@ def mine(
     own_k:Tensor,         # (M,) image id of every key: equal ids are no negatives
     h:int,                # length of the lists
     slack:float=.25,      # share of further proposals
-    how:str='torch',      # 'torch' (any device) or 'faiss' (CPU)
+    how:str='torch',      # 'torch' (any device), 'half' (half-precision products: for accelerators) or 'faiss' (CPU)
     **blocks,             # rows, cols, tick of `search`
 )->tuple:                 # Lists (N, h), number of rows that were done again
     "Exact lists, whichever way they are searched for"
     wide = min(int(h*(1 + slack)) + 8, len(k)); eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
-    with exact_matmul(), torch.no_grad():
+    with exact_matmul(), _summed_in_fp32(), torch.no_grad():
         if how == 'faiss': idx, v, rest = _faiss(q, k, own_q, own_k, wide)
         else:
-            idx, v = search(lambda r, c: q[r] @ k[c].T, own_q, own_k, wide, **blocks)
+            look, more = _halved(q, k) if how == 'half' else (lambda r, c: q[r] @ k[c].T, 0*eps)
+            idx, v = search(look, own_q, own_k, wide, **blocks); eps = eps + more.cpu()
             rest = v[:,-1] if wide < len(k) else torch.full((len(q),), -torch.inf)
         near = (v >= v[:,min(h, len(k))-1,None] - 2*eps[:,None]) & (v > -torch.inf)       # what may still belong
         idx = idx[:,:max(int(near.sum(1).max()), min(h, len(k)))]; found = ordered(idx, rescore(q, k, idx), h)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from itm_nb.aoq import PRESETS, STAGES, aoq, lists_of
+from itm_nb.aoq import PRESETS, STAGES, aoq, kept, lists_of
 from itm_nb.data import SPECIALS, Batches, DataError, Split, Vocabulary, fingerprint
 from itm_nb.methods import Method, costs, explain, fetches, schedule
 from itm_nb.offline import SHARE, Draw, Lists, depth, load_lists, mine_model, save_lists
@@ -237,6 +237,27 @@ def test_counts_and_the_running_mean_survive_a_resume(mined, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), on_step=stop, every=5)
     fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), every=5); assert whole.steps > 9
     for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
+
+
+@pytest.mark.parametrize('given', [True, False])
+def test_lists_that_keep_up_are_those_of_the_model_of_the_day_and_survive_a_resume(given, mined, tmp_path):
+    lists = dict(lists=str(mined[0])) if given else {}; cfg = replace(TINY, method='aoq(share=0.02, refresh=1)', decay='none', epochs=1)
+    one = fit(cfg, tmp_path/'one', progress=False, **lists); cfg = replace(cfg, epochs=2); whole = fit(cfg, tmp_path/'whole', progress=False, **lists)
+    keeper = next(o for o in whole.owners() if hasattr(o, 'every')); want = mine_model(one.core, *embed(one.core, one.train), one.train.img_of, (20, 5))
+    for side in want: assert torch.equal(keeper.lists[side].idx, want[side].idx), side
+    told = [json.loads(l)['monitor'] for l in (tmp_path/'whole'/'log.jsonl').read_text().splitlines() if 'monitor' in l]
+    assert 'lists_kept' not in told[0] and 0 < told[-1]['lists_kept'] < 1
+    def stop(n):
+        if n == whole.per_epoch + 4: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, on_step=stop, every=3, **lists)
+    fit(cfg, tmp_path/'two', progress=False, every=3, **lists)
+    for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_share_of_lists_that_stayed_against_sets(seed):
+    g = torch.Generator().manual_seed(seed); a, b = (torch.stack([torch.randperm(30, generator=g)[:9] for _ in range(40)]) for _ in range(2)); b[::4,5:] = -1; a[::7,3:] = -1
+    both = sum(len({*x.tolist()} & {*y.tolist()} - {-1}) for x, y in zip(a, b)); assert abs(kept(a, b, rows=7) - both/int((b >= 0).sum())) < 1e-12
 
 
 # ---------------------------------------------------------------- the sweeps

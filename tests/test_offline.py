@@ -31,7 +31,7 @@ def world(seed, n, m, D, kinds):
 
 
 @pytest.mark.parametrize('seed,n,m,D,kinds,h', [(0, 7, 30, 3, 30, 5), (1, 40, 211, 8, 20, 30), (2, 40, 211, 8, 211, 30), (3, 25, 60, 4, 2, 10), (4, 3, 9, 2, 9, 12), (5, 64, 500, 16, 250, 1), (6, 1, 4, 3, 4, 2)])
-@pytest.mark.parametrize('how,blocks', [('torch', {}), ('torch', dict(rows=5, cols=7)), ('torch', dict(rows=16, cols=64)), ('faiss', {})])
+@pytest.mark.parametrize('how,blocks', [('torch', {}), ('torch', dict(rows=5, cols=7)), ('torch', dict(rows=16, cols=64)), ('half', dict(rows=16, cols=64)), ('faiss', {})])
 def test_equal_to_brute_force_both_ways(seed, n, m, D, kinds, h, how, blocks):
     img, txt, me, own = world(seed, n, m, D, kinds)
     for q, k, a, b in ((img, txt, me, own), (txt, img, own, me)):
@@ -54,11 +54,21 @@ def test_no_slack_and_much_slack_agree():
     assert all(torch.equal(a.idx, lists[0][0].idx) and torch.equal(a.score, lists[0][0].score) for a, _ in lists) and lists[0][1] > 0
 
 
-@pytest.mark.parametrize('how', ['torch', 'faiss'])
+@pytest.mark.parametrize('how', ['torch', 'half', 'faiss'])
 def test_zero_and_constant_vectors_are_one_great_tie(how):
     for img, txt in ((torch.zeros(5, 3), torch.randn(40, 3)), (torch.ones(5, 3), torch.ones(40, 3)), (torch.randn(5, 3), torch.zeros(9, 3))):
         me, own = torch.arange(5), torch.arange(len(txt)) % 5
         assert torch.equal(mine(img, txt, me, own, 4, how=how)[0].idx, brute(img, txt, me, own, 4))
+
+
+@pytest.mark.parametrize('scale', [1e-9, 1., 3e5])
+def test_half_precision_is_right_where_it_errs(scale):
+    "Scores that lie closer together than half precision can tell, and vectors it could not hold: rows are done again, lists are the same"
+    g = torch.Generator().manual_seed(1); D = 24; base = torch.randn(D, generator=g); img, txt = (scale*(base + torch.randn(n, D, generator=g)*s) for n, s in ((40, 1e-2), (900, 1e-3)))
+    me, own = torch.arange(40), torch.arange(900) % 40; (got, again), (want, _) = (mine(img, txt, me, own, 15, how=how) for how in ('half', 'torch'))
+    assert torch.equal(got.idx, want.idx) and torch.equal(got.score, want.score) and again == 40
+    img, txt = (torch.nn.functional.normalize(torch.randn(n, 4, generator=g), dim=1)*scale for n in (40, 900))
+    (got, again), (want, _) = (mine(img, txt, me, own, 15, slack=3., how=how) for how in ('half', 'torch')); assert torch.equal(got.idx, want.idx) and again < 10
 
 
 def test_memory_is_bounded():
