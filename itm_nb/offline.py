@@ -121,7 +121,8 @@ def _halved(q, k):
     "Scores from products in half precision, summed in fp32; how far each query's may be off"
     far = q.norm(dim=1); most, widest = far.max().clamp(min=1e-30), k.norm(dim=1).max().clamp(min=1e-30)
     a, b = (q/most).half(), (k/widest).half()
-    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5      # both factors and the product are rounded to 11 bits; what is tiny loses more of them
+    # both factors and the product are rounded to 11 bits; what is tiny loses more of them
+    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5
     return lambda r, c: (a[r] @ b[c].T).float()*(most*widest), eps
 
 @contextmanager
