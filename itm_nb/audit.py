@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'BANDS', 'UNKNOWN', 'FALSE', 'TRUE', 'HALF', 'Ranked', 'ranked', 'uniform_pick', 'hardest_of',
            'semi_hard_of', 'ranks_between', 'top_share', 'weighted', 'by_pick', 'of_matrix', 'of_judgements', 'audit',
            'audit_picks', 'suspects', 'shuffled', 'write_audit', 'read_audits', 'audit_markdown', 'run_vectors',
-           'what_is_known', 'audit_run', 'audit_command']
+           'what_is_known', 'audit_run', 'votes', 'audit_command']
 
 # %% ../nbs/06a_audit.ipynb #4135dc77
 import json
@@ -477,6 +477,16 @@ def audit_run(
                  data=dict(name=settings['data'], label=data.label, fingerprint=fingerprint(split), split=split.name, images=len(images),
                            captions=len(caps), pool='judged' if file else 'all'))
     return about, rows, _controls(img[images], txt[caps], own, truth)
+
+# %% ../nbs/06a_audit.ipynb #8ec0495a
+def votes(
+    judged:Judgements,
+    image:int, sentence:int,   # indices of the split
+)->str:                        # e.g. 'crowd 2 of 3 yes, experts 3 3 4'; '' where nobody was asked
+    "What people said of a pair"
+    c, e = (x[(x[:,0] == image) & (x[:,1] == sentence)] for x in (judged.crowd, judged.expert))
+    said = [f'crowd {c[:,2].sum()} of {c[:,2:].sum()} yes'] if len(c) else []
+    return ', '.join(said + [f"experts {' '.join(str(x) for x in row[2:])}" for row in e])
 
 # %% ../nbs/06a_audit.ipynb #500c175c
 def _given_vectors(path)->tuple:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .data import DataError
 from .encoders import mean_pool
 from .language import Stream, real_words
+from .towers import VisionTower, parts
 from .vsrn import tower
 
 # %% ../nbs/04_cross_encoder.ipynb #08b6a172
@@ -30,17 +31,25 @@ def _row_pairs(pairs, anchor, other, idx, i2t):
     a, o = anchor.repeat_interleave(idx.shape[1], 0), other[idx.flatten()]
     return (pairs(a, o) if i2t else pairs(o, a)).view(idx.shape)
 
+def _seen(tower, feats, num):
+    "What words are put beside: region features as they are, or the patches of a vision network; and which are real"
+    return parts(tower, feats, num) if isinstance(tower, VisionTower) else (feats, _mask(num, feats.shape[1]))
+
 class CrossEncoder(nn.Module):
     "Words and regions in one stream; the first word's state becomes a score (UNITER's layout)"
-    def __init__(self, **stream):   # arguments of `Stream`; `d_in` is needed
+    def __init__(self,
+        image:dict=None,   # kind and arguments of a vision tower, of length `d_in`, whose patches stand for regions
+        **stream           # arguments of `Stream`; `d_in` is needed
+    ):
         super().__init__()
-        self.config = dict(similarity='cross', **stream); self.stream = Stream(**stream); dim = self.stream.config.hidden_size
+        self.config = dict(similarity='cross', **stream) | (dict(image=dict(image)) if image else {})
+        self.image_tower = tower(**image) if image else None; self.stream = Stream(**stream); dim = self.stream.config.hidden_size
         self.pooler, self.rank = nn.Linear(dim, dim), nn.Linear(dim, 1)
         for m in (self.pooler, self.rank): nn.init.normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
 
-    def image(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:   # (B, R, d_in), (B,) or (B, R), (B, R, d_box) -> (B, R, dim)
-        "Embedded regions"
-        return self.stream.see(feats, _mask(num, feats.shape[1]), boxes)
+    def image(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:   # (B, R, d_in) or pixels, (B,) or (B, R), .. -> (B, R, dim)
+        "Embedded regions or patches"
+        return self.stream.see(*_seen(self.image_tower, feats, num), boxes)
 
     def text(self, tokens:Tensor, lengths:Tensor=None)->Tensor: return tokens   # nothing can be done before the image is there
 
@@ -75,7 +84,7 @@ class TwoModes(nn.Module):
     "An image tower, and a text transformer that also reads words together with regions"
     def __init__(self,
         image:dict,    # kind and arguments of the image tower; its `dim` is that of the shared space
-        text:dict,     # arguments of `Stream`; `d_in` is needed
+        text:dict,     # arguments of `Stream`; `d_in` is needed: the length of a region's features or of a vision tower's patches
     ):
         super().__init__()
         self.config = dict(similarity='two_modes', image=dict(image), text=dict(text))
@@ -91,8 +100,8 @@ class TwoModes(nn.Module):
         return F.normalize(wide(self.project(mean_pool(self.stream.read(tokens), real_words(tokens).sum(1)))), dim=-1)
 
     def regions(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:   # -> (B, R, dim)
-        "Regions as the words will see them"
-        return self.stream.see(feats, _mask(num, feats.shape[1]), boxes)
+        "Regions or patches as the words will see them"
+        return self.stream.see(*_seen(self.image_tower, feats, num), boxes)
 
     def tokens(self, regions:Tensor, tokens:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B, L, dim)
         "States of words that see the regions"

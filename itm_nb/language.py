@@ -120,6 +120,12 @@ def _start(m):
 _BERT = (('bert.embeddings.', 'embeddings.'), ('bert.encoder.', 'encoder.'), ('cls.predictions.transform.dense.', 'mlm.dense.'),
          ('cls.predictions.transform.LayerNorm.', 'mlm.LayerNorm.'), ('cls.predictions.bias', 'mlm.bias'))
 
+def _words(name, v, own):
+    "A table of words: our last word, a mask for vocabularies without one, keeps its start; rows that no token has are left out"
+    table = name.endswith('word_embeddings.weight') or name in ('mlm.bias', 'cor.bias')
+    if not table or own is None or v.shape == own.shape or v.shape[1:] != own.shape[1:] or len(v) < len(own)-1: return v
+    return torch.cat([v[:len(own)-1], own[-1:]])
+
 def load_bert(
     stream:Stream,
     folder,          # with `model.safetensors` of a BertModel or BertForMaskedLM
@@ -129,7 +135,7 @@ def load_bert(
     found = {k if k.startswith(('bert.', 'cls.')) else f'bert.{k}': v for k, v in found.items()}
     ours = {b + k[len(a):]: v for k, v in found.items() for a, b in _BERT if k.startswith(a)}
     ours |= {k.replace('mlm.', 'cor.', 1): v for k, v in ours.items() if k.startswith('mlm.')}
-    ours = {k: v for k, v in ours.items() if not k.endswith('position_ids')}
+    ours = {k: _words(k, v, own.get(k)) for k, v in ours.items() if not k.endswith('position_ids')}
     need = [k for k in own if k.startswith(('embeddings.', 'encoder.'))]
     odd = [k for k in {*need, *ours} if k not in own or k not in ours or own[k].shape != ours[k].shape]
     if odd:

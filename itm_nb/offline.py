@@ -119,10 +119,8 @@ def _faiss(q, k, own_q, own_k, wide, rows=4096):
 
 def _halved(q, k):
     "Scores from products in half precision, summed in fp32; how far each query's may be off"
-    far = q.norm(dim=1); most, widest = far.max().clamp(min=1e-30), k.norm(dim=1).max().clamp(min=1e-30)
-    a, b = (q/most).half(), (k/widest).half()
-    # both factors and the product are rounded to 11 bits; what is tiny loses more of them
-    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5
+    far = q.norm(dim=1); most, widest = (x.max().clamp(min=1e-30) for x in (far, k.norm(dim=1))); a, b = (q/most).half(), (k/widest).half()
+    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5      # factors and product are rounded to 11 bits, tiny ones to fewer
     return lambda r, c: (a[r] @ b[c].T).float()*(most*widest), eps
 
 @contextmanager

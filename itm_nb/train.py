@@ -40,6 +40,7 @@ from .bytes import sha256_of
 from .cross_attention import AGGS, NORMS, SCORES
 from .data import Batches, DataError, Split, Vocabulary, fingerprint, order, purpose_key, read_scan, write_atomic
 from .folds import Folds, fold_split
+from .language import load_bert
 from .methods import code_of, costs, fetches, in_force, schedule
 from .metrics import Ranks, exact_matmul, galleries, in_galleries, ranks_blocks, summary
 from .pixels import FRAMES, KINDS, Pixels, augment
@@ -130,7 +131,8 @@ def _fit_together(cfg):
     "Settings that exclude each other"
     streams = cfg.similarity in ('two_modes', 'cross')
     for wrong, said in (
-        (streams and (cfg.vision or cfg.text_model), f'{cfg.similarity} has a transformer of its own and sees regions'),
+        (streams and cfg.text_freeze, f'{cfg.similarity} trains all of its transformer: text_freeze is for text towers'),
+        (cfg.boxes and cfg.vision, 'patches of pictures have no boxes'),
         (cfg.similarity in ('cross', *SCORES) and cfg.image in VSRN, f'VSRN makes one vector; {cfg.similarity} wants regions'),
         (cfg.captioner and cfg.image not in VSRN, 'the captioner reads the regions of VSRN'),
         (cfg.boxes and not streams, f'{cfg.similarity} does not see where regions are'),
@@ -245,18 +247,18 @@ def build(
     torch.manual_seed(purpose_key('init', cfg.seed) % 2**63)
     eye, reader = networks(cfg, models)
     model = model_of(_described(cfg, d_in, n_words, eye, reader))
-    for made, net in (('image_tower', eye), ('text_tower', reader)):
-        if net: fill(getattr(model, made), net)
+    if eye: fill(model.image_tower, eye)
+    if not reader: return model
+    if not hasattr(model, 'stream'): fill(model.text_tower, reader)
+    elif reader.folder: load_bert(model.stream, reader.folder)
     return model
 
 def _described(cfg, d_in, n_words, eye, reader)->dict:
     "What `model_of` makes the model of"
     kind = cfg.similarity; config = dict(similarity=kind)
-    more = dict(n_words=n_words+1, layers=cfg.layers, heads=cfg.heads, longest=cfg.longest or 96)       # one word more: the mask
-    more |= dict(d_in=d_in, d_box=7*cfg.boxes, dropout=cfg.dropout)
-    if kind == 'cross': return config | more | dict(dim=cfg.dim)
-    config |= dict(image=_image_side(cfg, d_in, eye))
-    if kind == 'two_modes': return config | dict(text=more | dict(dim=cfg.d_word))
+    stream = _stream_side(cfg, d_in, n_words, eye, reader) if kind in ('cross', 'two_modes') else {}
+    if eye or kind != 'cross': config |= dict(image=_image_side(cfg, d_in, eye))
+    if stream: return config | (stream if kind == 'cross' else dict(text=stream))
     config |= dict(text=_text_side(cfg, n_words, reader))
     if kind in SCORES: config['attention'] = {k: getattr(cfg, k) for k in ('sharp', 'lse', 'agg', 'norm') if getattr(cfg, k)}
     if cfg.captioner: config['captioner'] = dict(n_words=n_words, d_region=cfg.dim, dim=cfg.captioner, d_word=cfg.d_word)
@@ -268,6 +270,19 @@ def _image_side(cfg, d_in, eye)->dict:
     size = dict(d_in=d_in, dim=cfg.dim, dropout=cfg.dropout)
     if cfg.image in VSRN: return dict(kind='vsrn', **size, **VSRN[cfg.image])
     return dict(kind='region', **size, hidden=cfg.image_hidden, pool=cfg.image_pool)
+
+def _stream_side(cfg, d_in, n_words, eye, reader)->dict:
+    "Arguments of the transformer that reads words beside an image: our own sizes, or those of a BERT"
+    sizes = dict(dim=cfg.dim if cfg.similarity == 'cross' else cfg.d_word, layers=cfg.layers, heads=cfg.heads, longest=cfg.longest or 96)
+    if reader:
+        from transformers import BertConfig
+        kind, c = reader.config['model_type'], BertConfig(**{k: v for k, v in reader.config.items() if k != 'model_type'})
+        if reader.folder and cfg.tokens != 'own': raise ValueError(f"{cfg.text_model} knows its own tokens: set tokens='own'")
+        if kind != 'bert': raise DataError('text_model', f'a network of type {kind}', f'bert, for similarity={cfg.similarity}')
+        sizes = dict(dim=c.hidden_size, layers=c.num_hidden_layers, heads=c.num_attention_heads, ffn=c.intermediate_size,
+                     longest=c.max_position_embeddings)
+    more = dict(n_words=n_words+1, d_in=cfg.dim if eye else d_in, d_box=7*cfg.boxes, dropout=cfg.dropout)       # one word more: the mask
+    return sizes | more
 
 def _text_side(cfg, n_words, reader)->dict:
     "Kind and arguments of the text tower"

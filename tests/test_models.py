@@ -53,7 +53,7 @@ def test_mean_scores_of_several_models():
 
 
 @pytest.mark.parametrize('kw,said', [
-    (dict(similarity='cosin'), 'there are'), (dict(similarity='cross', vision='x'), 'transformer of its own'), (dict(similarity='scan_t2i', image='vsrn'), 'wants regions'),
+    (dict(similarity='cosin'), 'there are'), (dict(similarity='cross', text_freeze='all'), 'text_freeze is for text towers'), (dict(similarity='cross', vision='x', boxes=True), 'have no boxes'), (dict(similarity='scan_t2i', image='vsrn'), 'wants regions'),
     (dict(captioner=4), 'regions of VSRN'), (dict(boxes=True), 'where regions are'), (dict(similarity='bfan_equal', agg='Max'), 'mean over the queries'), (dict(layers=0), 'wanted 1')])
 def test_settings_that_do_not_go_together(kw, said):
     with pytest.raises(ValueError, match=said): config(kw)

@@ -214,6 +214,25 @@ def test_a_model_needs_its_source_only_once(cfg, shelf, drawn, tmp_path):
     evaluate(tmp_path, pictures(cfg, drawn, models='nowhere'))
 
 
+@pytest.mark.parametrize('cfg', [dict(similarity='two_modes', vision=VIT, heads=2, method='vsepp|tags(mlm=0.1)'), dict(similarity='cross', vision='mobile', heads=2, method='vsepp'),
+                                 dict(similarity='cross', vision=VIT, text_model='bert', tokens='own', method='vsepp|tags(mlm=0.1)'),
+                                 dict(similarity='two_modes', vision='clip', text_model='bert', tokens='own', method='infonce|mlm_warmup()')])
+def test_a_stream_beside_patches_and_from_a_bert_learns_and_is_kept(cfg, shelf, drawn, tmp_path):
+    cfg = config(BASE | dict(epochs=1, dropout=0.) | cfg); data = pictures(cfg, drawn, models=shelf); t = prepare(cfg, data); start = {k: v.clone() for k, v in t.core.state_dict().items()}
+    if cfg.text_model:
+        from safetensors.torch import load_file
+        have = {k.removeprefix('bert.'): v for k, v in load_file(shelf/'bert'/'model.safetensors').items()}; words = have['embeddings.word_embeddings.weight']
+        assert torch.equal(start['stream.embeddings.word_embeddings.weight'][:-1], words[:len(start['stream.embeddings.word_embeddings.weight'])-1]) and torch.equal(start['stream.encoder.layer.1.output.dense.weight'], have['encoder.layer.1.output.dense.weight'])
+    t = fit(cfg, tmp_path/'run', data, progress=False); moved = {k for k, v in t.core.state_dict().items() if v.is_floating_point() and not torch.equal(v, start[k])}
+    assert any(k.startswith('image_tower.') for k in moved) and any(k.startswith('stream.encoder.') for k in moved)
+    again = from_pretrained(tmp_path/'run'/'best'); assert torch.equal(again.state_dict()['stream.regions.img_linear.weight'], t.core.cpu().state_dict()['stream.regions.img_linear.weight'])
+
+
+def test_a_stream_wants_a_bert(drawn, shelf):
+    with pytest.raises(ValueError, match="set tokens='own'"): prepare(config(BASE | dict(similarity='cross', vision=VIT, text_model='bert')), pictures(Config(), drawn, models=shelf))
+    with pytest.raises(DataError, match='bert, for similarity=cross'): prepare(config(BASE | dict(similarity='cross', vision=VIT, text_model=CLIP)), pictures(Config(), drawn, models=shelf))
+
+
 def test_other_weights_of_the_same_name_are_noticed(shelf, drawn, tmp_path):
     import shutil
     cfg = config(BASE | dict(vision='mobile', text='mean', tokens='words')); mine = tmp_path/'models'; shutil.copytree(shelf, mine)
