@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'Contrast', 'contrast', 'verdict', 'holm', 'read_tests', 'needed', 'verdicts', 'agreed',
-           'verdict_table', 'collapsed']
+           'verdict_table', 'factorial', 'collapsed']
 
 # %% ../nbs/16_verdicts.ipynb #860987de
 import hashlib
@@ -304,3 +304,22 @@ def verdict_table(
     if known: out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
     out += map(_verdict_row, known)
     return '\n'.join([*out, '', f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run.", ''])
+
+# %% ../nbs/16_verdicts.ipynb #860fbd27
+def factorial(
+    records:list,                # from `read_records`
+    arms:dict,                   # arm -> letters of the factors it has, e.g. dict(vsepp='', aoq='A', union='AFG')
+    metric:str='truth.map_r',
+    draws:int=10_000,            # of photos
+)->pd.DataFrame:                 # a line per effect, main effects first: effect, d, sd, n, lo, hi, p, p_holm, runs
+    "Main effects and interactions, with intervals over matched blocks (study design, section 6.1)"
+    letters, sets = sorted(set(''.join(arms.values()))), [frozenset(v) for v in arms.values()]
+    if len(set(sets)) != len(sets) or len(sets) != 2**len(letters):
+        raise DataError('factorial', f'{len(set(sets))} combinations of {len(letters)} factors', f'every one of {2**len(letters)}, once')
+    lines = []
+    for who in sorted((s for s in set(sets) if s), key=lambda s: (len(s), sorted(s))):
+        weight = {a: math.prod(1 if f in has else -1 for f in who)/2**(len(letters)-1) for a, has in arms.items()}
+        c = contrast(records, weight, metric, draws=draws); lo, hi, _ = c.estimate.interval()
+        lines.append(dict(effect=''.join(sorted(who)), d=c.estimate.d, sd=np.std(c.estimate.blocks, ddof=1) if c.n > 1 else math.nan, n=c.n,
+                          lo=lo, hi=hi, p=c.estimate.p, runs=' '.join(c.runs)))
+    tab = pd.DataFrame(lines); return tab.assign(p_holm=holm(tab.p)[0])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from scipy import stats
@@ -15,7 +16,7 @@ from itm_nb.data import DataError
 from itm_nb.metrics import corrected_t
 from itm_nb.records import made_up_record, mismatches, write_record
 from itm_nb.report import latex, lint_table, pick, published, table, value
-from itm_nb.verdicts import Estimate, agreed, collapsed, contrast, estimate, holm, needed, read_tests, verdict, verdict_table, verdicts
+from itm_nb.verdicts import Estimate, agreed, collapsed, contrast, estimate, factorial, holm, needed, read_tests, verdict, verdict_table, verdicts
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT/'nbs'/'experiments'/'primary_tests.yaml'
@@ -265,3 +266,29 @@ def test_the_audit_of_flickr8k_agrees_with_the_earlier_measurement():
     assert len(head) >= 12 and all(r['agrees'] == 'yes' for r in head) and sum(r['agrees'] == 'yes' for r in rows) >= .93*len(rows)
     have = {p.stem for p in (ROOT/'figures'/'audits').glob('*.json')} & {p.stem for p in (ROOT/'figures'/'results').glob('*.json')}
     assert {r['run'] for r in rows} <= have
+
+
+# ---------------------------------------------------------------- factors that were fully crossed
+
+CROSSED = dict(vsepp='', aoq='A', fne='F', tags='G', aoq_fne='AF', aoq_tags='AG', fne_tags='FG', union='AFG')
+
+def crossed(folder=None, truth=False):
+    made = [made_up_record(a, 1.2 + .06*('A' in f) + .1*('F' in f) - .12*({*'AF'} <= {*f}), s, truth=truth) | dict(sweep='factorial_scenes') for a, f in CROSSED.items() for s in range(3)]
+    for r in made if folder else (): write_record(folder, r)
+    return made
+
+def test_effects_are_the_coefficients_of_least_squares():
+    "Factors coded -1/2 and 1/2, products of codes doubled: the textbook's regression on all runs, with a constant per block"
+    made, tab = crossed(), factorial(crossed(), CROSSED, 'rsum', draws=100); y = np.array([value(r, 'rsum') for r in made]); seeds = np.array([r['seed'] for r in made])
+    code = lambda who: np.array([np.prod([1 if f in CROSSED[r['method']] else -1 for f in who])/2 for r in made])
+    X = np.column_stack([*(code(e) for e in tab.effect), *(seeds == s for s in range(3))]); b = np.linalg.lstsq(X, y, rcond=None)[0]
+    np.testing.assert_allclose(tab.d, b[:7], atol=1e-9); assert list(tab.effect) == ['A', 'F', 'G', 'AF', 'AG', 'FG', 'AFG'] and (tab.n == 3).all()
+    short = factorial([r for r in made if not (r['method'] == 'union' and r['seed'] == 1)], CROSSED, 'rsum', draws=100); assert (short.n == 2).all()      # a block without one arm is no block
+
+def test_the_page_of_the_factorial_sweep_is_made_from_records(tmp_path):
+    crossed(tmp_path/'records', truth=True); code = 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
+    given = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out')
+    done = subprocess.run([sys.executable, '-c', code, 'factorial', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    tab = pd.read_csv(tmp_path/'figures'/'factorial_factorial_scenes.csv'); assert list(tab.effect) == ['A', 'F', 'G', 'AF', 'AG', 'FG', 'AFG'] and tab.d.notna().all()
+    assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay')}
