@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bytes import sha256_of
 from .data import DataError, read_json, uniform, write_atomic
 from .metrics import exact_matmul
 from .similarity import are_vectors
@@ -206,9 +207,6 @@ def model_fingerprint(
 
 _FILES = tuple(f'{side}_{what}.npy' for side in ('i2t', 't2i') for what in Lists._fields)
 
-def _sha(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def save_lists(
     folder,            # made if it is not there
     lists:dict,        # 'i2t', 't2i' -> Lists
@@ -220,7 +218,7 @@ def save_lists(
         for what, x in zip(both._fields, both):
             name, tmp = f'{side}_{what}.npy', folder/f'.{side}_{what}.{os.getpid()}.tmp'
             with open(tmp, 'wb') as f: np.save(f, np.asarray(x), allow_pickle=False); f.flush(); os.fsync(f.fileno())
-            files[name] = _sha(tmp); os.replace(tmp, folder/name)
+            files[name] = sha256_of(tmp); os.replace(tmp, folder/name)
     whole = dict(format='itm_nb lists 1', about=about, files=files)
     write_atomic(folder/'lists.json', (json.dumps(whole, indent=1, sort_keys=True) + '\n').encode())
 
@@ -237,7 +235,7 @@ def load_lists(
     for k, v in about.items():
         if have.get(k) != v: raise DataError(at, f'lists of {k} {have.get(k)!r}', f'{v!r}', again)
     for name, sha in files.items():
-        if (folder/name).is_file() and _sha(folder/name) == sha: continue
+        if (folder/name).is_file() and sha256_of(folder/name) == sha: continue
         raise DataError(folder/name, 'missing or changed', f'SHA-256 {sha}', again)
     maps = {n: np.load(folder/n, mmap_mode='r', allow_pickle=False) for n in files}
     return {s: Lists(maps[f'{s}_idx.npy'], maps[f'{s}_score.npy']) for s in ('i2t', 't2i') if f'{s}_idx.npy' in maps}

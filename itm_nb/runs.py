@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'SetupError', 'project', 'fold_file',
-           'template', 'Parameter', 'parameters', 'resolve', 'sha256_of', 'about_folder', 'origin', 'identity',
-           'run_id', 'source_hash', 'commit', 'claim', 'in_turn', 'done', 'execute', 'content', 'finish', 'parents',
-           'finished', 'start', 'about', 'under_truth', 'curves', 'picks', 'cost', 'tested_on', 'collapsed', 'conclude',
-           'control', 'settings', 'read_yaml', 'command', 'itm_run', 'itm_data', 'itm_readme']
+           'template', 'Parameter', 'parameters', 'resolve', 'about_folder', 'origin', 'identity', 'run_id',
+           'source_hash', 'commit', 'claim', 'in_turn', 'done', 'execute', 'content', 'finish', 'parents', 'finished',
+           'start', 'about', 'under_truth', 'curves', 'picks', 'cost', 'tested_on', 'collapsed', 'conclude', 'control',
+           'settings', 'read_yaml', 'command', 'itm_run', 'itm_data', 'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
 import argparse
@@ -27,8 +27,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .bytes import sha256_of
+
 # %% ../nbs/15_runs.ipynb #c282da41
 class SetupError(ValueError): "A command that cannot be carried out as given: what was wrong and what is possible"
+
+def _near(name, known)->str:
+    "A hint at the known name that looks most like this one; '' where none does"
+    near = difflib.get_close_matches(name, known, 1)
+    return f' (did you mean {near[0]!r}?)' if near else ''
 
 def project(
     start=None,     # where to look first; None: the current folder
@@ -45,7 +52,8 @@ def fold_file(
     "A file of folds"
     path = Path(name) if name.endswith('.json') else project()/'nbs'/'experiments'/'folds'/f'{name}.json'
     if path.is_file(): return path
-    raise SetupError(f'no folds called {name!r}; there are {sorted(p.stem for p in path.parent.glob("*.json"))}')
+    there = sorted(p.stem for p in path.parent.glob('*.json'))
+    raise SetupError(f'no folds called {name!r}{_near(name, there)}; there are {there}')
 
 def template(
     name:str,        # 'train', or the path of a notebook
@@ -56,7 +64,7 @@ def template(
         return Path(name)
     folder = project()/'nbs'/'experiments'; path = folder/f'{name}.ipynb'
     there = sorted(p.stem for p in folder.glob('*.ipynb'))
-    if name not in there: raise SetupError(f'no experiment called {name!r}; there are {there}')
+    if name not in there: raise SetupError(f'no experiment called {name!r}{_near(name, there)}; there are {there}')
     return path
 
 # %% ../nbs/15_runs.ipynb #0abb9117
@@ -96,10 +104,7 @@ def resolve(
 )->dict:             # all parameters with their values
     "The values a notebook will run with"
     for k in given:
-        if k not in known:
-            near = difflib.get_close_matches(k, known, 1)
-            hint = f' (did you mean {near[0]!r}?)' if near else ''
-            raise SetupError(f'no parameter called {k!r}{hint}; there are {", ".join(known)}')
+        if k not in known: raise SetupError(f'no parameter called {k!r}{_near(k, known)}; there are {", ".join(known)}')
     return {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
 
 # %% ../nbs/15_runs.ipynb #55b95f61
@@ -110,10 +115,6 @@ FIRST = dict(    # parameters that always count: those the templates had when th
     train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word dropout method warmup margin '
           'temperature epochs batch lr decay clip precision seed threads arm'.split(),
     evaluate='scores data name preset rho world regions seed arm'.split())
-
-def sha256_of(path)->str:
-    "SHA-256 of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def about_folder(
     out,             # run folder
@@ -552,7 +553,7 @@ def itm_run(argv=None)->int:
 # %% ../nbs/15_runs.ipynb #750da39d
 @command
 def itm_data(argv=None)->int:
-    "Look at a data folder; `itm_data get`: fetch one; `itm_data audit --help`: what samplers pick from it"
+    "Look at a data folder; `itm_data get`: fetch one; `itm_data subset`: cut one; `itm_data audit --help`: what samplers pick from it"
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['audit']:
         from itm_nb.audit import audit_command
@@ -560,6 +561,9 @@ def itm_data(argv=None)->int:
     if argv[:1] == ['get']:
         from itm_nb.sources import get_command
         lines, code = get_command(argv[1:]); print('\n'.join(lines)); return code
+    if argv[:1] == ['subset']:
+        from itm_nb.subset import subset_command
+        print('\n'.join(subset_command(argv[1:]))); return 0
     p = argparse.ArgumentParser(prog='itm_data', description=itm_data.__doc__)
     p.add_argument('what', choices=('info', 'check'), help='info: sizes and samples; check: everything that is wrong')
     p.add_argument('path', help='a data folder, or the word scenes'); p.add_argument('--layout', default='', help='default: found out')

@@ -198,10 +198,11 @@ def judge(
     values:dict,       # parameters of the evaluate template
     run:Path,          # run folder
     data:Callable,     # () -> Corpus, opened only where it is needed
+    device='cpu',      # for models: weights, or runs of ours
 )->dict:               # the record
     "The row that `weights` or `scores` name: a control, a file from elsewhere, or runs of ours"
     given = values['scores']
-    if values.get('weights'): return weighed(values, run, data())
+    if values.get('weights'): return weighed(values, run, data(), device)
     if given in ('oracle', 'chance'): return control(values, run, data())
     if Path(given).suffix in ('.npy', '.npz'): return foreign(values, run, data)
-    return ensemble(values, run, data())
+    return ensemble(values, run, data(), device)

@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 
 from .runs import (
-    BUSY, INPUTS, PLACES, RESUMABLE, SetupError, about_folder, command, done, finished, identity, in_turn, parameters, project, read_yaml,
-    resolve, run_id, source_hash, template)
+    BUSY, INPUTS, PLACES, RESUMABLE, SetupError, _near, about_folder, command, done, finished, identity, in_turn, parameters, project,
+    read_yaml, resolve, run_id, source_hash, template)
 
 # %% ../nbs/15_sweeps.ipynb #73faa89a
 PARTS = dict(runs='train', arms='train', controls='evaluate')      # where runs are named, and their template if they name none
@@ -43,7 +43,7 @@ def sweep_file(
     else: path = project()/'nbs'/'experiments'/'sweeps'/f'{name}.yaml'
     if path.is_file(): return path
     there = sorted(p.stem for p in (project()/'nbs'/'experiments'/'sweeps').glob('*.yaml'))
-    raise SetupError(f'no sweep called {name!r}; there are {there}')
+    raise SetupError(f'no sweep called {name!r}{_near(name, there)}; there are {there}')
 
 def _must_be(path, what, x, kind):
     if not isinstance(x, kind): raise SetupError(f'{path.name}: {what} is {type(x).__name__}; wanted {kind.__name__}')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VSRN', 'CHOICES', 'LOG_EVERY', 'PICK', 'Config', 'config', 'Corpus', 'corpus', 'in_fold', 'networks', 'vocabulary',
            'build', 'optimiser', 'learning_rate', 'Training', 'tell', 'share', 'Encoder', 'train_step', 'prepare',
-           'embed', 'rank_encoded', 'scores_of', 'rank_split', 'sha256_file', 'save_checkpoint', 'load_checkpoint',
-           'resume', 'warm_start', 'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks', 'save_ranks',
-           'load_ranks', 'fit', 'evaluate']
+           'embed', 'rank_encoded', 'scores_of', 'rank_split', 'save_checkpoint', 'load_checkpoint', 'resume',
+           'warm_start', 'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks', 'save_ranks', 'load_ranks',
+           'fit', 'evaluate']
 
 # %% ../nbs/14_train.ipynb #27704cd1
 import difflib
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import scenes, tokens
+from .bytes import sha256_of
 from .cross_attention import AGGS, NORMS, SCORES
 from .data import Batches, DataError, Split, Vocabulary, fingerprint, order, purpose_key, read_scan, write_atomic
 from .folds import Folds, fold_split
@@ -523,13 +524,9 @@ def rank_split(
     return rank_encoded([(model, *embed(model, batches))], batches.split)
 
 # %% ../nbs/14_train.ipynb #f4007788
-def sha256_file(path)->str:
-    "SHA-256 of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def _seal(state:dict, tensors)->str:
     "One hash over both files of a checkpoint"
-    return hashlib.sha256((json.dumps(state, sort_keys=True) + sha256_file(tensors)).encode()).hexdigest()
+    return hashlib.sha256((json.dumps(state, sort_keys=True) + sha256_of(tensors)).encode()).hexdigest()
 
 def save_checkpoint(
     folder,           # e.g. run/last; the one before it goes to run/previous

@@ -64,8 +64,9 @@ def test_bad_parameter_files(raw, tmp_path):
 
 
 def test_unknown_experiment_or_sweep():
-    assert call('itm_run', 'trian')[0] == 2 and 'train' in call('itm_run', 'trian')[2]
-    assert call('itm_sweep', 'scnes')[0] == 2 and 'scenes' in call('itm_sweep', 'scnes')[2]
+    for argv, near in (('itm_run serach', 'search'), ('itm_run trian', 'train'), ('itm_sweep scnes', 'scenes'), ('itm_run zzz', None), ('itm_sweep zzz', None)):
+        code, out, err = call(*argv.split()); assert code == 2 and err.count('\n') == 1 and 'Traceback' not in err and 'there are' in err
+        assert (f'did you mean {near!r}?' in err) if near else ('did you mean' not in err)
 
 
 def test_a_sweep_without_its_data_stops_at_once(tmp_path):
