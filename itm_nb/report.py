@@ -136,11 +136,12 @@ def collapsed(
 )->list:                 # ids
     "Runs that collapsed, by the rule declared before the runs"
     last = lambda r: _at(r, 'last.rsum') if _at(r, 'last.rsum') is not None else _at(r, 'metrics.val.rsum')
-    bar = {_block(r): last(r)/2 for r in pick(records, base) if last(r) is not None}
+    where = lambda r: (r['sweep'], *_block(r))                    # each sweep has its own base: another one trains for another time
+    bar = {where(r): last(r)/2 for r in pick(records, base) if last(r) is not None}
     def fell(r):
         if max((r.get('spread') or {}).values(), default=0.) > ALIKE: return True
-        if last(r) is None or _block(r) not in bar: return bool(r.get('collapsed'))
-        return last(r) < bar[_block(r)]
+        if last(r) is None or where(r) not in bar: return bool(r.get('collapsed'))
+        return last(r) < bar[where(r)]
     return sorted(r['id'] for r in records if r['kind'] == 'run' and fell(r))
 
 # %% ../nbs/16_report.ipynb #97eb2c5f

@@ -91,10 +91,18 @@ def _number(rec, metric):
     return float(np.mean(found)) if found else math.nan
 
 def _matched(arms, metric):
-    "Per arm, in one order, the runs of the blocks that have every arm; and how many blocks have not"
-    seen = [_one_per_block([r for r in runs if not math.isnan(_number(r, metric))], name) for name, runs in arms]
-    every, both = set().union(*seen), set(seen[0]).intersection(*seen)
-    return [[s[k] for k in sorted(both, key=str)] for s in seen], len(every) - len(both)
+    "Per arm, in one order, the runs of the blocks of a sweep that have every arm; and how many blocks have not"
+    seen = [_by_sweep([r for r in runs if not math.isnan(_number(r, metric))], name) for name, runs in arms]
+    every, both = set().union(*seen), sorted(set(seen[0]).intersection(*seen), key=str)
+    if len({k for _, k in both}) < len(both):
+        raise DataError(f'arms {", ".join(a for a, _ in arms)}', f'the same blocks in sweeps {", ".join(sorted({s for s, _ in both}))}',
+                        'one sweep', 'Name it: arms: {ARM: {method: ARM, sweep: SWEEP}}.')
+    sweeps = {s for s, _ in both} or {s for s, _ in every}
+    return [[s[k] for k in both] for s in seen], sum(s in sweeps for s, _ in every) - len(both)
+
+def _by_sweep(runs, name)->dict:
+    "(sweep, block) -> run"
+    return {(s, k): r for s in {r['sweep'] for r in runs} for k, r in _one_per_block([r for r in runs if r['sweep'] == s], name).items()}
 
 def contrast(
     records:list,        # from `read_records`

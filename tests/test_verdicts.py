@@ -292,3 +292,14 @@ def test_the_page_of_the_factorial_sweep_is_made_from_records(tmp_path):
     assert done.returncode == 0, done.stderr
     tab = pd.read_csv(tmp_path/'figures'/'factorial_factorial_scenes.csv'); assert list(tab.effect) == ['A', 'F', 'G', 'AF', 'AG', 'FG', 'AFG'] and tab.d.notna().all()
     assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay')}
+
+
+def test_arms_are_compared_inside_a_sweep():
+    "Two sweeps may give an arm the same name: they train for another time, from another start"
+    made = [made_up_record(a, x, s) | dict(sweep='one') for a, x in (('aoq', 1.3), ('offquin', 1.2)) for s in range(3)]
+    more = [made_up_record('aoq', 1.9, s) | dict(sweep='two') for s in range(2)]; want = contrast(made, dict(aoq=1, offquin=-1), draws=50)
+    got = contrast(made + more, dict(aoq=1, offquin=-1), draws=50); assert got.estimate.d == want.estimate.d and got.runs == want.runs and (got.n, got.missing) == (3, 0)
+    both = more + [made_up_record('offquin', 1.7, s) | dict(sweep='two') for s in range(2)]
+    with pytest.raises(DataError, match='the same blocks in sweeps one, two'): contrast(made + both, dict(aoq=1, offquin=-1), draws=50)
+    named = dict(aoq=dict(method='aoq', sweep='two'), offquin=dict(method='offquin', sweep='two')); assert contrast(made + both, dict(aoq=1, offquin=-1), arms=named, draws=50).n == 2
+    later = [r | dict(seed=r['seed']+7, block=dict(fold=None, seed=r['seed']+7)) for r in both]; assert contrast(made + later, dict(aoq=1, offquin=-1), draws=50).n == 5
