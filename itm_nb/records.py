@@ -279,7 +279,8 @@ def _read(
     try: rec = json.loads(path.read_bytes().decode('utf-8'), parse_constant=_not_a_number)
     except (ValueError, RecursionError) as e: raise DataError(path, f'not JSON ({e})', 'a record') from None
     _check(rec, path)
-    if rec['id'] != path.stem: raise DataError(path, f"id {rec['id']}", f'{path.stem}, as the file is called')
+    called = path.name.split('.')[0]                                  # ID.json, or ID.SWEEP.json where two sweeps have a run in common
+    if rec['id'] != called: raise DataError(path, f"id {rec['id']}", f'{called}, as the file is called')
     return rec
 
 def read_records(

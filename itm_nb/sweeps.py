@@ -432,9 +432,11 @@ def gather(
     for p in sorted((Path(runs)/name/'records').glob('*.json')) if runs else ():
         if json.loads(p.read_text('utf-8'))['kind'] == 'foreign': keep[p.stem] = p
     for p in into.glob('*.json'):
-        if p.stem not in keep and json.loads(p.read_text('utf-8')).get('sweep') == name: p.unlink()
+        if p.name.split('.')[0] not in keep and json.loads(p.read_text('utf-8')).get('sweep') == name: p.unlink()
     for n, p in keep.items():
-        if p.is_file(): shutil.copyfile(p, into/f'{n}.json')          # a run that makes no row of a table leaves no record
+        if not p.is_file(): continue                                  # a run that makes no row of a table leaves no record
+        at = into/f'{n}.json'; other = at.is_file() and json.loads(at.read_text('utf-8'))['sweep'] != name
+        shutil.copyfile(p, into/f'{n}.{name}.json' if other else at)  # one run may be a row of two sweeps: a control, for example
 
 def report(
     name:str,            # of the sweep; '' for all
