@@ -285,6 +285,7 @@ def _draws(train, tied, share, folder, random, refresh=0, model=None):
     "Purpose -> a draw from lists, or from anywhere; who keeps the lists up to date"
     if train is None: raise DataError('aoq', 'no training data', 'train: Batches of the training split', 'Give train=...')
     img_of = torch.as_tensor(np.asarray(train.split.img_of), dtype=torch.int64)
+    if random and refresh: raise ValueError("refresh has nothing to do where placebo='random': nothing is mined")
     if random: return lambda purpose: Anywhere(img_of, len(train.split), purpose), ()
     if refresh and model is None: raise ValueError('refresh: give the model that is trained')
     lists, *h = lists_of(folder, train.split, share) if folder or not refresh else ({}, *depth(len(img_of), len(train.split), share))

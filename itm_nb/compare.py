@@ -40,7 +40,7 @@ def _places(given, runs)->tuple:
     "The file of the record and the folder of the run that a name means; None where there is none"
     p = Path(given)
     if p.is_dir(): return _first([p.parent/'records'/f"{about_folder(p)['id']}.json"]), p
-    known = p.suffix == '.json'; name = p.stem if known else p.name
+    known = p.suffix == '.json'; name = p.name.split('.')[0] if known else p.name                # ID.json or ID.SWEEP.json
     ran = [x for at in {Path(runs).resolve(), project()/'runs'} for x in sorted(at.glob(f'*/{name}')) if (x/'DONE').is_file()]
     beside = [p.parent.parent/name] if known and p.parent.name == 'records' else []
     kept = [p] if known else [x.parent/'records'/f'{name}.json' for x in ran] + sorted(Path(runs).glob(f'*/records/{name}.json'))

@@ -436,6 +436,7 @@ def gather(
     for n, p in keep.items():
         if not p.is_file(): continue                                  # a run that makes no row of a table leaves no record
         at = into/f'{n}.json'; other = at.is_file() and json.loads(at.read_text('utf-8'))['sweep'] != name
+        if not other: (into/f'{n}.{name}.json').unlink(missing_ok=True)
         shutil.copyfile(p, into/f'{n}.{name}.json' if other else at)  # one run may be a row of two sweeps: a control, for example
 
 def report(
