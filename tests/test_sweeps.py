@@ -1,4 +1,5 @@
 """Runs that need runs: killed at any moment, nothing is lost, repeated or counted twice; foreign scores become rows."""
+from types import SimpleNamespace
 import json
 import os
 import random
@@ -347,3 +348,17 @@ search: {arms: {vsepp: {margin: [0.1, 0.3]}, infonce: {temperature: [0.05, 0.2]}
 
 
 def ends_of(folder): return {p: p.stat().st_mtime_ns for p in Path(folder).glob('runs/fork/*/DONE') if p.parent.name != 'study'}
+
+
+def test_a_run_of_two_sweeps_keeps_a_record_in_each(tmp_path):
+    "Controls of one world are one run: the later sweep's record must not take the place of the earlier's, nor stay behind as a second one"
+    from itm_nb.records import made_up_record, read_records, write_record
+    from itm_nb.runs import finish
+    from itm_nb.sweeps import gather
+    rec, into = made_up_record('oracle', 2.), tmp_path/'into'
+    def of(sweep):
+        at = tmp_path/sweep/rec['id']; at.mkdir(parents=True, exist_ok=True); finish(at); write_record(tmp_path/sweep/'records', rec | dict(sweep=sweep)); return at
+    made = {s: [SimpleNamespace(out=of(s), values={})] for s in ('one', 'two')}
+    for s in ('one', 'two', 'one', 'two'): gather(made[s], into, s)
+    assert sorted((r['id'], r['sweep']) for r in read_records(into)) == [(rec['id'], 'one'), (rec['id'], 'two')] and len(list(into.iterdir())) == 2
+    (into/f"{rec['id']}.json").unlink(); gather(made['two'], into, 'two'); assert [r['sweep'] for r in read_records(into)] == ['two']
