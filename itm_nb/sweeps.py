@@ -60,17 +60,19 @@ def read_sweep(
     missing = [k for k in ('title', 'blocks', 'arms') if not spec.get(k)]
     if missing: raise SetupError(f'{path.name}: without {", ".join(missing)}')
     spec = {k: kind() for k, kind in _KINDS.items()} | spec
-    for b in spec['blocks']: _must_be(path, 'a block', b, dict)
     for k in ('runs', 'arms', 'controls', 'profiles', 'cost'):
         for n, own in spec[k].items(): _must_be(path, f'{k}: {n}', own or {}, dict)
+    for bs in (spec['blocks'], *((own or {}).get('blocks', []) for own in spec['profiles'].values())):
+        _must_be(path, 'blocks', bs, list)
+        for b in bs: _must_be(path, 'a block', b, dict)
     if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
     if profile and profile not in spec['profiles']:
         raise SetupError(f'{path.name}: no profile called {profile!r}; there are {", ".join(spec["profiles"]) or "none"}')
     return _with_profile(spec, dict(spec['profiles'][profile] or {})) if profile else spec
 
 def _with_profile(spec, own)->dict:
-    "A profile's settings over the base; a profile that declares its own cost replaces every other"
-    cost = own.pop('cost', None); spec = spec | dict(base=spec['base'] | own)
+    "A profile's settings over the base; one that has its own blocks or declares its own cost replaces those of the file"
+    cost, blocks = own.pop('cost', None), own.pop('blocks', spec['blocks']); spec = spec | dict(base=spec['base'] | own, blocks=blocks)
     if cost is None: return spec
     bare = lambda part: {n: {k: v for k, v in (x or {}).items() if k != 'cost'} for n, x in spec[part].items()}
     return spec | dict(cost=cost) | {part: bare(part) for part in PARTS}

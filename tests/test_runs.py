@@ -100,7 +100,8 @@ def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
 
 BAD_SWEEPS = {'not yaml': '{', 'a list': '- 1', 'unknown part': 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\nblokcs: 1', 'no arms': 'title: a\nblocks: [{seed: 0}]',
               'wrong kind': 'title: a\nblocks: {seed: 0}\narms: {a: {}}', 'unknown setting': 'title: a\nblocks: [{seed: 0}]\narms: {a: {sede: 1}}',
-              'twice the same': 'title: a\nblocks: [{seed: 0}, {seed: 0}]\narms: {a: {}}', 'code': 'title: !!python/object/apply:os.getcwd []\nblocks: []\narms: {}'}
+              'twice the same': 'title: a\nblocks: [{seed: 0}, {seed: 0}]\narms: {a: {}}', 'blocks of a profile': 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\nprofiles: {b: {blocks: {seed: 1}}}',
+              'code': 'title: !!python/object/apply:os.getcwd []\nblocks: []\narms: {}'}
 
 
 @pytest.mark.parametrize('what', BAD_SWEEPS)
@@ -110,13 +111,14 @@ def test_bad_sweep_files(what, tmp_path):
 
 
 def test_sweep_files_resolve():
-    "Every sweep of the project names known settings, and completes a block before the next"
-    for f in sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')):
-        spec = sweeps.read_sweep(f)
+    "Every sweep of the project, under every profile, names known settings and completes a block before the next"
+    for f, profile in [(f, p) for f in sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')) for p in ('', *sweeps.read_sweep(f)['profiles'])]:
+        spec = sweeps.read_sweep(f, profile)
         todo = sweeps.entries(spec, f.stem, Path('runs'), chosen={a: dict(settings=x[0]) for a, x in sweeps.trials(spec).items()})
         blocks = [e.block for e in todo]
         assert blocks == sorted(blocks) and len({e.out for e in todo}) == len(todo)
         assert len(todo) == len(spec['blocks'])*sum(len(spec[k]) for k in sweeps.PARTS)
+    ten = sweeps.read_sweep(sweeps.sweep_file('fne_flickr8k'), 'gpu')['blocks']; assert len(ten) == 10 and ten[:5] == sweeps.read_sweep(sweeps.sweep_file('fne_flickr8k'))['blocks']
 
 
 def fingerprints(folder):
