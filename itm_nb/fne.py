@@ -249,12 +249,14 @@ def fne_parts(
     momentum:float=.995,
     seed:int=0,                # of the random vectors in a faithful memory
     start:int=-1,              # epoch from which memory and statistics fill; -1: the preset's
-    **kw                       # window, negatives, ...: of `Statistics`, instead of the preset's
+    first:str='',              # what the memory holds at first, 'empty' or 'random'; '': the preset's
+    **kw                       # window, negatives, variance, ...: of `Statistics`, instead of the preset's
 )->tuple:                      # (Bank, Statistics, settings of the pick)
     "The state and the settings of a preset, to be put together at will"
     if preset not in PRESETS: raise ValueError(f'no preset {preset!r}; there are {sorted(PRESETS)}')
-    p = PRESETS[preset]; first = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
-    return Bank(queue, momentum, seed=seed, **p['bank'] | first[0]), Statistics(**p['statistics'] | first[1] | kw), dict(p['pick'])
+    p = PRESETS[preset]; bank, statistics = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
+    if first: bank['start'] = first
+    return Bank(queue, momentum, seed=seed, **p['bank'] | bank), Statistics(**p['statistics'] | statistics | kw), dict(p['pick'])
 
 # %% ../nbs/11_fne.ipynb #b13c0dfa
 def true_share(
@@ -294,15 +296,17 @@ def fne(
     start:int=-1,           # of `fne_parts`
     negatives:str='',       # 'hardest' or 'all', of `Statistics`; '': the preset's
     window:str='',          # 'epoch' or 'run', likewise
+    first:str='',           # of `fne_parts`
     seed:int=0,
     model=None,             # what is to be trained; one that a memory does not suit is refused
     world=None,             # the drawn world, for a known prior
     parts:tuple=None,       # from `fne_parts`, to share memory and statistics with other sources; preset, queue, ... say nothing then
-    **kw                    # tau, threshold, floor, cutdown, permuted, monotone, ...: of `fne_pick`
+    **kw                    # tau, threshold, floor, cutdown, permuted, monotone, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
 )->tuple:                   # ({'bank': Source}, {'bank': Term}): what a `Method` is made of
     "A hinge against one negative per anchor, drawn from batch and memory (FNE)"
     if model is not None: refuse(model, queue)
-    changed = {k: v for k, v in dict(negatives=negatives, window=window).items() if v}
+    changed = {k: v for k, v in dict(negatives=negatives, window=window, first=first).items() if v}
+    changed |= {k: kw.pop(k) for k in ('variance', 'least', 'mask_same') if k in kw}
     bank, statistics, given = parts or fne_parts(preset, queue, momentum, seed, start, **changed)
     choose = _chosen(pick, statistics, margin, _prior(prior, world), given, kw)
     return dict(bank=Source(bank.pool, choose, keeps=(bank, statistics))), dict(bank=triplet_term('bank', margin))

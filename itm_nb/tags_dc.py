@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'PRESETS', 'synthetic', 'word_loss', 'mean_where', 'discrimination', 'synthetic_term', 'mlm_term',
-           'discrimination_term', 'correction_term', 'tags_terms', 'captions_of', 'writer_of', 'tags', 'mlm_warmup',
-           'word_counts', 'warm_linear']
+           'discrimination_term', 'correction_term', 'pool_switches', 'tags_terms', 'captions_of', 'writer_of', 'tags',
+           'mlm_warmup', 'word_counts', 'warm_linear']
 
 # %% ../nbs/12_tags_dc.ipynb #d0e6abdc
 import math
@@ -99,6 +99,16 @@ PRESETS = dict(
     faithful=dict(pool=dict(blind=True, drop='penalty', others=False, inside=False, special=True), cost=dict(floor=1e-10)),
     corrected=dict(pool=dict(blind=False, drop='mask', others=True, inside=True, special=False), cost=dict(floor=0.)))
 
+def pool_switches(
+    name:str,    # 'faithful' or 'corrected'
+    **kw,        # single switches changed
+)->dict:
+    "What a preset asks of the generator; a switch that does not exist is an error"
+    if name not in PRESETS: raise ValueError(f'no preset called {name!r}; there are {sorted(PRESETS)}')
+    known = PRESETS[name]['pool']
+    if odd := kw.keys() - known.keys(): raise ValueError(f'no switch called {sorted(odd)}; there are {sorted(known)}')
+    return known | kw
+
 def tags_terms(
     source:str='syn',            # name of the source of synthetic sentences
     synthetic:float=1.,          # weight of the triplet; the release has 5e-5 to 1e-3, tuned against an image-blind positive
@@ -176,16 +186,17 @@ def tags(
     model=None,                 # in training
     world=None,                 # the drawn world, where there is one: it judges a part of what is kept
     seed:int=0,
+    **switches                  # single switches of the preset's pool: blind, drop, others, inside, special
 )->tuple:                       # ({'syn': Source}, {name: Term})
     "Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and correction TAGS-DC)"
-    learns, heads = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0
+    learns, heads, pool_of = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0, pool_switches(preset, **switches)
     if heads: _streaming(model, 'the model in training')
     w = None if words == 'random' else writer_of(sharing, generator, model, rate, seed)
     terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
     if w and not w.static: terms['taught'] = mlm_term(lesson='taught')
     known, misled = captions_of(train, model, vocab, units), (misled,) if isinstance(misled, str) else tuple(misled)
     pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads,
-                     tally=Tally(known.lexicon, judge_of(world)), **PRESETS[preset]['pool'])
+                     tally=Tally(known.lexicon, judge_of(world)), **pool_of)
     return dict(syn=synthetic_source(pool, hard)), terms
 
 # %% ../nbs/12_tags_dc.ipynb #d601473c
