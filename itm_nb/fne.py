@@ -301,7 +301,7 @@ def fne(
     model=None,             # what is to be trained; one that a memory does not suit is refused
     world=None,             # the drawn world, for a known prior
     parts:tuple=None,       # from `fne_parts`, to share memory and statistics with other sources; preset, queue, ... say nothing then
-    **kw                    # tau, threshold, floor, cutdown, permuted, monotone, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
+    **kw                    # tau, floor, cutdown, permuted, monotone, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
 )->tuple:                   # ({'bank': Source}, {'bank': Term}): what a `Method` is made of
     "A hinge against one negative per anchor, drawn from batch and memory (FNE)"
     if model is not None: refuse(model, queue)

@@ -190,7 +190,7 @@ def tags(
 )->tuple:                       # ({'syn': Source}, {name: Term})
     "Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and correction TAGS-DC)"
     learns, heads, pool_of = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0, pool_switches(preset, **switches)
-    if heads: _streaming(model, 'the model in training')
+    if heads or pool_of['blind']: _streaming(model, 'the model in training')
     w = None if words == 'random' else writer_of(sharing, generator, model, rate, seed)
     terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
     if w and not w.static: terms['taught'] = mlm_term(lesson='taught')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'Contrast', 'contrast', 'verdict', 'holm', 'read_tests', 'needed', 'verdicts', 'agreed',
-           'verdict_table', 'factorial', 'collapsed']
+           'verdict_table', 'factorial', 'prices', 'collapsed']
 
 # %% ../nbs/16_verdicts.ipynb #860987de
 import hashlib
@@ -332,3 +332,19 @@ def factorial(
         lines.append(dict(effect=''.join(sorted(who)), d=c.estimate.d, sd=np.std(c.estimate.blocks, ddof=1) if c.n > 1 else math.nan, n=c.n,
                           lo=lo, hi=hi, p=c.estimate.p, runs=' '.join(c.runs)))
     tab = pd.DataFrame(lines); return tab.assign(p_holm=holm(tab.p)[0])
+
+# %% ../nbs/16_verdicts.ipynb #a07fe5a1
+def prices(
+    records:list,         # from `read_records`
+    of:dict,              # arm with the change -> arm without it
+    metric:str='rsum',
+    delta:float=1.,       # smallest effect of interest
+    draws:int=10_000,     # of photos
+)->pd.DataFrame:          # a line per change that was run: arm, without, d, lo, hi, n, word, runs
+    "What single changes cost, in matched blocks (study design, section 6.5)"
+    lines = []
+    for arm, plain in of.items():
+        c = contrast(records, {arm: 1, plain: -1}, metric, draws=draws); lo, hi, _ = c.estimate.interval()
+        word = 'harmless' if -delta < lo and hi < delta else 'harms' if hi < 0 else 'helps' if lo > 0 else 'unresolved'
+        if c.n: lines.append(dict(arm=arm, without=plain, d=c.estimate.d, lo=lo, hi=hi, n=c.n, word=word, runs=' '.join(c.runs)))
+    return pd.DataFrame(lines, columns=['arm', 'without', 'd', 'lo', 'hi', 'n', 'word', 'runs'])

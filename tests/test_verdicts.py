@@ -296,6 +296,19 @@ def test_the_page_of_the_factorial_sweep_is_made_from_records(tmp_path):
     assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay')}
 
 
+def test_the_page_of_defects_is_made_from_records(tmp_path):
+    "One that costs, one that does not, one of another method; what was not run is not shown"
+    rng = np.random.default_rng(0); strong = dict(aoq=1.2, aoq_tied=1.2, aoq_summed=.6, fne=1.2, fne_drift=1.2)
+    for a, s in strong.items():
+        for k in range(3): write_record(tmp_path/'records', made_up_record(a, s + .001*rng.random(), k, truth=True) | dict(sweep='defects_scenes'))
+    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out'), 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
+    done = subprocess.run([sys.executable, '-c', code, 'defects', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    tab = pd.read_csv(tmp_path/'figures'/'defects_defects_scenes.csv').set_index('arm')
+    assert list(tab.index) == ['aoq_summed', 'aoq_tied', 'fne_drift'] and list(tab.without) == ['aoq', 'aoq', 'fne'] and tab.word['aoq_summed'] == 'harms' and tab.d['aoq_summed'] < tab.lo['aoq_tied']
+    assert (tmp_path/'figures'/'defects_defects_scenes.svg').is_file()
+
+
 def test_arms_are_compared_inside_a_sweep():
     "Two sweeps may give an arm the same name: they train for another time, from another start"
     made = [made_up_record(a, x, s) | dict(sweep='one') for a, x in (('aoq', 1.3), ('offquin', 1.2)) for s in range(3)]
