@@ -105,6 +105,11 @@ def _by_sweep(runs, name)->dict:
     "(sweep, block) -> run"
     return {(s, k): r for s in {r['sweep'] for r in runs} for k, r in _one_per_block([r for r in runs if r['sweep'] == s], name).items()}
 
+def _overlap(records, run, folds)->float:
+    "Photos tested for each that is trained on; an audit's record does not know, its run's does, and so does the number of folds"
+    known = [r['data'] for r in records if r['id'] == run and r['data'].get('train')]
+    return known[0]['images']/known[0]['train'] if known else 1/(folds-1)
+
 def contrast(
     records:list,        # from `read_records`
     of:dict,             # arm -> weight
@@ -119,7 +124,7 @@ def contrast(
     photos = None if metric.startswith('audit:') or not runs[0] else [_photos(rs, metric) for rs in runs]
     known = photos is not None and all(x is not None for x in photos)
     folds = {_test_set(r) for r in runs[0] if r['block']['fold'] is not None}
-    overlap = runs[0][0]['data']['images']/runs[0][0]['data']['train'] if len(folds) > 1 else 0.
+    overlap = _overlap(records, runs[0][0]['id'], len(folds)) if len(folds) > 1 else 0.
     e = estimate(d, sum(x*p for x, p in zip(w, photos)) - minus if known else None, overlap, draws)
     return Contrast(e, tuple(sorted({r['id'] for rs in runs for r in rs})), len(runs[0]), missing, dict(zip(of, runs)))
 

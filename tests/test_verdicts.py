@@ -107,6 +107,10 @@ def test_a_metric_of_audits():
     assert contrast(audits, dict(m=1), 'audit:nobody/lower').n == 0
     for a in audits: a['audit'] = [dict(x, rule='main') for x in a['audit']] + [dict(x, rule='lenient', lower=90.) for x in a['audit']]
     np.testing.assert_allclose(contrast(audits, dict(m=1), 'audit:hardest/lower', minus=10).estimate.blocks, [5, 6, 7])      # the lenient rule is a sensitivity
+    for k, a in enumerate(audits): a |= dict(id=f'{k:012d}', block=dict(fold=k, seed=0), data={n: v for n, v in a['data'].items() if n != 'train'} | dict(fingerprint=str(k)))
+    assert contrast(audits, dict(m=1), 'audit:hardest/lower').estimate.overlap == .5                                          # of folds: two trained on for one tested
+    run = dict(audits[0], data=dict(audits[0]['data'], images=30, train=100)); run.pop('audit')
+    assert contrast([*audits, run], dict(m=1), 'audit:hardest/lower').estimate.overlap == .3                                  # better: what the run says
 
 
 # ---------------------------------------------------------------- the list, and verdicts from records
