@@ -78,10 +78,11 @@ def moments_of(
 def strangers(
     img:Tensor, txt:Tensor, img_of,
     labels:Callable,         # (images, sentences) -> (n, m) labels, from `audit.of_matrix` or `of_judgements`
-    most:int=4_000_000,      # pairs; of larger sets every so many images are taken
+    most:int=4_000_000,      # pairs; of larger sets some images are taken, evenly spaced
 )->tuple:                    # (n,) float32 scores, (n,) bool true; pairs that are half true or unknown are left out
     "Pairs of an image and a sentence of another, and whether it is true"
-    own, every = np.asarray(img_of), np.arange(len(txt)); some = np.arange(0, len(img), max(1, -(-len(img)*len(txt)//most)))
+    own, every = np.asarray(img_of), np.arange(len(txt)); n = min(len(img), max(1, most//len(txt)))
+    some = np.unique(np.linspace(0, len(img)-1, n).round().astype(int))              # odd and even ones, as the two halves of the fit want
     score, true = [], []
     for rows in np.array_split(some, max(1, len(some)*len(txt)//2**22)):
         l = labels(rows, every); ok = ((l == TRUE) | (l == FALSE)) & (rows[:,None] != own)

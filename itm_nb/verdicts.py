@@ -295,7 +295,7 @@ def agreed(
 # %% ../nbs/16_verdicts.ipynb #4681dfd6
 def _verdict_row(r):
     "A contrast for reading"
-    x = lambda k: '' if math.isnan(r[k]) else f'{r[k]:+z.2f}'
+    x = lambda k: '' if math.isnan(r[k]) else f'{r[k]:+z.2f}' if abs(r[k]) >= .1 or not r[k] else f'{r[k]:+.2g}'     # skills are small
     ends = f" [{x('lo')}, {x('hi')}]" if x('lo') else ''
     need = f"{r['needed']:.0f}" if r['word'] == 'unresolved' and math.isfinite(r['needed']) else ''
     cells = [f"{r['test']} {r['set']}", f"{r['contrast']} ({r['metric']}, delta {r['delta']:g})", x('d') + ends, x('lo_adj'),
