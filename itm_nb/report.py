@@ -310,8 +310,8 @@ def lint_records(
     records:list,       # from `read_records`
 )->list:                # sentences; empty when nothing is wrong
     "What is wrong with records"
-    ids = [r['id'] for r in records]
-    out = [f'record {i}: {ids.count(i)} times' for i in sorted(set(ids)) if ids.count(i) > 1]
+    ids = [(r['id'], r['sweep']) for r in records]              # a run may be a row of two sweeps
+    out = [f'record {i}: {ids.count((i, s))} times' for i, s in sorted(set(ids)) if ids.count((i, s)) > 1]
     for r in records:
         t = r['metrics']['test']
         flat = {f'{d}.{k}': v for d in ('i2t', 't2i') for k, v in t.get(d, {}).items()} | {k: t[k] for k in ('rsum',) if k in t}

@@ -310,9 +310,15 @@ def test_each_lint_catches_its_fault(folder, fault, says):
     assert lint_table(good, recs) == []
     assert any(says in x for x in lint_table(fault(good), recs)), lint_table(fault(good), recs)
 
+def test_the_committed_records_are_clean():
+    "Recalls from the ranks once more, sums, no record twice: what the study page demands before it writes a table"
+    assert lint_records(read_records(ROOT/'figures'/'results')) == []
+
+
 def test_lint_of_records_catches_copies_and_wrong_sums():
     a = made_up_record('a', 1.5)
     assert lint_records([a, a]) == [f"record {a['id']}: 2 times"]
+    assert lint_records([a, a | dict(sweep='another')]) == []            # controls of one world are one run of two sweeps
     control = made_up_record('oracle', 3., kind='control'); del control['ranks']; control['metrics']['test']['rsum'] += 1
     assert any('add up to' in x for x in lint_records([control]))
 
