@@ -36,7 +36,7 @@ def over_queries(
     "Normalise the products of every source element over the queries (SCAN, sec. 3.1; `raw_feature_norm` of the release)"
     if norm.startswith('clipped'): x = F.leaky_relu(x, .1)
     if norm.endswith('l1norm'): return x / (x.abs().sum(2, keepdim=True) + 1e-8)
-    if norm.endswith('l2norm'):                # a sum over a dimension in the middle is several times faster than a norm; never the root of 0: no NaN
+    if norm.endswith('l2norm'):      # as a sum, several times faster than a norm of this dimension; never the root of 0: no NaN
         return x / ((x*x).sum(2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt() + 1e-8)
     return x.masked_fill(~keep.unsqueeze(1), -torch.inf).softmax(2) if norm == 'softmax' else x
 
