@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder
 
 from .data import DataError, regular_file
 
@@ -81,6 +79,8 @@ class Stream(nn.Module):
         d_box:int=0,           # numbers per box: 0 or 7
         dropout:float=.1,
     ):
+        from transformers import BertConfig
+        from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder   # seconds to import: only runs that read with it wait
         super().__init__()
         c = BertConfig(vocab_size=n_words, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
                        intermediate_size=ffn or 4*dim, max_position_embeddings=longest, hidden_dropout_prob=dropout,
