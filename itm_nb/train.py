@@ -23,7 +23,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Callable
 
@@ -329,7 +329,7 @@ class Training:
     pick_bytes:int = 0
     code:str = ''                    # hash of the method's source where it is not the package's own
 
-    @property
+    @cached_property
     def core(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
     @property
     def per_epoch(self)->int: return max(1, len(self.train.lengths)//self.cfg.batch)
