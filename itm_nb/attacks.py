@@ -132,8 +132,9 @@ def written(
     g, said, ok = g or writing(o), [], []
     for part in cap.split(rows):
         c = g.pool(View(step_of(o, part), 'i2t')); legal = c.legal
-        all_ = torch.arange(legal.shape[1], device=legal.device).expand_as(legal)
-        tokens = c.rescore(all_)['tokens'].cpu(); ok.append(legal.cpu().numpy())
+        none = legal.new_zeros(len(part), 0, dtype=torch.int64)          # picking none scores none, and all sentences come back
+        tokens = c.rescore(none)['tokens'].cpu()
+        ok.append(legal.cpu().numpy())
         said += [[g.known.lexicon.say(x) for x in row] for row in tokens]
     return said, np.concatenate(ok)
 
@@ -286,14 +287,14 @@ def hardest_written(
 @torch.no_grad()
 def hardest_retrieved(
     o:Opened, cap:Tensor,
-    n:int=0,             # out of so many drawn anew for each caption; 0: of all
-)->list:                 # (B) sentences
+    ns:tuple=(0,),       # out of so many drawn anew for each caption; 0: of all
+)->list:                 # for each of `ns` (B) sentences
     "The hardest training sentence for each caption's image, by the run's own score"
     train = o.data.split('train'); s = step_of(o, cap); b = o.data.batches(train, o.vocab, s.img.device); out = []
     txt = [o.model.text(x['tokens'], x['lengths']) for x in map(b.texts, torch.arange(len(train.captions)).split(1024))]
     score = torch.cat([o.model.matrix(s.images, t) for t in txt], 1).cpu().numpy(); ok = _strangers(o, cap, train)
-    if n: ok &= uniform(torch.as_tensor(o.batches.split.cap_ids[cap.numpy()]), 'drawn', ok.shape[1]).numpy().argsort(1).argsort(1) < n
-    return picked_text([train.captions]*len(cap), score, ok)
+    turn = uniform(torch.as_tensor(o.batches.split.cap_ids[cap.numpy()]), 'drawn', ok.shape[1]).numpy().argsort(1).argsort(1)
+    return [picked_text([train.captions]*len(cap), score, ok & (turn < n) if n else ok) for n in ns]
 
 def _strangers(o, cap, train):
     "(B, M) which training sentences are certainly no captions of the images: in the drawn world, false; else, of other images"
@@ -366,8 +367,8 @@ def examine(
     if o.pool and judge:
         past = over_epochs(*notes) if notes else []; each = judged(judge, cap, hardest_written(o, cap))
         line('synthetic', judge=_mean(each), slope=slope(past), epochs=past)
-        for name, n in (('hardest of all', 0), ('hardest of 16', 16)):
-            line(name, judge=_mean(judged(judge, cap, hardest_retrieved(o, cap, n))))
+        for name, said in zip(('hardest of all', 'hardest of 16'), hardest_retrieved(o, cap, (0, 16))):
+            line(name, judge=_mean(judged(judge, cap, said)))
     found = attacked(o, by, captions, **changes)
     for r in found: line(f"attack: {r['attack']}", above_all=r['area'], **{k: v for k, v in r.items() if k not in ('attack', 'area')})
     foreign = [r['area'] for r in found if r['attack'] != 'own' and r['area'] == r['area']]

@@ -10,6 +10,7 @@ __all__ = ['word_classes', 'chunk', 'pack', 'members', 'unit_law', 'draw_units',
 # %% ../nbs/09_generator.ipynb #f96f51f3
 import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Sequence
 
@@ -155,7 +156,10 @@ class Lexicon:
 
     def say(self, tokens:Tensor)->str:   # (L,)
         "A row of ids as text"
-        return ' '.join(self.names[i] for i in tokens.tolist() if not self.special[i])
+        return ' '.join(self.names[i] for i in tokens.tolist() if i in self._words)
+
+    @cached_property
+    def _words(self)->frozenset: return frozenset(self.ordinary.tolist())
 
 def lexicon(
     vocab,              # Vocabulary or Pieces

@@ -79,8 +79,8 @@ class Stream(nn.Module):
         d_box:int=0,           # numbers per box: 0 or 7
         dropout:float=.1,
     ):
-        from transformers import BertConfig
-        from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder   # seconds to import: only runs that read with it wait
+        from transformers import BertConfig             # seconds to import: only runs that read with it wait
+        from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder
         super().__init__()
         c = BertConfig(vocab_size=n_words, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
                        intermediate_size=ffn or 4*dim, max_position_embeddings=longest, hidden_dropout_prob=dropout,
