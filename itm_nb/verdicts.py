@@ -87,7 +87,7 @@ def _number(rec, metric):
     "A metric of a run; 'audit:SAMPLER/COLUMN' of the record of an audit, mean of both directions, under the main rule of labels"
     if not metric.startswith('audit:'): return value(rec, metric)
     name, _, column = metric[6:].rpartition('/')
-    main = [row for row in rec.get('audit', []) if row.get('rule', 'main') in ('truth', 'main')]
+    main = [row for row in rec.get('audit', []) if row.get('rule', 'main') in ('truth', 'main', '')]      # '': labels have no part in it
     found = [row[column] for row in main if row['sampler'] == name and column in row]
     return float(np.mean(found)) if found else math.nan
 

@@ -105,6 +105,8 @@ def test_a_metric_of_audits():
     audits = [dict(made_up_record('m', 1., s), audit=[dict(side=d, sampler='hardest', lower=x + s) for d, x in (('i2t', 10.), ('t2i', 20.))]) for s in range(3)]
     np.testing.assert_allclose(contrast(audits, dict(m=1), 'audit:hardest/lower', minus=10).estimate.blocks, [5, 6, 7])
     assert contrast(audits, dict(m=1), 'audit:nobody/lower').n == 0
+    nobody = [dict(a, audit=[dict(x, rule='') for x in a['audit']]) for a in audits]                                         # written sentences: nobody's labels have a part in it
+    np.testing.assert_allclose(contrast(nobody, dict(m=1), 'audit:hardest/lower', minus=10).estimate.blocks, [5, 6, 7])
     for a in audits: a['audit'] = [dict(x, rule='main') for x in a['audit']] + [dict(x, rule='lenient', lower=90.) for x in a['audit']]
     np.testing.assert_allclose(contrast(audits, dict(m=1), 'audit:hardest/lower', minus=10).estimate.blocks, [5, 6, 7])      # the lenient rule is a sensitivity
     for k, a in enumerate(audits): a |= dict(id=f'{k:012d}', block=dict(fold=k, seed=0), data={n: v for n, v in a['data'].items() if n != 'train'} | dict(fingerprint=str(k)))
