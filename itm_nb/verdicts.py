@@ -288,7 +288,8 @@ def agreed(
     known = {k: w for k, w in words.items() if w}
     if not known: return 'not run'
     if len(set(known.values())) == 1:
-        return next(iter(known.values())) + ('' if len(known) == len(words) else f" on {' and '.join(known)} only")
+        word = next(iter(known.values())); where = '' if len(known) == len(words) else f" on {' and '.join(known)}"
+        return word + where + (' only' if where and word != 'not testable' else '')
     if 'confirmed' in known.values(): return f"holds on {' and '.join(k for k, w in known.items() if w == 'confirmed')} only"
     return '; '.join(f'{w} on {k}' for k, w in known.items())
 

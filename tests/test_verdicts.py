@@ -47,7 +47,7 @@ def test_words_together():
     said = lambda **k: agreed(k)
     assert said(P='confirmed', S='confirmed') == 'confirmed' and said(P='refuted', S='refuted') == 'refuted' and said(P='', S='') == 'not run'
     assert said(P='confirmed', S='refuted') == 'holds on P only' and said(P='unresolved', S='confirmed') == 'holds on S only'
-    assert said(P='', S='reversed') == 'reversed on S only' and said(P='not testable', S='refuted') == 'not testable on P; refuted on S'
+    assert said(P='', S='reversed') == 'reversed on S only' and said(P='', S='not testable') == 'not testable on S' and said(P='not testable', S='refuted') == 'not testable on P; refuted on S'
 
 
 # ---------------------------------------------------------------- numbers by hand
