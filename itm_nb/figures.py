@@ -47,6 +47,13 @@ def _panels(
     for ax, name in zip(axes[0], names): ax.set_title(name, loc='left')
     return fig, [(ax, [r for r in records if r['data']['label'] == n]) for ax, n in zip(axes[0], names)]
 
+def _legend(fig, axes):
+    "Inside the panels while it is short; beside them where it would cover them"
+    names = max((ax.get_legend_handles_labels() for ax in axes), key=lambda n: len(n[0]))
+    if len(names[0]) > 7: fig.legend(*names, loc='outside right upper', ncols=1 + len(names[0])//14)
+    else:
+        for ax in axes: ax.legend()
+
 def _chosen(records, rows):
     "{label: its records}, and all of them together"
     rows = {k: pick(records, w) for k, w in (rows.items() if isinstance(rows, dict) else ((r, r) for r in rows))}
@@ -128,7 +135,8 @@ def curves(
                 ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), label=f'{row} ({max(map(len, at.values()))})')
                 ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], color=_color(i), alpha=.2, lw=0)
             ax.set(xlabel='epoch', ylabel=dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, curve))
-            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True)); ax.legend()
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        _legend(fig, [ax for ax, _ in panels])
     return fig
 
 # %% ../nbs/17_figures.ipynb #6dc46f48
@@ -158,7 +166,7 @@ def recall_curve(
             ax.plot(ks, _chance_at(runs[0], d, ks), color='.5', ls=':', label='chance')
             ax.set(xscale='log', xlabel='K, answers looked at', ylim=(0, 100)); ax.set_title(title, loc='left')
             ax.set_xticks(shown := [k for k in (1, 5, 10, 50, 100) if k <= ks[-1]], shown); ax.minorticks_off()
-        axes[0].set_ylabel('percent found'); axes[1].legend()
+        axes[0].set_ylabel('percent found'); _legend(fig, axes[1:])
     return fig
 
 # %% ../nbs/17_figures.ipynb #11212c57
