@@ -50,9 +50,11 @@ def _panels(
 def _legend(fig, axes):
     "Inside the panels while it is short; beside them where it would cover them"
     names = max((ax.get_legend_handles_labels() for ax in axes), key=lambda n: len(n[0]))
-    if len(names[0]) > 7: fig.legend(*names, loc='outside right upper', ncols=1 + len(names[0])//14)
-    else:
+    if len(names[0]) <= 7:
         for ax in axes: ax.legend()
+        return
+    columns = 1 + len(names[0])//14; width, height = fig.get_size_inches(); fig.set_size_inches(width + 1.5*columns, height)
+    fig.legend(*names, loc='outside right upper', ncols=columns)
 
 def _chosen(records, rows):
     "{label: its records}, and all of them together"
