@@ -2,6 +2,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,9 @@ def test_the_right_torch_and_no_torchvision():
     import torch
     major, minor = map(int, torch.__version__.split('.')[:2])
     assert (2, 11) <= (major, minor) < (2, 14) and importlib.util.find_spec('torchvision') is None
+
+
+def test_a_run_without_a_transformer_does_not_import_one():
+    "Four seconds of every small run, and of every command"
+    done = subprocess.run([sys.executable, '-c', "import sys, itm_nb.train, itm_nb.runs; sys.exit('transformers' in sys.modules)"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

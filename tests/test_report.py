@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -313,6 +314,19 @@ def test_each_lint_catches_its_fault(folder, fault, says):
 def test_the_committed_records_are_clean():
     "Recalls from the ranks once more, sums, no record twice: what the study page demands before it writes a table"
     assert lint_records(read_records(ROOT/'figures'/'results')) == []
+
+
+def test_a_long_legend_stands_beside_its_panels(tmp_path):
+    "Many rows would cover the panel or leave it no room; few stay inside"
+    from itm_nb.figures import curves, preview, recall_curve, save_figure
+    told = dict(epoch=[0, 1], val_rsum=[100., 120.])
+    recs = [made_up_record(f'm{k:02d}', 1 + k/10, photos=60) | dict(curves=told) for k in range(16)]; names = [r['method'] for r in recs]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')                                    # a layout that collapses only warns
+        for draw in (curves, recall_curve):
+            few, many = draw(recs, names[:3]), draw(recs, names); files = save_figure(many, tmp_path/'many')
+            assert not few.legends and len(many.legends) == 1 and many.get_size_inches()[0] > few.get_size_inches()[0]
+            assert len(preview(files).data) < files[1].stat().st_size
 
 
 def test_lint_of_records_catches_copies_and_wrong_sums():
