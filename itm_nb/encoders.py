@@ -9,6 +9,7 @@ __all__ = ['POOLS', 'TOWERS', 'real', 'mean_pool', 'max_pool', 'topk_pool', 'pos
 # %% ../nbs/03_encoders.ipynb #b2059eaa
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -106,20 +107,29 @@ class RegionTower(nn.Module):
         norm:bool=False,      # batch normalisation inside the MLP, over all rows with their padding (VSE-infinity)
     ):
         super().__init__()
-        self.linear, self.drop, self.pool = nn.Linear(d_in, dim), nn.Dropout(dropout), pooling(pool)
+        self.linear, self.drop, self.pool, self.norm = nn.Linear(d_in, dim), nn.Dropout(dropout), pooling(pool), norm
         inner = [nn.Flatten(0, 1), nn.BatchNorm1d(hidden), nn.ReLU()] if norm else [nn.ReLU()]
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), *inner, nn.Linear(hidden, dim)) if hidden else None
         nn.init.xavier_uniform_(self.linear.weight); nn.init.zeros_(self.linear.bias)
 
-    def states(self, feats:Tensor)->Tensor:   # (B, R, d_in) -> (B, R, dim)
+    def states(self, feats:Tensor)->Tensor:   # (..., d_in) -> (..., dim)
         "A vector for every region"
         x = self.drop(feats); y = self.linear(x)
         return y + self.mlp(x).view_as(y) if self.mlp else y
 
+    def only_real(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
+        "On the CPU: a vector for every real region, zeros for padding, on which no product is spent"
+        keep = torch.from_numpy(np.flatnonzero(real(num, feats.shape[1]).numpy()))
+        if len(keep) == feats.shape[0]*feats.shape[1]: return self.states(feats)
+        y = self.states(feats.flatten(0, 1)[keep])
+        return y.new_zeros(feats.shape[0]*feats.shape[1], y.shape[1]).index_copy(0, keep, y).view(*feats.shape[:2], -1)
+
     def forward(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, dim)
         "One vector for every image; a linear map and a mean commute, so the mean is taken first where that is all there is"
         if self.pool is mean_pool and not self.mlp: return self.linear(mean_pool(self.drop(feats), num))
-        return self.pool(self.states(feats), num)
+        # to count on an accelerator would stop its stream, and the published normalisation sees padding too
+        whole = self.norm or feats.device.type != 'cpu'
+        return self.pool(self.states(feats) if whole else self.only_real(feats, num), num)
 
 # %% ../nbs/03_encoders.ipynb #3b107945
 class Words(nn.Module):

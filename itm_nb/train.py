@@ -35,11 +35,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import scenes, tokens
+from . import tokens
 from .bytes import sha256_of
 from .cross_attention import AGGS, NORMS, SCORES
 from .data import Batches, DataError, Split, Vocabulary, fingerprint, order, purpose_key, read_scan, write_atomic
 from .folds import Folds, fold_split
+from .kept_worlds import kept
 from .language import load_bert
 from .methods import code_of, costs, fetches, in_force, schedule
 from .metrics import Ranks, exact_matmul, galleries, in_galleries, ranks_blocks, summary
@@ -181,7 +182,7 @@ def _columns(
 def corpus(
     cfg:Config,
     folder='',       # of a data set that is not embedded
-    cache='',        # where decoded pictures are kept; '': runs/pixels
+    cache='',        # where decoded pictures and drawn worlds are kept; '': runs/pixels, runs/worlds
     models='',       # folder of networks; '': models
     workers:int=0,   # threads that load coming batches
 )->Corpus:
@@ -189,7 +190,7 @@ def corpus(
     places = dict(models=models, workers=workers, boxes=cfg.boxes)
     if cfg.vision: places |= dict(pixels=lambda s: Pixels(s.files, cfg.size, cfg.frame, cache or Path('runs')/'pixels', workers))
     if cfg.data == 'scenes':
-        world = scenes.make(cfg.preset, rho=cfg.rho, seed=cfg.seed if cfg.world < 0 else cfg.world)
+        world = kept(cache or Path('runs')/'worlds', cfg.preset, cfg.rho, cfg.seed if cfg.world < 0 else cfg.world)
         return Corpus(cfg.name or f'scenes {cfg.preset}, rho {cfg.rho:g} %', world.split, world, **places)
     if not folder: raise DataError('folder', 'no data folder', 'the folder of a data set', 'Give one: -p folder PATH.')
     if cfg.data == 'images':

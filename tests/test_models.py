@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from itm_nb.data import DataError
+from itm_nb.encoders import RegionTower
 from itm_nb.metrics import ranks_of, summary
 from itm_nb.models import from_pretrained
 from itm_nb.runs import picks
@@ -88,3 +89,24 @@ def test_picks_are_logged_and_judged(tmp_path):
     assert 'false' not in picks(tmp_path/'r', train)['on']['i2t']
     (tmp_path/'cut').write_bytes((tmp_path/'r'/'picks.bin').read_bytes()[:-1])
     with pytest.raises(DataError, match=str(PICK.itemsize)): load_picks(tmp_path/'cut')
+
+
+@pytest.mark.parametrize('pool', ['max', 'mean', 'topk', 'gpo'])
+def test_padding_costs_no_products_and_changes_nothing(pool):
+    "Where only some regions are real, values and gradients are those of the tower that encodes padding too"
+    torch.manual_seed(0); tower = RegionTower(5, 6, hidden=8, pool=pool).double()
+    feats, num = torch.randn(7, 4, 5, dtype=torch.float64), torch.tensor([4, 1, 2, 3, 4, 1, 2]); seen = []
+    tower.mlp[0].register_forward_hook(lambda m, x, y: seen.append(x[0].numel()//5))
+    def results(f):
+        tower.zero_grad(); y = f(); (y*torch.arange(6)).sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in tower.parameters() if p.grad is not None)]
+    ours, whole = results(lambda: tower(feats, num)), results(lambda: tower.pool(tower.states(feats), num))
+    assert seen == [17, 28] and len(ours) == len(whole) and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, whole))
+    full = torch.full((7,), 4); assert torch.equal(tower(feats, full), tower.pool(tower.states(feats), full))
+
+
+def test_the_published_normalisation_sees_padding():
+    "VSE-infinity's batch normalisation counts every row: leaving padding out would change what it learns"
+    torch.manual_seed(0); a, b = (RegionTower(5, 6, hidden=8, pool='max', norm=True) for _ in range(2)); b.load_state_dict(a.state_dict())
+    feats, num = torch.randn(7, 4, 5), torch.tensor([4, 1, 2, 3, 4, 1, 2])
+    assert torch.equal(a(feats, num), b.pool(b.states(feats), num)) and torch.equal(a.mlp[2].running_mean, b.mlp[2].running_mean)
