@@ -22,6 +22,10 @@ def real(
     "The mask of the real elements; they come first"
     return torch.arange(size, device=lengths.device) < lengths[:,None]
 
+def _places(lengths, size)->Tensor:   # (n,) in the flattened mask
+    "Where the real elements are; for the CPU alone: to count on an accelerator would stop its stream"
+    return torch.from_numpy(np.flatnonzero(real(lengths, size).numpy()))
+
 # %% ../nbs/03_encoders.ipynb #f2d613fa
 def mean_pool(
     x:Tensor,         # (B, R, D) states
@@ -119,7 +123,7 @@ class RegionTower(nn.Module):
 
     def only_real(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
         "On the CPU: a vector for every real region, zeros for padding, on which no product is spent"
-        keep = torch.from_numpy(np.flatnonzero(real(num, feats.shape[1]).numpy()))
+        keep = _places(num, feats.shape[1])
         if len(keep) == feats.shape[0]*feats.shape[1]: return self.states(feats)
         y = self.states(feats.flatten(0, 1)[keep])
         return y.new_zeros(feats.shape[0]*feats.shape[1], y.shape[1]).index_copy(0, keep, y).view(*feats.shape[:2], -1)
@@ -127,8 +131,7 @@ class RegionTower(nn.Module):
     def forward(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, dim)
         "One vector for every image; a linear map and a mean commute, so the mean is taken first where that is all there is"
         if self.pool is mean_pool and not self.mlp: return self.linear(mean_pool(self.drop(feats), num))
-        # to count on an accelerator would stop its stream, and the published normalisation sees padding too
-        whole = self.norm or feats.device.type != 'cpu'
+        whole = self.norm or feats.device.type != 'cpu'                       # the published normalisation sees padding too
         return self.pool(self.states(feats) if whole else self.only_real(feats, num), num)
 
 # %% ../nbs/03_encoders.ipynb #3b107945
@@ -159,9 +162,15 @@ class MeanTower(nn.Module):
         "A vector for every word"
         return self.linear(self.words(tokens))
 
+    def mean(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, d_word)
+        "The mean of the word vectors; on the CPU padding is not even looked up"
+        if tokens.device.type != 'cpu': return mean_pool(self.words(tokens), lengths)
+        at = _places(lengths, tokens.shape[1]); x = self.words(tokens.flatten()[at])
+        return x.new_zeros(len(tokens), x.shape[1]).index_add(0, at//tokens.shape[1], x) / lengths[:,None].clamp(min=1)
+
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
         "One vector for every sentence; with mean pooling the mean is taken before the linear map, at a tenth of the products"
-        if self.pool is mean_pool: return self.linear(mean_pool(self.words(tokens), lengths))
+        if self.pool is mean_pool: return self.linear(self.mean(tokens, lengths))
         return self.pool(self.states(tokens, lengths), lengths)
 
 # %% ../nbs/03_encoders.ipynb #84907ecf

@@ -17,7 +17,7 @@ from typing import Callable
 
 import numpy as np
 import torch
-from scipy import sparse, stats
+from scipy import sparse
 from scipy.special import gammaln
 from torch import Tensor
 
@@ -515,6 +515,7 @@ def _ratio(s, n, axis=-1): return s.sum(axis) / n.sum(axis)
 
 def _drawn(s, n, draws:int, seed:int)->np.ndarray:
     "Means of `draws` samples of clusters, drawn with replacement"
+    from scipy import stats                              # takes a second to import, and a run that trains needs none
     rng = np.random.default_rng(seed)
     return stats.bootstrap((s, n), _ratio, paired=True, vectorized=True, n_resamples=draws, batch=max(1, 2**21 // len(s)),
                            method='percentile', random_state=rng).bootstrap_distribution
@@ -562,6 +563,7 @@ def paired(
     level:float=.95,
 )->Difference:          # of a - b
     "Paired bootstrap and sign-flip permutation test over clusters"
+    from scipy import stats
     a, b = (_array(x).astype(np.float64) for x in (a, b))
     if a.shape != b.shape: raise DataError('paired', f'{a.shape} and {b.shape} values', 'the same queries on both sides')
     s, c = _sums(a-b, clusters); d = float(_ratio(s, c))
@@ -581,6 +583,7 @@ def corrected_t(
     level:float=.95,
 )->Difference:
     "Mean difference over blocks whose training sets overlap (Nadeau and Bengio's corrected resampled t-test)"
+    from scipy import stats
     d = np.asarray(differences, dtype=np.float64); k = len(d)
     if k < 2: return Difference(float(d.mean()), math.nan, math.nan, math.nan, k)
     se = math.sqrt((1/k + n_test/n_train) * d.var(ddof=1)); mean = float(d.mean())
