@@ -139,23 +139,50 @@ def _one(c, w):
     w = w.double(); first = torch.zeros_like(w); first[:,0] = c.legal[:,0].double()
     w = torch.where(w.sum(1, keepdim=True) > 0, w, first); return w / w.sum(1, keepdim=True).clamp_min(1e-300)
 
+def _tilted(w, s, lam):
+    "Probabilities tilted by exp(lam s); `s` holds the row's largest where `w` is 0, so that no power overflows"
+    top, low = s.amax(1, keepdim=True), s.amin(1, keepdim=True); lam = lam[:,None]
+    t = w*torch.exp(lam*(s - torch.where(lam >= 0, top, low)))
+    return t / t.sum(1, keepdim=True).clamp_min(1e-300)
+
+def _tilt(w, s, want, most, steps):
+    "The tilt at which every row's mean score is the one wanted: Newton's steps, halved where they leave what is known"
+    lam, low, high = (torch.full_like(want, x) for x in (0., -most, most)); left = torch.arange(len(want))
+    for _ in range(steps):
+        t = _tilted(w[left], s[left], lam[left]); mean = (t*s[left]).sum(1); miss = want[left] - mean
+        at, lo, hi = lam[left], low[left], high[left]
+        lo, hi = torch.where(miss > 0, at, lo), torch.where(miss < 0, at, hi)
+        step = at + miss/(t*(s[left] - mean[:,None])**2).sum(1).clamp_min(1e-300)
+        more = (miss.abs() > 1e-12) & (hi - lo > 1e-9)
+        low[left], high[left], lam[left] = lo, hi, torch.where(more, torch.where((step > lo) & (step < hi), step, (lo+hi)/2), at)
+        left = left[more]
+        if not len(left): break
+    return lam
+
 def as_hard_as(
     rival:Callable,        # Ranked -> (B, K)
     other:Callable,        # Ranked -> (B, K): whose expected score is wanted, of every anchor
-    steps:int=60,          # of the bisection
+    steps:int=60,          # of Newton's search at most, each kept inside what is known
+    most:float=2000.,      # largest tilt
 )->Callable:               # Ranked -> (B, K)
     "The rival, tilted towards hard or easy candidates until its draws are as hard"
     def sample(c:Ranked)->Tensor:
-        w, s = rival(c).double(), torch.where(c.legal, c.score, 0.).double(); want = (other(c).double()*s).sum(1)
-        low, high = (torch.full_like(want, x) for x in (-2000., 2000.)); top = torch.where(w > 0, s, -torch.inf).amax(1, keepdim=True)
-        def tilted(lam):
-            e = lam[:,None]*(s - top); e = torch.where(w > 0, e - torch.where(w > 0, e, -torch.inf).amax(1, keepdim=True), -torch.inf)
-            t = w*torch.exp(e); return t / t.sum(1, keepdim=True).clamp_min(1e-300)
-        for _ in range(steps):
-            mid = (low+high)/2; easy = (tilted(mid)*s).sum(1) < want
-            low, high = torch.where(easy, mid, low), torch.where(easy, high, mid)
-        return tilted((low+high)/2)
+        w, score = rival(c).double(), torch.where(c.legal, c.score, 0.).double(); want = (other(c).double()*score).sum(1)
+        held = (w > 0).any(0); out = torch.zeros_like(w)
+        if held.any():
+            u, s = w[:,held], score[:,held]; top = torch.where(u > 0, s, -torch.inf).amax(1, keepdim=True)
+            s = torch.where(u > 0, s, torch.where(top.isfinite(), top, 0.))
+            out[:,held] = _tilted(u, s, _tilt(u, s, want, most, steps))
+        return out
     return sample
+
+def _once(sample:Callable)->Callable:
+    "Keeps its last answer: rivals at equal hardness ask for the same draw of the same candidates again"
+    kept = [None, None]
+    def ask(c):
+        if kept[0] is not c: kept[:] = c, sample(c)
+        return kept[1]
+    return ask
 
 def samplers(
     m:Tensor,              # (2, 3) moments
@@ -163,8 +190,8 @@ def samplers(
     **kw                   # of `fne.weights`
 )->dict:                   # name -> sampler
     "FNE's draw, and its rivals at the same hardness"
-    draw, flat = fne_sampler(m, **kw), fne_sampler(m, **kw | dict(threshold=1., cutdown=False))
-    tau5, dealt = fne_sampler(m, **kw | dict(tau=5.)), fne_sampler(m, deals, **kw)
+    own = lambda permuted=0, **more: _once(fne_sampler(m, permuted, **kw | more))
+    draw, flat, tau5, dealt = own(), own(threshold=1., cutdown=False), own(tau=5.), own(deals)
     return {'fne draw': draw, 'uniform above the floor': flat, 'fne permuted': dealt, 'fne draw, tau 5': tau5,
             'uniform, as hard as fne': as_hard_as(flat, draw), 'permuted, as hard as fne': as_hard_as(dealt, draw),
             'uniform, as hard as tau 5': as_hard_as(flat, tau5)}

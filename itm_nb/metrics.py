@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable
 
 import numpy as np
@@ -513,12 +514,22 @@ def _sums(values, clusters):
 
 def _ratio(s, n, axis=-1): return s.sum(axis) / n.sum(axis)
 
+def _pieces(k:int, draws:int, seed:int):
+    "How often each of `k` clusters is in each of `draws` samples (uint8: never above 255 in practice), a few rows at a time"
+    rng, rows = np.random.default_rng(seed), max(1, 2**21//k)
+    for i in range(0, draws, rows):
+        m = min(rows, draws-i)
+        at = rng.integers(0, k, (m, k)) + k*np.arange(m)[:,None]
+        yield np.bincount(at.ravel(), minlength=m*k).reshape(m, k).clip(max=255).astype(np.uint8)
+
+@lru_cache(maxsize=4)
+def _samples(k:int, draws:int, seed:int)->tuple: return tuple(_pieces(k, draws, seed))
+
 def _drawn(s, n, draws:int, seed:int)->np.ndarray:
-    "Means of `draws` samples of clusters, drawn with replacement"
-    from scipy import stats                              # takes a second to import, and a run that trains needs none
-    rng = np.random.default_rng(seed)
-    return stats.bootstrap((s, n), _ratio, paired=True, vectorized=True, n_resamples=draws, batch=max(1, 2**21 // len(s)),
-                           method='percentile', random_state=rng).bootstrap_distribution
+    "Means of `draws` samples of clusters, drawn with replacement; every row of a table is judged by the same samples, which are drawn once"
+    k, both = len(s), np.stack([s, n], 1)
+    sums = np.concatenate([p @ both for p in (_samples if k*draws <= 2**27 else _pieces)(k, draws, seed)])
+    return sums[:,0]/sums[:,1]
 
 def bootstrap(
     values,             # (Q,) one number per query

@@ -216,7 +216,7 @@ def execute(
     bar:bool=True,       # papermill's progress bar
 )->int:                  # exit code: 0 finished, 75 stopped and resumable, 1 failed
     "Run a notebook with these parameters; DONE is written last"
-    sys.modules.setdefault('rfc3987_syntax', None)     # for jsonschema it compiles a grammar of web addresses, two seconds in every process; notebooks hold none
+    sys.modules.setdefault('rfc3987_syntax', None)     # two seconds in every process: jsonschema would compile a grammar of web addresses
     import papermill
     from nbclient.exceptions import DeadKernelError
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, _pass_on(out))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
+from scipy import sparse, stats
 
 from itm_nb import metrics
 from itm_nb.data import DataError
@@ -267,6 +267,16 @@ def test_large_galleries_stay_exact():
 
 
 # ---- intervals and tests ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('k', [2, 7, 900])
+def test_bootstrap_draws_what_scipy_draws(k):
+    "The same samples as the library's, once for all rows of a table instead of once for each"
+    rng = np.random.default_rng(k); s, n = rng.random(k), rng.integers(1, 6, k).astype(float)
+    theirs = stats.bootstrap((s, n), lambda s, n, axis=-1: s.sum(axis)/n.sum(axis), paired=True, vectorized=True, n_resamples=3000, batch=max(1, 2**21//k),
+                             method='percentile', random_state=np.random.default_rng(5)).bootstrap_distribution
+    assert np.allclose(metrics._drawn(s, n, 3000, 5), theirs, rtol=1e-12, atol=0)
+    pieces = np.concatenate(list(metrics._pieces(k, 3000, 5))); assert (pieces.sum(1) == k).all()
+
 
 def test_bootstrap_covers():
     "Of 200 samples of clustered data about 95 % of the intervals hold the truth; without clusters far fewer"
