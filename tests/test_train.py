@@ -123,6 +123,15 @@ def test_training_never_opens_the_test_split(tmp_path, world):
     assert set(opened) == {'train', 'val'}
 
 
+def test_a_world_is_drawn_once(tmp_path, monkeypatch):
+    "The second run reads what the first has drawn, and trains the same model"
+    cfg = config(asdict(TINY) | dict(epochs=1))
+    first = fit(cfg, tmp_path/'a', corpus(cfg, cache=tmp_path/'worlds'), progress=False).history
+    monkeypatch.setattr('itm_nb.scenes.make', lambda *a, **k: pytest.fail('drawn again'))
+    assert fit(cfg, tmp_path/'b', corpus(cfg, cache=tmp_path/'worlds'), progress=False).history == first
+    assert [f.suffix for f in (tmp_path/'worlds').iterdir()] == ['.npz']
+
+
 def test_arms_share_their_streams(world):
     "Same seed, other method: same initial weights, same order; another seed: neither"
     a, b = (build(config(asdict(TINY) | dict(method=m)), 64, 50).state_dict() for m in ('vsepp', 'infonce'))
