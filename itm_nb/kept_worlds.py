@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import scenes, speaker, truth, world
+from . import data, scenes, speaker, truth, world
 from .bytes import sha256_of
 from .data import Split, write_atomic
 from .scenes import Part, World
@@ -61,7 +61,7 @@ def unpack(
 @cache
 def _source()->str:
     "What the bytes of a world depend on beside its arguments"
-    return ' '.join([np.__version__, *(sha256_of(m.__file__) for m in (truth, world, speaker, scenes))])
+    return ' '.join([np.__version__, *(sha256_of(m.__file__) for m in (data, truth, world, speaker, scenes))])
 
 def kept(
     folder,             # where drawn worlds are kept, made if need be; safe to delete at any time
