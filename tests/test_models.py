@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from itm_nb.data import DataError
-from itm_nb.encoders import RegionTower
+from itm_nb.encoders import MeanTower, RegionTower, mean_pool
 from itm_nb.metrics import ranks_of, summary
 from itm_nb.models import from_pretrained
 from itm_nb.runs import picks
@@ -110,3 +110,20 @@ def test_the_published_normalisation_sees_padding():
     torch.manual_seed(0); a, b = (RegionTower(5, 6, hidden=8, pool='max', norm=True) for _ in range(2)); b.load_state_dict(a.state_dict())
     feats, num = torch.randn(7, 4, 5), torch.tensor([4, 1, 2, 3, 4, 1, 2])
     assert torch.equal(a(feats, num), b.pool(b.states(feats), num)) and torch.equal(a.mlp[2].running_mean, b.mlp[2].running_mean)
+
+
+def test_off_the_cpu_nothing_is_counted():
+    "On a device that holds no values, so that nobody can count its padding, towers run forward and backward"
+    num = torch.tensor([4, 1, 2], device='meta')
+    image = RegionTower(5, 6, hidden=8, pool='max', dropout=.1).to('meta'); text = MeanTower(9, 6, 5, dropout=.1).to('meta')
+    y = image(torch.empty(3, 4, 5, device='meta'), num) * text(torch.zeros(3, 4, dtype=torch.long, device='meta'), num)
+    y.sum().backward(); assert y.shape == (3, 6) and all(p.grad is not None for m in (image, text) for p in m.parameters())
+    with pytest.raises((RuntimeError, TypeError, NotImplementedError)): image.only_real(torch.empty(3, 4, 5, device='meta'), num)
+
+
+def test_words_of_padding_change_nothing():
+    "The mean of words, with and without looking padding up: values and gradients"
+    torch.manual_seed(0); tower = MeanTower(9, 6, 5).double(); tokens, lengths = torch.randint(1, 9, (7, 4)), torch.tensor([4, 1, 2, 3, 4, 1, 2])
+    def results(f): tower.zero_grad(); y = f(); (y*torch.arange(6)).sum().backward(); return [y.detach(), *(p.grad.clone() for p in tower.parameters())]
+    ours, whole = results(lambda: tower(tokens, lengths)), results(lambda: tower.linear(mean_pool(tower.words(tokens), lengths)))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, whole))
