@@ -58,8 +58,8 @@ def pack(
 )->Tensor:             # (M, U) int64 masks, 0 where a caption has fewer units
     "Units as bit masks; empty ones are left out"
     masks = [[sum({1 << (p+offset) for p in u if p+offset < 63}) for u in g] for g in groups]
-    masks = [[m for m in g if m] for g in masks]
-    return torch.tensor([g + [0]*(max(map(len, masks), default=0) - len(g)) for g in masks], dtype=torch.int64).view(len(masks), -1)
+    masks = [[m for m in g if m] for g in masks]; most = max(map(len, masks), default=0)
+    return torch.tensor([g + [0]*(most - len(g)) for g in masks], dtype=torch.int64).view(len(masks), -1)
 
 def members(
     units:Tensor,   # (B, U)
@@ -192,15 +192,15 @@ def refill_law(
     never:Tensor=None,        # (V,) ids that may not be drawn
 )->Tensor:                    # (n, V)
     "The chance of every word"
-    if never is not None: logits = logits.masked_fill(never, -torch.inf)
-    return (logits/temperature).softmax(-1)
+    z = logits/temperature
+    return (z if never is None else z.masked_fill_(never, -torch.inf)).softmax(-1)
 
 def draw_words(
     law:Tensor,     # (n, V)
     u:Tensor,       # (n, S) uniforms
 )->Tensor:          # (n, S) ids
     "Draw words, with replacement"
-    cum = law.double().cumsum(-1); whole = cum[:,-1:]
+    cum = law.cumsum(-1, dtype=torch.double); whole = cum[:,-1:]
     point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(cum, point, right=True)
 
