@@ -65,17 +65,23 @@ def read_sweep(
     for bs in (spec['blocks'], *((own or {}).get('blocks', []) for own in spec['profiles'].values())):
         _must_be(path, 'blocks', bs, list)
         for b in bs: _must_be(path, 'a block', b, dict)
-    if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
     if profile and profile not in spec['profiles']:
         raise SetupError(f'{path.name}: no profile called {profile!r}; there are {", ".join(spec["profiles"]) or "none"}')
-    return _with_profile(spec, dict(spec['profiles'][profile] or {})) if profile else spec
+    if profile: spec = _with_profile(path, spec, dict(spec['profiles'][profile] or {}))
+    if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
+    return spec
 
-def _with_profile(spec, own)->dict:
-    "A profile's settings over the base; one that has its own blocks or declares its own cost replaces those of the file"
-    cost, blocks = own.pop('cost', None), own.pop('blocks', spec['blocks']); spec = spec | dict(base=spec['base'] | own, blocks=blocks)
-    if cost is None: return spec
-    bare = lambda part: {n: {k: v for k, v in (x or {}).items() if k != 'cost'} for n, x in spec[part].items()}
-    return spec | dict(cost=cost) | {part: bare(part) for part in PARTS}
+def _with_profile(path, spec, own)->dict:
+    "A profile's settings over the base, its runs over those of the file; its own blocks, or its own cost, replace what the file has"
+    cost, blocks = own.pop('cost', None), own.pop('blocks', spec['blocks']); parts = {k: own.pop(k, {}) for k in PARTS}
+    for k, named in parts.items():
+        _must_be(path, f"a profile's {k}", named, dict)
+        for n, x in named.items(): _must_be(path, f"a profile's {k}: {n}", x or {}, dict)
+    spec = spec | dict(base=spec['base'] | own, blocks=blocks)
+    if cost is not None:
+        bare = lambda part: {n: {k: v for k, v in (x or {}).items() if k != 'cost'} for n, x in spec[part].items()}
+        spec = spec | dict(cost=cost) | {part: bare(part) for part in PARTS}
+    return spec | {k: spec[k] | {n: (spec[k].get(n) or {}) | (x or {}) for n, x in named.items()} for k, named in parts.items()}
 
 # %% ../nbs/15_sweeps.ipynb #246e73a5
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Config:
     rho:float=.25              # scenes: share of cross pairs that are true, in percent
     world:int=-1               # scenes: which world; -1: the seed's own
     dims:int=0                 # SCAN layout: keep the first so many feature dimensions; 0: all
-    regions:str='all'          # SCAN layout: 'all', or 'first:last' or one number: which regions to keep
+    regions:str='all'          # SCAN layout: 'all', 'first:last' or numbers ('16', '5,6,16'): which regions to keep
     image_hidden:int=512       # width of the image tower's MLP; 0: linear
     image_pool:str='max'       # 'mean', 'max', 'topk', 'gpo'
     text:str='mean'            # text tower: 'mean', 'conv', 'gru'
@@ -172,12 +172,15 @@ class Corpus:
                        boxes=self.boxes)
 
 def _columns(
-    regions:str,   # 'all', 'first:last' or one number
+    regions:str,   # 'all', 'first:last' or numbers
 ):
     "Which region columns a setting names"
     if regions == 'all': return None
-    a, _, b = regions.partition(':')
-    return slice(int(a), int(b) if b else int(a)+1)
+    try:
+        if ',' in regions: return [int(x) for x in regions.split(',')]
+        a, _, b = regions.partition(':')
+        return slice(int(a), int(b) if b else int(a)+1)
+    except ValueError: raise ValueError(f"regions is 'all', 'first:last' or numbers like '5,6,16', not {regions!r}") from None
 
 def corpus(
     cfg:Config,
