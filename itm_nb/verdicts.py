@@ -97,7 +97,7 @@ def _matched(arms, metric):
     every, both = set().union(*seen), sorted(set(seen[0]).intersection(*seen), key=str)
     if len({k for _, k in both}) < len(both):
         raise DataError(f'arms {", ".join(a for a, _ in arms)}', f'the same blocks in sweeps {", ".join(sorted({s for s, _ in both}))}',
-                        'one sweep', 'Name it: arms: {ARM: {method: ARM, sweep: SWEEP}}.')
+                        'one sweep', 'Name it in the test, sweeps: [SWEEP], or of an arm, arms: {ARM: {method: ARM, sweep: SWEEP}}.')
     sweeps = {s for s, _ in both} or {s for s, _ in every}
     return [[s[k] for k in both] for s in seen], sum(s in sweeps for s, _ in every) - len(both)
 
@@ -157,7 +157,7 @@ def holm(
     return np.where(np.isnan(p), np.nan, out), level
 
 # %% ../nbs/16_verdicts.ipynb #ae3ec7a2
-_TEST = dict(claim=str, contrasts=list, delta=(int, float), gate=list, arms=dict, on=list)
+_TEST = dict(claim=str, contrasts=list, delta=(int, float), gate=list, arms=dict, on=list, sweeps=list)
 _CONTRAST = dict(of=dict, minus=(int, float), metric=str, delta=(int, float), less=dict, less_metric=str)
 _SET = dict(about=str, where=dict, folds=bool, metric=str, delta=(int, float), blocks=int)
 _GATE = dict(of=str, metric=str, at_least=(int, float))
@@ -271,14 +271,15 @@ def verdicts(
     for name, s in tests['sets'].items():
         mine, todo = _within(records, s, preset), {k: t for k, t in tests['tests'].items() if name in t.get('on', tests['sets'])}
         lines = {k: [] for k in todo}
+        of = {k: [r for r in mine if r['sweep'] in t.get('sweeps', [r['sweep']])] for k, t in todo.items()}
         for k, t in todo.items():
             for c in t['contrasts']:
                 metric, delta = c.get('metric', s['metric']), float(c.get('delta', t.get('delta', s['delta'])))
-                con = _less(mine, c, metric, arms=t.get('arms', {}), draws=tests['draws'])
+                con = _less(of[k], c, metric, arms=t.get('arms', {}), draws=tests['draws'])
                 lines[k].append(dict(set=name, test=k, preset=preset) | _line(c, con, metric, delta, mine) | dict(e=con.estimate))
         p = [math.nan if any(math.isnan(l['p']) for l in ls) else max(l['p'] for l in ls) for ls in lines.values()]
         for (k, ls), ph, level in zip(lines.items(), *holm(p, tests['alpha'])):
-            out += _decide(ls, tests['alpha'], level, ph, _gate(mine, todo[k].get('gate', [])), s.get('blocks', 5))
+            out += _decide(ls, tests['alpha'], level, ph, _gate(of[k], todo[k].get('gate', [])), s.get('blocks', 5))
     return pd.DataFrame(out)
 
 def agreed(
