@@ -85,13 +85,16 @@ def rescore(
     q:Tensor,           # (N, D)
     k:Tensor,           # (M, D)
     idx:Tensor,         # (N, w) which keys
-    block:int=2**17,    # numbers gathered at a time: they stay in the cache
+    block:int=0,        # numbers gathered at a time; 0: as many as stay in the cache of a CPU, more elsewhere
 )->Tensor:              # (N, w) float32
     "Scores by definition: float64 dot products, rounded to float32"
+    cpu = k.device.type == 'cpu'; block = block or (2**17 if cpu else 2**24)
     out, n = torch.empty(idx.shape), max(1, block // max(idx.shape[1]*k.shape[1], 1))
     for a in range(0, len(q), n):
-        at = idx[a:a+n].clamp(min=0).to(k.device); x = k.index_select(0, at.flatten()).view(*at.shape, -1).double()
-        out[a:a+n] = (x @ q[a:a+n].double().unsqueeze(-1)).squeeze(-1).float().cpu()
+        at = idx[a:a+n].clamp(min=0).to(k.device); x = k.index_select(0, at.flatten()).view(*at.shape, -1).double(); v = q[a:a+n].double()
+        # on a CPU a batch of a few products of matrix and vector takes half as long one by one
+        s = torch.stack([y @ z for y, z in zip(x, v)]) if cpu else (x @ v.unsqueeze(-1)).squeeze(-1)
+        out[a:a+n] = s.float().cpu()
     return out.masked_fill(idx < 0, -torch.inf)
 
 def _full(q, k, own, own_k, h, block=2**22):
