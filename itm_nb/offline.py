@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,21 +82,39 @@ def ordered(
     return Lists(idx.masked_fill(score == -torch.inf, -1).int(), score)
 
 # %% ../nbs/07_offline.ipynb #b2013e48
+def _sampled(q, k, idx, keys=2**20, queries=2**22, pairs=2**21):
+    """On a CPU: only the wanted entries of the product, a block of keys at a time that stays in the cache. Gathering a row for every entry, and making it
+    float64 there, takes more than twice as long."""
+    D, w = q.shape[1], max(idx.shape[1], 1); cols, n, out = max(1, keys//D), max(1, min(queries//D, pairs//w)), torch.empty(idx.shape)
+    for a in range(0, len(q), n):
+        at = idx[a:a+n].clamp(min=0).flatten().long(); part = at//cols; by = part.argsort(stable=True)     # by block of keys, then by row: as CSR wants it
+        at, row, x, s, b = at[by], by//w, q[a:a+n].double(), torch.empty(len(by)), 0
+        for p, e in enumerate(torch.bincount(part).cumsum(0).tolist()):
+            if e == b: continue
+            y = k[p*cols:(p+1)*cols].double(); first = torch.searchsorted(row[b:e], torch.arange(len(x)+1))
+            where = torch.sparse_csr_tensor(first, at[b:e] - p*cols, x.new_zeros(e-b), (len(x), len(y)), check_invariants=False)
+            s[b:e] = torch.sparse.sampled_addmm(where, x, y.T, beta=0.).values().float(); b = e
+        out[a:a+n] = torch.empty_like(s).scatter_(0, by, s).view(idx[a:a+n].shape)
+    return out
+
+def _gathered(q, k, idx, block=2**24):
+    "On an accelerator: the wanted rows, `block` numbers at a time"
+    out, n = torch.empty(idx.shape), max(1, block // max(idx.shape[1]*k.shape[1], 1))
+    for a in range(0, len(q), n):
+        x = k[idx[a:a+n].clamp(min=0).to(k.device)].double()
+        out[a:a+n] = (x @ q[a:a+n].double().unsqueeze(-1)).squeeze(-1).float().cpu()
+    return out
+
 def rescore(
     q:Tensor,           # (N, D)
     k:Tensor,           # (M, D)
-    idx:Tensor,         # (N, w) which keys
-    block:int=0,        # numbers gathered at a time; 0: as many as stay in the cache of a CPU, more elsewhere
-)->Tensor:              # (N, w) float32
+    idx:Tensor,         # (N, w) which keys; -1: none
+)->Tensor:              # (N, w) float32; -inf where there is none
     "Scores by definition: float64 dot products, rounded to float32"
-    cpu = k.device.type == 'cpu'; block = block or (2**17 if cpu else 2**24)
-    out, n = torch.empty(idx.shape), max(1, block // max(idx.shape[1]*k.shape[1], 1))
-    for a in range(0, len(q), n):
-        at = idx[a:a+n].clamp(min=0).to(k.device); x = k.index_select(0, at.flatten()).view(*at.shape, -1).double(); v = q[a:a+n].double()
-        # one by one: torch's batch of a few products of matrix and vector is slower on a CPU, for lists of 60 by a third or more
-        s = torch.stack([y @ z for y, z in zip(x, v)]) if cpu else (x @ v.unsqueeze(-1)).squeeze(-1)
-        out[a:a+n] = s.float().cpu()
-    return out.masked_fill(idx < 0, -torch.inf)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Sparse CSR')                   # the form is called beta; its result is checked against plain products below
+        found = (_sampled if k.device.type == 'cpu' else _gathered)(q, k, idx)
+    return found.masked_fill(idx < 0, -torch.inf)
 
 def _full(q, k, own, own_k, h, block=2**22):
     "Lists of a few rows against every key, by definition"
