@@ -195,14 +195,20 @@ def refill_law(
     z = logits/temperature
     return (z if never is None else z.masked_fill_(never, -torch.inf)).softmax(-1)
 
+def _below(x, most): return torch.minimum(x, torch.nextafter(most, torch.zeros_like(most)))
+
 def draw_words(
-    law:Tensor,     # (n, V)
-    u:Tensor,       # (n, S) uniforms
-)->Tensor:          # (n, S) ids
-    "Draw words, with replacement"
-    cum = law.cumsum(-1, dtype=torch.double); whole = cum[:,-1:]
-    point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    return torch.searchsorted(cum, point, right=True)
+    law:Tensor,       # (n, V)
+    u:Tensor,         # (n, S) uniforms
+    width:int=64,     # words of a block
+)->Tensor:            # (n, S) ids
+    "Draw words, with replacement: first a block of the vocabulary, then a word of it, so that only the blocks drawn are summed word by word"
+    n, V = law.shape; S = u.shape[1]; parts = F.pad(law, (0, -V % width)).view(n, -1, width)
+    cum = parts.sum(-1).cumsum(-1, dtype=torch.double); point = _below(u*cum[:,-1:], cum[:,-1:])
+    block = torch.searchsorted(cum, point, right=True); first = F.pad(cum, (1, 0)).gather(1, block)
+    inner = parts[torch.arange(n, device=law.device)[:,None], block].cumsum(-1, dtype=torch.double)          # (n, S, width)
+    rest = _below((point - first).clamp(min=0)[...,None], inner[...,-1:])                                    # the two sums may differ in their last bits
+    return block*width + torch.searchsorted(inner, rest, right=True)[...,0]
 
 def fill(
     copies:Tensor,   # (B, K, L)
@@ -459,10 +465,10 @@ class Synthetic:
         place, logits, also = _lessons(self, s, tokens if not s.img.is_cuda else there, there, copies, hit)
         made = _draw(self, cap.to(device), place, logits, copies, wanted, s)
         legal, minus, why = _legal(self, made, own, there)
-        score = _score(self, s, made, legal, (tokens != 0).sum(1)) - minus
+        long = (tokens != 0).sum(1); score = _score(self, s, made, legal, long) - minus
         pos = s.model.blind(s.images, there) if self.blind else view.positive()
         if self.tally and torch.is_grad_enabled(): self.tally.count(legal, s.epoch)
-        rescore = lambda idx: _rescore(self, s, made, legal, wanted, there, idx, int(hit.sum(-1).max()))
+        rescore = lambda idx: _rescore(self, s, made, legal, wanted, there, long, idx, int(hit.sum(-1).max()))
         who = lambda: dict(image=s.img[:,None].expand_as(legal), caption=torch.full_like(legal, -1, dtype=torch.int64)) | why
         return Candidates(score, legal, pos, rescore, also | dict(clean=legal.sum(1)), who)
 
@@ -522,15 +528,23 @@ def _score(g, s, made, legal, lengths):
                 if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, lengths.to(b.device)[b])).to(score)
     return score
 
-def _rescore(g, s, made, legal, hit, tokens, idx, most):
+def _read(g, s, e, lengths):
+    "Scores of sentences (B, k, L) and, where heads ask, their states with the regions, bucket by bucket"
+    (B, k, L), m, seen = e.shape, s.model, _seen(s, s.model, 'heads' in g.misled) if g.heads else None; score, states, rows = [], [], []
+    for row, long in buckets(lengths):
+        r = row.to(e.device); of = r.repeat_interleave(k); flat = e[r,:,:long].flatten(0, 1); rows.append(r)
+        score.append(m.pairs(s.images[of], m.text(flat, lengths.to(e.device)[of])).view(-1, k))
+        if g.heads: states.append(F.pad(m.tokens(seen[of], flat).view(len(r), k, long, -1), (0, 0, 0, L - long)))
+    back = torch.cat(rows).argsort()
+    return torch.cat(score)[back], torch.cat(states)[back] if g.heads else None
+
+def _rescore(g, s, made, legal, hit, tokens, lengths, idx, most):
     "Scores of what was picked, with gradient, and what its words say"
     (B, k), L, m = idx.shape, made.shape[2], s.model
     if not k: return {'': torch.zeros(B, 0, device=made.device), 'tokens': made}
-    e = made.gather(1, idx[...,None].expand(-1, -1, L)); flat = e.flatten(0, 1); of = torch.arange(B, device=e.device).repeat_interleave(k)
-    out = {'': m.pairs(s.images[of], m.text(flat, (tokens != 0).sum(1)[of])).view(B, k), 'tokens': e}
+    e = made.gather(1, idx[...,None].expand(-1, -1, L)); score, states = _read(g, s, e, lengths); out = {'': score, 'tokens': e}
     if g.tally and torch.is_grad_enabled(): g.tally.look(e, legal.gather(1, idx), s.img, s.cap)
     if not g.heads: return out
-    states = m.tokens(_seen(s, m, 'heads' in g.misled)[of], flat).view(B, k, L, -1)
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
     out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e))
     return out | _corrections(m, states, was, tokens, most)
