@@ -103,7 +103,7 @@ class Sightless:
     "A writer that is shown nothing"
     def __init__(self, model): self.model, self.stream = model, model.stream
     def regions(self, feats:Tensor, *_): return feats.new_zeros(len(feats), 1, self.stream.config.hidden_size)   # no region is real
-    def tokens(self, regions:Tensor, tokens:Tensor)->Tensor: return self.model.tokens(regions, tokens)
+    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor: return self.model.tokens(regions, tokens, at)
     def requires_grad_(self, _): return self
     def train(self, _): return self
     eval = train

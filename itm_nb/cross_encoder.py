@@ -55,15 +55,15 @@ class CrossEncoder(nn.Module):
 
     def regions(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor: return self.image(feats, num, boxes)
 
-    def tokens(self, regions:Tensor, tokens:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B, L, dim)
-        "States of words that see the regions"
-        return self.stream.look(regions, tokens)
+    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # (B, R, dim), (B, L), (B, Q) -> (B, L or Q, dim)
+        "States of words that see the regions: of all, or at the places asked for"
+        return self.stream.look(regions, tokens, at)
 
     def _score(self, first): return wide(self.rank(self.pooler(first).tanh()).squeeze(-1))
 
     def pairs(self, img:Tensor, txt:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B,)
         "Image i with sentence i, unbounded"
-        return self._score(self.stream.look(img, txt)[:,0])
+        return self._score(self.stream.look(img, txt, torch.zeros_like(txt[:,:1]))[:,0])
 
     def blind(self, img:Tensor, txt:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B,)
         "The release's positive: the second word (the first behind <start>) at all places. Equal places stay equal, so one is enough"
@@ -103,9 +103,9 @@ class TwoModes(nn.Module):
         "Regions or patches as the words will see them"
         return self.stream.see(*_seen(self.image_tower, feats, num), boxes)
 
-    def tokens(self, regions:Tensor, tokens:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B, L, dim)
-        "States of words that see the regions"
-        return self.stream.look(regions, tokens)
+    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # (B, R, dim), (B, L), (B, Q) -> (B, L or Q, dim)
+        "States of words that see the regions: of all, or at the places asked for"
+        return self.stream.look(regions, tokens, at)
 
     def pairs(self, img:Tensor, txt:Tensor)->Tensor: return (img*txt).sum(-1)      # (B, D), (B, D) -> (B,)
     def matrix(self, img:Tensor, txt:Tensor)->Tensor: return img @ txt.T           # (N, D), (M, D) -> (N, M)

@@ -353,10 +353,10 @@ def refill(
     (B, K, L), at, out = copies.shape, [], []
     lengths = (tokens != 0).sum(1).cpu() if tokens.is_cuda else (tokens != 0).sum(1)
     for rows, long in buckets(lengths):
-        b, k, l = hit[rows,:,:long].nonzero(as_tuple=True)                       # on the host: nothing waits for the device
-        r = rows.to(copies.device)
-        states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1))
-        out.append(model.stream.guess(states[(b*K + k).to(r.device), l.to(r.device)])); at.append((rows[b]*K + k)*L + l)
+        h, r = hit[rows,:,:long].flatten(0, 1), rows.to(copies.device)           # on the host: nothing waits for the device
+        l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]; c, j = h.gather(1, l).nonzero(as_tuple=True)
+        states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1), l.to(r.device))
+        out.append(model.stream.guess(states[c.to(r.device), j.to(r.device)])); at.append((rows[c//K]*K + c%K)*L + l[c,j])
     return torch.cat(at).to(copies.device), torch.cat(out)
 
 def lesson(

@@ -66,6 +66,19 @@ def real_words(
     "Everything up to the last word; a 0 before it (a generator that may draw padding) is a word like others"
     return (tokens != 0).flip(1).byte().cummax(1).values.flip(1).bool()
 
+def _asked(
+    layer,          # the last of the encoder
+    x:Tensor,       # (B, S, dim)
+    keep:Tensor,    # (B, S)
+    at:Tensor,      # (B, Q) places
+)->Tensor:          # (B, Q, dim)
+    "Nobody reads the last layer's other places, so they only answer (keys, values) and do not ask"
+    a = layer.attention; s = a.self; q = x.gather(1, at[...,None].expand(*at.shape, x.shape[-1]))
+    heads = lambda y: y.unflatten(-1, (s.num_attention_heads, -1)).transpose(1, 2)
+    seen = F.scaled_dot_product_attention(heads(s.query(q)), heads(s.key(x)), heads(s.value(x)), keep[:,None,None].expand(-1, 1, at.shape[1], -1),
+                                          dropout_p=s.dropout.p if s.training else 0., scale=s.scaling)
+    return layer.feed_forward_chunk(a.output(seen.transpose(1, 2).flatten(2), q))
+
 class Stream(nn.Module):
     "A transformer over words, or over words and regions, with heads for masked, replaced and original words"
     def __init__(self,
@@ -90,9 +103,12 @@ class Stream(nn.Module):
         self.mlm, self.cor, self.disc = WordHead(dim, n_words), WordHead(dim, n_words), nn.Linear(dim, 2)
         self.apply(_start)
 
-    def run(self, x:Tensor, keep:Tensor)->Tensor:   # (B, S, dim) embedded, (B, S) which places are real -> (B, S, dim)
-        "The encoder"
-        return self.encoder(x, attention_mask=keep[:,None,None].expand(-1, 1, x.shape[1], -1)).last_hidden_state
+    def run(self, x:Tensor, keep:Tensor, at:Tensor=None)->Tensor:   # (B, S, dim) embedded, (B, S) which places are real, (B, Q) -> (B, S or Q, dim)
+        "The encoder; states at the places asked for, or at all"
+        mask = keep[:,None,None].expand(-1, 1, x.shape[1], -1)
+        if at is None: return self.encoder(x, attention_mask=mask).last_hidden_state
+        for layer in self.encoder.layer[:-1]: x = layer(x, mask)
+        return _asked(self.encoder.layer[-1], x, keep, at)
 
     def read(self, tokens:Tensor)->Tensor:   # (B, L), 0 is padding -> (B, L, dim)
         "States of words alone"
@@ -102,10 +118,11 @@ class Stream(nn.Module):
         "Embedded regions, zero where there is none"
         return self.regions(feats, mask, self.embeddings.token_type_embeddings.weight[1], boxes)
 
-    def look(self, regions:Tensor, tokens:Tensor)->Tensor:   # (B, R, dim) from `see`, (B, L) -> (B, L, dim)
-        "States of words that see the regions"
+    def look(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # (B, R, dim) from `see`, (B, L), (B, Q) -> (B, L or Q, dim)
+        "States of words that see the regions: of all words, or of those at places asked for"
         keep = torch.cat([real_words(tokens), (regions != 0).any(-1)], 1)
-        return self.run(torch.cat([self.embeddings(tokens), regions], 1), keep)[:,:tokens.shape[1]]
+        if at is None: at = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return self.run(torch.cat([self.embeddings(tokens), regions], 1), keep, at)
 
     def guess(self, states:Tensor)->Tensor: return self.mlm(states, self.embeddings.word_embeddings.weight)     # (.., dim) -> (.., V)
     def correct(self, states:Tensor)->Tensor: return self.cor(states, self.embeddings.word_embeddings.weight)   # (.., dim) -> (.., V)
