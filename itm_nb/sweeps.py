@@ -227,6 +227,7 @@ def choose(
 # %% ../nbs/15_sweeps.ipynb #7b0c6c3e
 _BLOCK = ('seed', 'fold', 'world', 'arm', 'name', *INPUTS)                # what makes no run longer
 _TUNED = ('method', 'warmup', 'margin', 'temperature', 'lr', 'decay', 'clip', 'epochs', 'batch', 'carry', 'test')   # or only by the epoch
+_PLAIN = ('vse0', 'vsepp', 'semihard', 'infonce')                         # methods of the batch alone: a step of each takes the same time
 
 @dataclass
 class Estimate:
@@ -235,10 +236,14 @@ class Estimate:
     mib:float=None
     how:str='unknown'    # 'measured', 'by the epoch' (both perhaps 'from records'), 'declared'
 
+def _heavy(method)->list:
+    "What makes a step longer than that of a plain method, by name"
+    return [m for m in re.sub(r'\(.*?\)(?=$|\|)', '', method or '').split('|') if m not in _PLAIN]
+
 def _alike(name, values)->tuple:
     "What runs of the same length, and of the same length per epoch, have in common"
     what = {k: v for k, v in identity(name, values).items() if k not in _BLOCK}
-    loose = {k: v for k, v in what.items() if k not in _TUNED}
+    loose = {k: v for k, v in what.items() if k not in _TUNED} | dict(heavy=_heavy(what.get('method')))
     return name + json.dumps(what, sort_keys=True), name + json.dumps(loose, sort_keys=True)
 
 def _lines(path): return [json.loads(x) for x in path.read_text('utf-8').splitlines()] if path.is_file() else []
