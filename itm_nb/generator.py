@@ -441,6 +441,7 @@ class Synthetic:
     learns:bool=True          # does the model in training take the lesson, also where it is not the one that writes?
     misled:tuple=()           # who is shown another image of the batch (placebos): 'writer', 'heads'
     heads:bool=False          # give what discrimination and correction need
+    corrects:bool=True        # or discrimination alone
     blind:bool=False          # the release's image-blind positive
     drop:str='mask'           # 'mask': what is dropped never counts; 'penalty': as released
     others:bool=True          # drop copies of the image's other captions
@@ -546,17 +547,22 @@ def _rescore(g, s, made, legal, hit, tokens, lengths, idx, most):
     if g.tally and torch.is_grad_enabled(): g.tally.look(e, legal.gather(1, idx), s.img, s.cap)
     if not g.heads: return out
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
-    out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e))
-    return out | _corrections(m, states, was, tokens, most)
+    out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e), hit=was)
+    return out | (_corrections(m, states, was, tokens, most) if g.corrects else {})
+
+def _masked_places(hit, most, exact):
+    "Where words were masked, in the flattened (B, k, L); not `exact`, since counting would stop the stream of an accelerator: `most` places of every sentence, those among them"
+    if exact: return hit.flatten().nonzero()[:,0]
+    rows = hit.flatten(0, 1); at = rows.byte().argsort(dim=1, descending=True, stable=True)[:,:most]
+    return (torch.arange(len(rows), device=hit.device)[:,None]*hit.shape[-1] + at).flatten()
 
 def _corrections(model, states, hit, tokens, most):
-    "Cost of the original words at masked places: the vocabulary at no more places than a copy has masked"
-    at = hit.byte().argsort(dim=-1, descending=True, stable=True)[..., :most]; valid = hit.gather(-1, at)
-    z = wide(model.stream.correct(states.gather(2, at[...,None].expand(*at.shape, states.shape[-1]))))
-    true = tokens[:,None].expand(hit.shape).gather(-1, at)
-    nll = torch.where(valid, F.cross_entropy(z.flatten(0, -2), true.flatten(), reduction='none').view(true.shape), 0.)
-    right = (z.argmax(-1) == true) & valid
-    return dict(cor=nll.new_zeros(hit.shape).scatter(-1, at, nll), hit=hit, right=torch.zeros_like(hit).scatter(-1, at, right))
+    "Cost of the original words at masked places, and whether they are the first guess: the vocabulary at no other places"
+    place = _masked_places(hit, most, not hit.is_cuda); there, true = hit.flatten()[place], tokens[:,None].expand(hit.shape).flatten()[place]
+    z = wide(model.stream.correct(states.flatten(0, 2).index_select(0, place)))
+    nll = torch.where(there, F.cross_entropy(z, true, reduction='none'), 0.)
+    spread = lambda x: x.new_zeros(hit.numel()).index_copy(0, place, x).view(hit.shape)
+    return dict(cor=spread(nll), right=spread((z.argmax(-1) == true) & there))
 
 def synthetic_source(
     pool:Synthetic,

@@ -195,7 +195,7 @@ def tags(
     terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
     if w and not w.static: terms['taught'] = mlm_term(lesson='taught')
     known, misled = captions_of(train, model, vocab, units), (misled,) if isinstance(misled, str) else tuple(misled)
-    pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads,
+    pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads, corrects=correction > 0,
                      tally=Tally(known.lexicon, judge_of(world)), **pool_of)
     return dict(syn=synthetic_source(pool, hard)), terms
 

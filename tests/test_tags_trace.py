@@ -165,7 +165,7 @@ def stage2(steps=None, restart=True, per='words', weights=None, labels='hit', fl
             img = model.image(t(b['img_feat'])[None], torch.ones(1, len(b['img_feat']), dtype=torch.bool), t(b['img_pos_feat'])[None])
             states = model.tokens(img.expand(len(syn), -1, -1), syn)[None]
             named = {f'syn.{n}': v for n, v in _corrections(model, states, hit, gt, int(hit.sum(-1).max())).items()}
-            named |= {'syn.disc': model.stream.disc(states), 'syn.kept': (syn == gt)[None], 'syn.word': torch.ones_like(hit), 'syn.ok': torch.ones(1, len(syn), dtype=torch.bool)}
+            named |= {'syn.hit': hit, 'syn.disc': model.stream.disc(states), 'syn.kept': (syn == gt)[None], 'syn.word': torch.ones_like(hit), 'syn.ok': torch.ones(1, len(syn), dtype=torch.bool)}
             disc, cor = (term(named) for term in terms); parts.append(disc + cor)
             at = f'step {k}, pair {a}: '
             same(named['syn.disc'][0].detach().softmax(-1), s['disc_p'], what=at + 'disc_p')
