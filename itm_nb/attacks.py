@@ -114,7 +114,8 @@ def writing(
     **changes          # of `Synthetic`: copies, draws, temperature
 )->Synthetic:
     "A generator of a run, with clean candidates whatever the run does"
-    clean = dict(learns=False, heads=False, corrects=True, misled=(), blind=False, drop='mask', others=True, inside=True, special=False, tally=None)
+    clean = dict(learns=False, heads=False, corrects=True, misled=(), blind=False)
+    clean |= dict(drop='mask', others=True, inside=True, special=False, tally=None)
     if o.pool is None: raise DataError(o.run, 'a model that cannot write', "similarity 'two_modes' or 'cross'")
     g = replace(o.pool, **clean | changes); w = g.writer.model if g.writer else o.model
     if how == 'text alone': return replace(g, writer=Writer(Sightless(w)), words='model')

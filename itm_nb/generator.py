@@ -202,12 +202,12 @@ def draw_words(
     u:Tensor,         # (n, S) uniforms
     width:int=64,     # words of a block
 )->Tensor:            # (n, S) ids
-    "Draw words, with replacement: first a block of the vocabulary, then a word of it, so that only the blocks drawn are summed word by word"
+    "Draw words, with replacement: a block of the vocabulary, then a word of it, so that only the blocks drawn are summed word by word"
     n, V = law.shape; S = u.shape[1]; parts = F.pad(law, (0, -V % width)).view(n, -1, width)
     cum = parts.sum(-1).cumsum(-1, dtype=torch.double); point = _below(u*cum[:,-1:], cum[:,-1:])
     block = torch.searchsorted(cum, point, right=True); first = F.pad(cum, (1, 0)).gather(1, block)
     inner = parts[torch.arange(n, device=law.device)[:,None], block].cumsum(-1, dtype=torch.double)          # (n, S, width)
-    rest = _below((point - first).clamp(min=0)[...,None], inner[...,-1:])                                    # the two sums may differ in their last bits
+    rest = _below((point - first).clamp(min=0)[...,None], inner[...,-1:])              # the two sums may differ in their last bits
     return block*width + torch.searchsorted(inner, rest, right=True)[...,0]
 
 def fill(
@@ -354,7 +354,8 @@ def refill(
     lengths = (tokens != 0).sum(1).cpu() if tokens.is_cuda else (tokens != 0).sum(1)
     for rows, long in buckets(lengths):
         h, r = hit[rows,:,:long].flatten(0, 1), rows.to(copies.device)           # on the host: nothing waits for the device
-        l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]; c, j = h.gather(1, l).nonzero(as_tuple=True)
+        l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]
+        c, j = h.gather(1, l).nonzero(as_tuple=True)
         states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1), l.to(r.device))
         out.append(model.stream.guess(states[c.to(r.device), j.to(r.device)])); at.append((rows[c//K]*K + c%K)*L + l[c,j])
     return torch.cat(at).to(copies.device), torch.cat(out)
@@ -551,14 +552,16 @@ def _rescore(g, s, made, legal, hit, tokens, lengths, idx, most):
     return out | (_corrections(m, states, was, tokens, most) if g.corrects else {})
 
 def _masked_places(hit, most, exact):
-    "Where words were masked, in the flattened (B, k, L); not `exact`, since counting would stop the stream of an accelerator: `most` places of every sentence, those among them"
+    """Where words were masked, in the flattened (B, k, L). Not `exact`, since counting would stop the stream of an accelerator: `most` places of
+    every sentence, those among them"""
     if exact: return hit.flatten().nonzero()[:,0]
     rows = hit.flatten(0, 1); at = rows.byte().argsort(dim=1, descending=True, stable=True)[:,:most]
     return (torch.arange(len(rows), device=hit.device)[:,None]*hit.shape[-1] + at).flatten()
 
 def _corrections(model, states, hit, tokens, most):
     "Cost of the original words at masked places, and whether they are the first guess: the vocabulary at no other places"
-    place = _masked_places(hit, most, not hit.is_cuda); there, true = hit.flatten()[place], tokens[:,None].expand(hit.shape).flatten()[place]
+    place = _masked_places(hit, most, not hit.is_cuda); there = hit.flatten()[place]
+    true = tokens[:,None].expand(hit.shape).flatten()[place]
     z = wide(model.stream.correct(states.flatten(0, 2).index_select(0, place)))
     nll = torch.where(there, F.cross_entropy(z, true, reduction='none'), 0.)
     spread = lambda x: x.new_zeros(hit.numel()).index_copy(0, place, x).view(hit.shape)

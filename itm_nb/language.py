@@ -75,8 +75,8 @@ def _asked(
     "Nobody reads the last layer's other places, so they only answer (keys, values) and do not ask"
     a = layer.attention; s = a.self; q = x.gather(1, at[...,None].expand(*at.shape, x.shape[-1]))
     heads = lambda y: y.unflatten(-1, (s.num_attention_heads, -1)).transpose(1, 2)
-    seen = F.scaled_dot_product_attention(heads(s.query(q)), heads(s.key(x)), heads(s.value(x)), keep[:,None,None].expand(-1, 1, at.shape[1], -1),
-                                          dropout_p=s.dropout.p if s.training else 0., scale=s.scaling)
+    mask, drop = keep[:,None,None].expand(-1, 1, at.shape[1], -1), s.dropout.p if s.training else 0.
+    seen = F.scaled_dot_product_attention(heads(s.query(q)), heads(s.key(x)), heads(s.value(x)), mask, drop, scale=s.scaling)
     return layer.feed_forward_chunk(a.output(seen.transpose(1, 2).flatten(2), q))
 
 class Stream(nn.Module):
@@ -103,7 +103,7 @@ class Stream(nn.Module):
         self.mlm, self.cor, self.disc = WordHead(dim, n_words), WordHead(dim, n_words), nn.Linear(dim, 2)
         self.apply(_start)
 
-    def run(self, x:Tensor, keep:Tensor, at:Tensor=None)->Tensor:   # (B, S, dim) embedded, (B, S) which places are real, (B, Q) -> (B, S or Q, dim)
+    def run(self, x:Tensor, keep:Tensor, at:Tensor=None)->Tensor:   # (B, S, dim) embedded, (B, S) the real ones, (B, Q) -> (B, S or Q, dim)
         "The encoder; states at the places asked for, or at all"
         mask = keep[:,None,None].expand(-1, 1, x.shape[1], -1)
         if at is None: return self.encoder(x, attention_mask=mask).last_hidden_state

@@ -83,11 +83,12 @@ def ordered(
 
 # %% ../nbs/07_offline.ipynb #b2013e48
 def _sampled(q, k, idx, keys=2**20, queries=2**22, pairs=2**21):
-    """On a CPU: only the wanted entries of the product, a block of keys at a time that stays in the cache. Gathering a row for every entry, and making it
-    float64 there, takes more than twice as long."""
-    D, w = q.shape[1], max(idx.shape[1], 1); cols, n, out = max(1, keys//D), max(1, min(queries//D, pairs//w)), torch.empty(idx.shape)
+    """On a CPU: only the wanted entries of the product, a block of keys at a time that stays in the cache. Gathering a row for every entry, and
+    making it float64 there, takes more than twice as long."""
+    D, w = q.shape[1], max(idx.shape[1], 1); cols, n = max(1, keys//D), max(1, min(queries//D, pairs//w)); out = torch.empty(idx.shape)
     for a in range(0, len(q), n):
-        at = idx[a:a+n].clamp(min=0).flatten().long(); part = at//cols; by = part.argsort(stable=True)     # by block of keys, then by row: as CSR wants it
+        at = idx[a:a+n].clamp(min=0).flatten().long(); part = at//cols
+        by = part.argsort(stable=True)                                   # by block of keys, then by row: as CSR wants it
         at, row, x, s, b = at[by], by//w, q[a:a+n].double(), torch.empty(len(by)), 0
         for p, e in enumerate(torch.bincount(part).cumsum(0).tolist()):
             if e == b: continue
@@ -112,7 +113,7 @@ def rescore(
 )->Tensor:              # (N, w) float32; -inf where there is none
     "Scores by definition: float64 dot products, rounded to float32"
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Sparse CSR')                   # the form is called beta; its result is checked against plain products below
+        warnings.filterwarnings('ignore', 'Sparse CSR')            # torch calls the form beta; plain products check it below
         found = (_sampled if k.device.type == 'cpu' else _gathered)(q, k, idx)
     return found.masked_fill(idx < 0, -torch.inf)
 
