@@ -552,8 +552,8 @@ def _rescore(g, s, made, legal, hit, tokens, lengths, idx, most):
     return out | (_corrections(m, states, was, tokens, most) if g.corrects else {})
 
 def _masked_places(hit, most, exact):
-    """Where words were masked, in the flattened (B, k, L). Not `exact`, since counting would stop the stream of an accelerator: `most` places of
-    every sentence, those among them"""
+    """Where words were masked, in the flattened (B, k, L). Not `exact`, since counting would stop the stream of an accelerator:
+    `most` places of every sentence, those among them"""
     if exact: return hit.flatten().nonzero()[:,0]
     rows = hit.flatten(0, 1); at = rows.byte().argsort(dim=1, descending=True, stable=True)[:,:most]
     return (torch.arange(len(rows), device=hit.device)[:,None]*hit.shape[-1] + at).flatten()

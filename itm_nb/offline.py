@@ -83,8 +83,8 @@ def ordered(
 
 # %% ../nbs/07_offline.ipynb #b2013e48
 def _sampled(q, k, idx, keys=2**20, queries=2**22, pairs=2**21):
-    """On a CPU: only the wanted entries of the product, a block of keys at a time that stays in the cache. Gathering a row for every entry, and
-    making it float64 there, takes more than twice as long."""
+    """On a CPU: only the wanted entries of the product, a block of keys at a time that stays in the cache. Gathering a row for
+    every entry, and making it float64 there, takes more than twice as long."""
     D, w = q.shape[1], max(idx.shape[1], 1); cols, n = max(1, keys//D), max(1, min(queries//D, pairs//w)); out = torch.empty(idx.shape)
     for a in range(0, len(q), n):
         at = idx[a:a+n].clamp(min=0).flatten().long(); part = at//cols
