@@ -17,7 +17,7 @@ from itm_nb.generator import (Captions, Lexicon, Synthetic, Tally, Writer, bucke
 from itm_nb.methods import Method, costs
 from itm_nb.perplexity import Ngrams
 from itm_nb.samplers import Step, View, top
-from itm_nb.tags_dc import PRESETS, tags_terms
+from itm_nb.tags_dc import PRESETS, mlm_warmup, tags, tags_terms
 
 torch.set_num_threads(1)
 
@@ -323,3 +323,14 @@ def test_tags_trains_through_the_loop_and_goes_on_after_a_stop(tmp_path):
     told = [l for l in map(json.loads, (tmp_path/'whole'/'log.jsonl').read_text().splitlines()) if 'monitor' in l]
     assert {'syn_clean', 'syn_dropped', 'syn_empty', 'syn_false', 'syn_true', 'syn_bad'} <= told[-1]['monitor'].keys()
     o = opened(tmp_path/'whole', 'train'); rows = over_epochs(o, o); assert [r['epoch'] for r in rows] == [1] and o.pool.copies == 2 and o.pool.temperature == 1.
+
+
+def test_the_lesson_alone_is_the_lesson_of_those_who_write():
+    "What the arm vsepp_mlm of tags_flickr8k rests on: `mlm_warmup` with as many copies and the writers' share costs and teaches what `tags` teaches beside its sentences"
+    train, vocab = data()[4], data()[1]; cap = order(len(data()[3]), 0, 3)[:24]; grads = {}
+    for name, make, term in (('alone', lambda m: mlm_warmup(1., 4, .15, train=train, vocab=vocab, model=m), 'masked'), ('writer', lambda m: tags(mlm=1., train=train, vocab=vocab, model=m), 'mlm')):
+        m = model_of(); found = make(m); found = found if isinstance(found, tuple) else (found.sources, found.terms)
+        method = Method(found[0], {term: found[1][term]}); parts = costs(method, step_of(m, cap, seed=1, epoch=1)); sum(parts.values()).backward()
+        grads[name] = [float(sum(parts.values()).detach())] + [p.grad.clone() for p in m.parameters() if p.grad is not None]
+    assert grads['alone'][0] == grads['writer'][0] > 0 and len(grads['alone']) == len(grads['writer']) > 5
+    for a, b in zip(grads['alone'][1:], grads['writer'][1:]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
