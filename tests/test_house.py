@@ -91,6 +91,20 @@ def test_notebooks_are_small_whole_and_clean(p):
     assert not any(re.search(r'^\s*#\s*(for|if|import|from|def|return)\b.*[:=(]', l) for c in code for l in source(c).splitlines()), 'code commented out'
 
 
+def draws(cell):
+    "A figure is made outside of any function, class or condition"
+    if cell['cell_type'] != 'code' or 'subplots(' not in source(cell) or '#| eval: false' in source(cell): return False
+    top = [n for n in ast.parse(source(cell)).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.If, ast.With))]
+    return any(isinstance(n, ast.Call) and ast.unparse(n.func).endswith('subplots') for t in top for n in ast.walk(t))
+
+
+@pytest.mark.parametrize('p', NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_are_kept(p):
+    "People look before they read: executed under a backend that shows nothing, a notebook would lose its pictures without a word"
+    blind = [source(c)[:80] for c in cells(p) if draws(c) and not any('image/png' in o.get('data', {}) for o in c['outputs'])]
+    assert not blind, f'no picture kept under {blind}; unset MPLBACKEND, execute the notebook again and keep its outputs'
+
+
 @pytest.mark.parametrize('p', NOTEBOOKS + MODULES + sorted(ROOT.glob('*.*')) + sorted((ROOT/'figures').rglob('*.md')), ids=lambda p: p.name)
 def test_no_machine_is_named(p):
     if p.is_dir(): return
