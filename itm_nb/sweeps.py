@@ -378,9 +378,11 @@ def where(e:Entry)->str:
     "The block of a run, in words"
     return ' '.join(f'{k} {e.values[k]}' for k in ('fold', 'seed') if e.values.get(k, -1) != -1)
 
+def _done(todo)->float: return round(sum(map(_progress, todo)), 1)
+
 def _show(bar, todo, live):
     "Draw the bar anew where it has changed"
-    n, names = round(sum(map(_progress, todo)), 1), ' '.join(f'{todo[i].arm}/{where(todo[i])}' for i in live)
+    n, names = _done(todo), ' '.join(f'{todo[i].arm}/{where(todo[i])}' for i in live)
     if (bar.n, bar.postfix) != (n, names): bar.n = n; bar.set_postfix_str(names, refresh=False); bar.refresh()
 
 def drive(
@@ -571,7 +573,7 @@ def _drive_all(a, todo, costs, budget)->dict:
     host, gpu = _machine(a.places.get('device'))
     plan = Plan(costs, budget, a.memory or host, a.gpu_memory or gpu) if a.engine == 'local' else Plan(costs, budget)
     look = '{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}] {postfix}'
-    with tqdm(total=len(todo), unit='run', bar_format=look) as bar: failed = drive(todo, a.jobs, bar, plan, a.start)
+    with tqdm(total=len(todo), initial=_done(todo), unit='run', bar_format=look) as bar: failed = drive(todo, a.jobs, bar, plan, a.start)
     for i, code in failed.items():
         how = {RESUMABLE: 'not finished, resumable', BLOCKED: state(todo[i], todo)}.get(code, f'failed ({code})')
         print(f'{todo[i].arm} {where(todo[i])}: {how}; see {todo[i].out/"worker.log"}', file=sys.stderr)
