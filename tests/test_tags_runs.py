@@ -1,4 +1,4 @@
-"""TAGS-DC in runs: killed at any step it goes on to the same bytes, and one, two or four devices come to the same."""
+"""TAGS-DC in runs: killed at any step it goes on to the same bytes, and one device and two come to the same."""
 import os
 import signal
 import subprocess
@@ -10,6 +10,7 @@ import torch
 
 from itm_nb.data import order
 from itm_nb.train import config, corpus, fit, prepare, train_step, _pack
+from test_seam import free_port
 
 torch.set_num_threads(1)
 WARM = dict(preset='tiny', dim=16, d_word=16, layers=1, heads=2, image_hidden=16, dropout=0., epochs=2, batch=32, lr=2e-3, warmup=1, before='infonce|mlm_warmup(weight=2.0)')
@@ -49,16 +50,11 @@ def worker(folder):
     save_file({f'{arm}.{k}': v.contiguous() for arm in ARMS for k, v in run(arm).items()}, f'{folder}/out_{world}_{rank}.safetensors')
 
 
-def port():
-    import socket
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
-
-
 def test_devices_do_not_change_a_run(tmp_path):
     "One and two: every cost, weights, moments, and a writer that learns apart, on both ranks; only counts are each device's own"
     from safetensors.torch import load_file
     for world in (1, 2):
-        env = os.environ | dict(MASTER_ADDR='127.0.0.1', WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', MASTER_PORT=str(port()))
+        env = os.environ | dict(MASTER_ADDR='127.0.0.1', WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', MASTER_PORT=str(free_port()))
         procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(world)]
         for p in procs: err = p.communicate(timeout=300)[1]; assert p.returncode == 0, err[-3000:]
     one, *two = (load_file(tmp_path/f'out_{w}_{r}.safetensors') for w, r in ((1, 0), (2, 0), (2, 1)))
