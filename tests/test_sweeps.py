@@ -282,6 +282,30 @@ def test_an_ensemble_of_one_is_that_run_and_of_two_is_their_mean(tiny, tmp_path)
     assert (np.minimum(want.i2t, two['ranks']['clip']) == have.i2t).mean() > .99 and (np.minimum(want.t2i, 255) == have.t2i).mean() > .99
 
 
+def test_the_first_run_looks_and_the_second_scores_its_best_again(tiny, tmp_path, capsys):
+    "With a list of everything the second run's own row; with a short one, what the whole matrices give; the ceiling is told"
+    import torch
+    from itm_nb.cross_encoder import ceiling, rerank, shortlist
+    from itm_nb.data import Batches
+    from itm_nb.metrics import ranks_of
+    from itm_nb.records import stored_ranks
+    from itm_nb.scores import judge
+    from itm_nb.train import embed
+    done, data, folder = tiny; (_, run, t), (rec, other, u) = done; split = data.split('test'); two = f'{run},{other}'
+    whole = judge(evaluate_values(scores=two, rerank=10**6, arm='all'), tmp_path/'e'/'a', lambda: data)
+    def numbers(x, at=''): return {k: v for n, y in x.items() for k, v in numbers(y, f'{at}.{n}').items()} if isinstance(x, dict) else {at: x}
+    a, b = (numbers(r['metrics']['test']) for r in (whole, rec)); assert whole['ranks'] == rec['ranks'] and a == pytest.approx(b) and any('map_r' in k for k in b)
+    assert 'for 100.0 % of images and 100.0 % of sentences' in capsys.readouterr().out
+    short = judge(evaluate_values(scores=two, rerank=5, arm='short'), tmp_path/'e'/'b', lambda: data); said = capsys.readouterr().out
+    assert runs.run_id('evaluate', evaluate_values(scores=two, rerank=5)) != runs.run_id('evaluate', evaluate_values(scores=two)) and short['metrics'] != rec['metrics']
+    (a, b), (c, d) = (embed(m.core, Batches(split, m.vocab)) for m in (t, u)); first = a @ b.T; keep = shortlist(first, 5); top = ceiling(keep, torch.as_tensor(split.img_of))
+    assert f"{int(keep.sum()):,} pairs scored again" in said and f"{top['i2t']:.1f} % of images and {top['t2i']:.1f} % of sentences" in said and top['i2t'] < 100
+    want, have = ranks_of(rerank(u.core, c, d, first, keep), split.img_of), stored_ranks(short)[0]
+    assert (np.minimum(want.i2t, 255) == have.i2t).mean() > .99 and (np.minimum(want.t2i, 255) == have.t2i).mean() > .99
+    for bad in (dict(scores=str(run), rerank=5), dict(scores=two, rerank=-1)):
+        with pytest.raises(runs.SetupError, match='wanted candidates per query'): judge(evaluate_values(**bad), tmp_path/'x', lambda: data)
+
+
 def test_scores_of_other_data_are_refused(tiny, tmp_path):
     from itm_nb.data import DataError
     from itm_nb.scores import judge
