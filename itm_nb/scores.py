@@ -197,6 +197,7 @@ def weighed(
                                  kind='foreign'))
 
 # %% ../nbs/15_scores.ipynb #5256bf79
+@torch.no_grad()
 def second_look(
     values:dict,       # parameters of the evaluate template; scores: two folders of finished runs; rerank: candidates per query
     run:Path,          # run folder
