@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .losses import Term, triplet_term
 from .memory import Bank, refuse
-from .samplers import Candidates, Picked, Source, Step, View, draw_at, hardest, in_batch
+from .samplers import Candidates, Picked, Source, Step, View, draw_at, hardest, honest as honest_pool, in_batch
+from .scenes import true_pairs
 
 # %% ../nbs/11_fne.ipynb #0c98c2fa
 def moments(
@@ -297,9 +298,10 @@ def fne(
     negatives:str='',       # 'hardest' or 'all', of `Statistics`; '': the preset's
     window:str='',          # 'epoch' or 'run', likewise
     first:str='',           # of `fne_parts`
+    honest:bool=False,      # bar what is secretly true, as the drawn world knows: an oracle
     seed:int=0,
     model=None,             # what is to be trained; one that a memory does not suit is refused
-    world=None,             # the drawn world, for a known prior
+    world=None,             # the drawn world, for a known prior and for an oracle
     parts:tuple=None,       # from `fne_parts`, to share memory and statistics with other sources; preset, queue, ... say nothing then
     **kw                    # tau, floor, cutdown, permuted, monotone, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
 )->tuple:                   # ({'bank': Source}, {'bank': Term}): what a `Method` is made of
@@ -309,7 +311,8 @@ def fne(
     changed |= {k: kw.pop(k) for k in ('variance', 'least', 'mask_same') if k in kw}
     bank, statistics, given = parts or fne_parts(preset, queue, momentum, seed, start, **changed)
     choose = _chosen(pick, statistics, margin, _prior(prior, world), given, kw)
-    return dict(bank=Source(bank.pool, choose, keeps=(bank, statistics))), dict(bank=triplet_term('bank', margin))
+    pool = honest_pool(bank.pool, true_pairs(world)) if honest else bank.pool
+    return dict(bank=Source(pool, choose, keeps=(bank, statistics))), dict(bank=triplet_term('bank', margin))
 
 # %% ../nbs/11_fne.ipynb #5930590e
 def only_own(view:View)->Candidates:

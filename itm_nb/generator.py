@@ -12,7 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -450,6 +450,7 @@ class Synthetic:
     special:bool=False        # may padding, ends and the mask be drawn?
     rows:int=4096             # candidates scored at a time
     tally:Tally=None          # counts what comes out
+    knows:Callable=None       # from `judge_of`: what it knows to be true is barred (an oracle, which waits for the device)
 
     def __post_init__(self):
         if self.drop not in ('mask', 'penalty'): raise ValueError(f"drop is 'mask' or 'penalty', not {self.drop!r}")
@@ -467,6 +468,7 @@ class Synthetic:
         place, logits, also = _lessons(self, s, tokens if not s.img.is_cuda else there, there, copies, hit)
         made = _draw(self, cap.to(device), place, logits, copies, wanted, s)
         legal, minus, why = _legal(self, made, own, there)
+        if self.knows: why['true of it'] = _true(self, s, made, legal); legal = legal & ~why['true of it']
         long = (tokens != 0).sum(1); score = _score(self, s, made, legal, long) - minus
         pos = s.model.blind(s.images, there) if self.blind else view.positive()
         if self.tally and torch.is_grad_enabled(): self.tally.count(legal, s.epoch)
@@ -516,6 +518,12 @@ def _legal(g, made, own, tokens):
     bad = suspects(made, own if g.others else tokens[:,None], g.known.lexicon); bad['inside'] = bad['inside'] & g.inside
     why = {'a caption of the image': bad['caption'], 'words of its captions only': bad['inside'], 'was there before': bad['repeat']}
     return ~(bad['caption'] | bad['repeat'] | bad['inside']), 0., why
+
+def _true(g, s, made, legal):
+    "Which of the clean sentences are true of their image, by somebody who knows"
+    b, j = legal.nonzero(as_tuple=True); out = torch.zeros_like(legal)
+    told = g.knows(s.img[b].cpu().numpy(), [g.known.lexicon.say(x) for x in made[b,j].cpu()]) if len(b) else np.zeros(0)
+    out[b,j] = torch.as_tensor(told == 2, device=legal.device); return out
 
 def _score(g, s, made, legal, lengths):
     "Scores of what is legal, bucket by bucket; -inf elsewhere"

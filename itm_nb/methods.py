@@ -27,7 +27,8 @@ from .aoq import aoq, caption
 from .data import DataError
 from .fne import fne, fne_warmup
 from .losses import Term, average, infonce_term, total, triplet_term
-from .samplers import Source, View, draw, every, everything, hardest, in_batch, semi_hard
+from .samplers import Source, View, draw, every, everything, hardest, honest as honest_pool, in_batch, semi_hard
+from .scenes import true_pairs
 from .tags_dc import mlm_warmup, tags
 
 # %% ../nbs/13_methods.ipynb #5100c445
@@ -114,9 +115,14 @@ def vse0(margin:float=.2)->Method:
     "Sum of hinges over all negatives of the batch (VSE++ paper, eq. 5)"
     return Method(dict(all=Source(everything, every)), dict(sum=triplet_term('all', margin, total)))
 
-def vsepp(margin:float=.2)->Method:
+def vsepp(
+    margin:float=.2,
+    honest:bool=False,    # the hardest that is NOT secretly true, as the drawn world knows: an oracle
+    world=None,           # the drawn world, for an oracle
+)->Method:
     "Hinge of the hardest negative of the batch (VSE++, eq. 6)"
-    return Method(dict(on=Source(in_batch, hardest)), dict(hardest=triplet_term('on', margin)))
+    pool = honest_pool(in_batch, true_pairs(world)) if honest else in_batch
+    return Method(dict(on=Source(pool, hardest)), dict(hardest=triplet_term('on', margin)))
 
 def semihard(margin:float=.2)->Method:
     "Hinge of the hardest negative below the positive (FaceNet)"

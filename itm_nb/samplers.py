@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'Picked', 'Source', 'sight', 'Step', 'searching', 'View', 'in_batch', 'of_scores', 'everything',
-           'hardest', 'top', 'every', 'semi_hard', 'draw_at', 'draw']
+           'hardest', 'top', 'every', 'semi_hard', 'draw_at', 'draw', 'honest']
 
 # %% ../nbs/06_samplers.ipynb #862e243e
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import torch
@@ -226,3 +226,19 @@ def draw(
         idx, ok = draw_at(w, view.uniform(purpose, k))
         return Picked(idx, ok.expand_as(idx), w)
     return pick
+
+# %% ../nbs/06_samplers.ipynb #45e74314
+def honest(
+    pool:Callable,        # View -> Candidates that say who they are (`about`)
+    is_true:Callable,     # (image ids (N,), sentence ids (M,)) -> (N, M) bool array
+)->Callable:              # View -> Candidates
+    "A pool without the candidates that are secretly true: an oracle. It waits for the device in every direction of a step"
+    plain = lambda ids: ids.cpu().numpy()
+    def barred(view:View)->Candidates:
+        c = pool(view)
+        if c is None: return None
+        who, s = c.about(), view.step
+        true = is_true(plain(s.img), plain(who['caption'])) if view.i2t else is_true(plain(who['image']), plain(s.cap)).T
+        true = torch.as_tensor(true, device=c.score.device)
+        return replace(c, score=c.score.masked_fill(true, -torch.inf), legal=c.legal & ~true, about=lambda: who | {'true of it': true})
+    return barred

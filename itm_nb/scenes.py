@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'PARTS', 'articles', 'swapped', 'neighbours', 'one_word', 'Part', 'Twins', 'World', 'make', 'twin_share',
            'held_tau', 'aim_for', 'twin_foils', 'word_foils', 'read', 'reader_scores', 'kinds', 'language_leak',
-           'acceptance', 'VOCABULARY', 'Scenes', 'parse', 'truth', 'draw', 'show']
+           'acceptance', 'true_pairs', 'VOCABULARY', 'Scenes', 'parse', 'truth', 'draw', 'show']
 
 # %% ../nbs/01_scenes.ipynb #9d3ac75c
 from dataclasses import dataclass, replace
+from typing import Callable
 
 import numpy as np
 
@@ -389,3 +390,19 @@ def acceptance(
     rows |= {'own captions true': (own, 100*(1-1.5*world.eps), 100), 'oracle mAP@R': (both(m.astype('f4')), 100, 100),
              'reader mAP@R': (both(read_as), 60, 90), 'language leak': (language_leak(world), 0, 55)}
     return {k: (round(float(v), 3), low, high, bool(low - 1e-6 <= v <= high + 1e-6)) for k, (v, low, high) in rows.items()}
+
+# %% ../nbs/01_scenes.ipynb #3a9d8ff6
+def true_pairs(
+    world,               # a drawn world; None is refused
+    part:str='train',
+)->Callable:             # (image ids (N,), sentence ids (M,)) -> (N, M) bool; an id that is none of the split's is true of nothing
+    "Who knows which pairs are true, half-true ones not among them"
+    if world is None: raise ValueError("only the drawn world knows which pairs are true: data='scenes'")
+    s = world.split(part); orders = [np.argsort(ids, kind='stable') for ids in (s.img_ids, s.cap_ids)]
+    def place(ids, order, x):
+        at = order[np.minimum(np.searchsorted(ids, x, sorter=order), len(ids)-1)]
+        return at, ids[at] == x
+    def ask(images, captions):
+        (i, shown), (c, said) = (place(ids, o, np.asarray(x)) for ids, o, x in zip((s.img_ids, s.cap_ids), orders, (images, captions)))
+        return (world.truth(part, i[:,None], c[None]) == 2) & shown[:,None] & said
+    return ask

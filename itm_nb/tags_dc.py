@@ -184,6 +184,7 @@ def tags(
     train=None,                 # Batches of the training split
     vocab=None,                 # its words
     model=None,                 # in training
+    honest:bool=False,          # bar sentences that are true after all, as the drawn world knows: an oracle
     world=None,                 # the drawn world, where there is one: it judges a part of what is kept
     seed:int=0,
     **switches                  # single switches of the preset's pool: blind, drop, others, inside, special
@@ -191,12 +192,13 @@ def tags(
     "Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and correction TAGS-DC)"
     learns, heads, pool_of = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0, pool_switches(preset, **switches)
     if heads or pool_of['blind']: _streaming(model, 'the model in training')
+    if honest and world is None: raise ValueError("honest=True needs a world that knows the truth: data='scenes'")
     w = None if words == 'random' else writer_of(sharing, generator, model, rate, seed)
     terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
     if w and not w.static: terms['taught'] = mlm_term(lesson='taught')
     known, misled = captions_of(train, model, vocab, units), (misled,) if isinstance(misled, str) else tuple(misled)
     pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads, corrects=correction > 0,
-                     tally=Tally(known.lexicon, judge_of(world)), **pool_of)
+                     tally=Tally(known.lexicon, judge_of(world)), knows=judge_of(world) if honest else None, **pool_of)
     return dict(syn=synthetic_source(pool, hard)), terms
 
 # %% ../nbs/12_tags_dc.ipynb #d601473c
