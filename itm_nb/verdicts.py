@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'estimate', 'Contrast', 'contrast', 'verdict', 'holm', 'read_tests', 'needed', 'verdicts', 'agreed',
-           'verdict_table', 'factorial', 'prices', 'collapsed']
+           'verdict_table', 'weights_of', 'factorial', 'slopes', 'prices', 'collapsed']
 
 # %% ../nbs/16_verdicts.ipynb #860987de
 import hashlib
@@ -57,6 +57,13 @@ class Estimate:
         t = 2*float(stats.t.sf(abs(self.d)/self.se, len(self.blocks)-1)) if self.se else float(self.d == 0)
         n, tail = len(self.draws), min((self.draws <= 0).sum(), (self.draws >= 0).sum())
         return max(t, min(1., 2*(int(tail)+1)/(n+1)) if n else 0.)
+
+    @property
+    def p_flips(self)->float:
+        "Two-sided, by flipping the signs of blocks: it assumes no law of theirs, and with k of them is never below 2/2**k"
+        if len(self.blocks) < 2: return math.nan
+        flips = stats.permutation_test((self.blocks,), np.mean, permutation_type='samples', n_resamples=9999, rng=0, vectorized=False)
+        return float(flips.pvalue)
 
 # %% ../nbs/16_verdicts.ipynb #03083bf9
 def estimate(
@@ -322,23 +329,47 @@ def verdict_table(
     return '\n'.join([*out, '', f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run.", ''])
 
 # %% ../nbs/16_verdicts.ipynb #860fbd27
-def factorial(
-    records:list,                # from `read_records`
-    arms:dict,                   # arm -> letters of the factors it has, e.g. dict(vsepp='', aoq='A', union='AFG')
-    metric:str='truth.map_r',
-    draws:int=10_000,            # of photos
-)->pd.DataFrame:                 # a line per effect, main effects first: effect, d, sd, n, lo, hi, p, p_holm, runs
-    "Main effects and interactions, with intervals over matched blocks (study design, section 6.1)"
+def weights_of(
+    arms:dict,    # arm -> letters of the factors it has, e.g. dict(vsepp='', aoq='A', union='AFG')
+)->dict:          # effect -> arm -> what it counts; main effects first
+    "Contrasts of arms that cross factors"
     letters, sets = sorted(set(''.join(arms.values()))), [frozenset(v) for v in arms.values()]
     if len(set(sets)) != len(sets) or len(sets) != 2**len(letters):
         raise DataError('factorial', f'{len(set(sets))} combinations of {len(letters)} factors', f'every one of {2**len(letters)}, once')
-    lines = []
-    for who in sorted((s for s in set(sets) if s), key=lambda s: (len(s), sorted(s))):
-        weight = {a: math.prod(1 if f in has else -1 for f in who)/2**(len(letters)-1) for a, has in arms.items()}
-        c = contrast(records, weight, metric, draws=draws); lo, hi, _ = c.estimate.interval()
-        lines.append(dict(effect=''.join(sorted(who)), d=c.estimate.d, sd=np.std(c.estimate.blocks, ddof=1) if c.n > 1 else math.nan, n=c.n,
-                          lo=lo, hi=hi, p=c.estimate.p, runs=' '.join(c.runs)))
-    tab = pd.DataFrame(lines); return tab.assign(p_holm=holm(tab.p)[0])
+    who = sorted((''.join(sorted(s)) for s in sets if s), key=lambda s: (len(s), s)); part = 2**(len(letters)-1)
+    return {w: {a: math.prod(1 if f in has else -1 for f in w)/part for a, has in arms.items()} for w in who}
+
+def _effect(name, e, runs)->dict:
+    "A line about an estimate"
+    lo, hi, _ = e.interval(); n = len(e.blocks)
+    return dict(effect=name, d=e.d, sd=np.std(e.blocks, ddof=1) if n > 1 else math.nan, n=n, lo=lo, hi=hi, p=e.p, p_flips=e.p_flips, runs=' '.join(sorted(runs)))
+
+def factorial(
+    records:list,                # from `read_records`
+    arms:dict,                   # as in `weights_of`
+    metric:str='truth.map_r',
+    draws:int=10_000,            # of photos
+)->pd.DataFrame:                 # a line per effect, main effects first: effect, d, sd, n, lo, hi, p, p_flips (signs of blocks flipped), runs, p_holm
+    "Main effects and interactions, with intervals over matched blocks (study design, section 6.1)"
+    found = {k: contrast(records, w, metric, draws=draws) for k, w in weights_of(arms).items()}
+    tab = pd.DataFrame([_effect(k, c.estimate, c.runs) for k, c in found.items()]); return tab.assign(p_holm=holm(tab.p)[0])
+
+def slopes(
+    levels:dict,                 # level -> its records
+    of:dict,                     # name -> arm -> weight, e.g. from `weights_of`
+    metric:str='truth.map_r',
+    draws:int=10_000,            # of photos
+)->pd.DataFrame:                 # a line per name, as `factorial`; d: what one step of the level changes
+    "How contrasts change with a level: in each block a line through its values at all levels (study design, sections 6.1 and 6.6)"
+    if len(levels) < 2: raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
+    x = np.array(list(levels), dtype=float); w = (x - x.mean())/((x - x.mean())**2).sum(); out = []
+    for name, weight in of.items():
+        where = [{str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a, k in weight.items() if k]     # at every level, every arm
+        ran = set.intersection(*where); cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws) for rs in levels.values()]
+        photos = [c.estimate.draws for c in cs]; known = all(len(d) == len(photos[0]) for d in photos)
+        e = Estimate(sum(a*c.estimate.blocks for a, c in zip(w, cs)), sum(a*d for a, d in zip(w, photos)) if known else np.zeros(0), max(c.estimate.overlap for c in cs))
+        out.append(_effect(name, e, {i for c in cs for i in c.runs}))
+    tab = pd.DataFrame(out); return tab.assign(p_holm=holm(tab.p)[0])
 
 # %% ../nbs/16_verdicts.ipynb #a07fe5a1
 def prices(

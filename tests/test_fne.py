@@ -332,6 +332,20 @@ def test_a_string_names_the_whole_method(name, tmp_path):
     for side in ('i2t', 't2i'): assert all(0 <= x <= 1 for x in seen[source][side]['false'] if x is not None) and seen[source][side]['epoch'] == [2]
 
 
+@lru_cache(1)
+def crowded(): return corpus(replace(SMALL, rho=1.))
+@pytest.mark.parametrize('name, source', [('vsepp{}', 'on'), ("fne(pick='hardest', queue=512{})", 'bank'), ('fne(queue=512{})', 'bank')])
+def test_an_oracle_never_picks_what_is_true(name, source, tmp_path):
+    "The same arm that does not know the truth does, where it takes the hardest"
+    def false_of(told, honest):
+        cfg = replace(SMALL, rho=1., method=name.format(told), warmup=1, epochs=4); t = fit(cfg, tmp_path/str(honest), crowded(), progress=False)
+        seen = picks(tmp_path/str(honest), t.train.split, crowded().world)[source]; assert all(n > 0 for s in ('i2t', 't2i') for n in seen[s]['n'])
+        return [x for s in ('i2t', 't2i') for x in seen[s]['false']]
+    assert set(false_of(', honest=True' if '(' in name else '(honest=True)', True)) == {0.}
+    if name.startswith('fne(queue'): return
+    assert max(false_of('', False)) > 0
+
+
 @pytest.mark.parametrize('similarity', ['scan_t2i', 'bfan_equal', 'cross'])
 def test_cross_attention_is_refused_before_training(similarity):
     for name in ('fne', "fne(queue=0)", 'vsepp,on=itm_nb.fne:bank_source'):

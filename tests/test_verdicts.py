@@ -301,6 +301,37 @@ def test_the_page_of_the_factorial_sweep_is_made_from_records(tmp_path):
     tab = pd.read_csv(tmp_path/'figures'/'factorial_factorial_scenes.csv'); assert list(tab.effect) == ['A', 'F', 'G', 'AF', 'AG', 'FG', 'AFG'] and tab.d.notna().all()
     assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay')}
 
+def test_the_page_of_the_factorial_sweep_with_two_shares_and_oracles(tmp_path):
+    "A loses where more strangers are true, and knowing them repairs it; F does not care, nor is knowledge of worth to it"
+    strong = {k: (lambda f, k=k: 1.2 + (.12 if k == .1 else -.12)*('A' in f) + .1*('F' in f)) for k in (.1, 1.)}; arms = CROSSED | dict(aoq_honest='H', fne_honest='F')
+    for k, s in strong.items():
+        about = dict(sweep=f'factorial_scenes_{k}', config=dict(rho=k))
+        for a, f in arms.items():
+            for seed in range(4):
+                r = made_up_record(a, 1.32 if f == 'H' else s(f), seed, truth=True, photos=400); r = r | about | dict(id=r['id'][:11] + ('a' if k < 1 else 'b'), data=r['data'] | dict(label=f'rho {k}'))
+                write_record(tmp_path/'records', r)
+    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out'), 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
+    done = subprocess.run([sys.executable, '-c', code, 'factorial', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    read = lambda name: pd.read_csv(tmp_path/'figures'/f'factorial_{name}_factorial_scenes.csv')
+    line = read('slopes').set_index('effect'); assert list(line.index) == ['A x log', 'F x log', 'G x log'] and line.d['A x log'] < line.d['F x log'] and (line.n == 4).all() and line.hi['A x log'] < 0
+    word = read('expected').set_index('effect').word; assert word['A x log'] == 'as expected' and list(word.index) == ['A x log', 'F x log', 'AF', 'AF', 'G x log']
+    knows = read('perfect').set_index(['data', 'without']); assert knows.word['rho 1.0', 'aoq'] == 'worth it' and max(abs(knows.d[x, 'fne']) for x in ('rho 0.1', 'rho 1.0')) < knows.d['rho 1.0', 'aoq']/3 and len(knows) == 4
+    assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay', 'worth')}
+
+
+def test_the_page_of_doses_is_made_from_records(tmp_path):
+    "One arm helps weak models and harms better ones, one always harms"
+    for k, base in enumerate((1., 1.2, 1.4)):
+        for arm, s in dict(base=base, turns=base + .3 - .3*k, harms=base - .3).items():
+            for seed in range(3):
+                r = made_up_record(arm, s, seed, photos=400); write_record(tmp_path/'records', r | dict(sweep=f'dose_x_{k}', id=r['id'][:11] + 'abc'[k]))
+    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out', sweep='dose_x', base='base'), 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
+    done = subprocess.run([sys.executable, '-c', code, 'dose', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    tab = pd.read_csv(tmp_path/'figures'/'dose_dose_x.csv').set_index('effect'); assert tab.word.to_dict() == dict(turns='turns', harms='stable, worse') and tab.hi['turns'] < 0 and (tab.n == 3).all()
+    assert {p.name for p in (tmp_path/'figures').glob('*.md')} == {'dose_dose_x.md', *(f'dose_minus_base_dose_x_{k}.md' for k in range(3))} and (tmp_path/'figures'/'dose_dose_x.svg').is_file()
+
 
 def test_the_page_of_defects_is_made_from_records(tmp_path):
     "One that costs, one that does not, one of another method; what was not run is not shown"
