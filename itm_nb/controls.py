@@ -134,7 +134,7 @@ def controls(
         e = contrast(spoilt + runs, {'planted': 1, 'arm': -1}, metric, arms=dict(arm=row)).estimate
         out.append(dict(control='planted -2 rSum', wanted='found', found='found' if e.interval()[1] < 0 else 'missed', detail=note(e)))
     if oracle:
-        known = any('truth' in x['metrics']['test'] for x in records)              # what an oracle does not call negative must not count as one
+        known = any('truth' in x['metrics']['test'] for x in records)              # what an oracle bars must not count as an error
         e = contrast(records, oracle, 'truth.map_r' if known else metric).estimate; lo = e.interval()[0]
         word = 'no runs' if not len(e.blocks) else 'wins' if lo > 0 else 'does not win'
         out.append(dict(control='oracle sampler', wanted='wins', found=word, detail=note(e) if len(e.blocks) else ''))

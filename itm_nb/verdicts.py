@@ -341,8 +341,8 @@ def weights_of(
 
 def _effect(name, e, runs)->dict:
     "A line about an estimate"
-    lo, hi, _ = e.interval(); n = len(e.blocks)
-    return dict(effect=name, d=e.d, sd=np.std(e.blocks, ddof=1) if n > 1 else math.nan, n=n, lo=lo, hi=hi, p=e.p, p_flips=e.p_flips, runs=' '.join(sorted(runs)))
+    lo, hi, _ = e.interval(); n = len(e.blocks); sd = np.std(e.blocks, ddof=1) if n > 1 else math.nan
+    return dict(effect=name, d=e.d, sd=sd, n=n, lo=lo, hi=hi, p=e.p, p_flips=e.p_flips, runs=' '.join(sorted(runs)))
 
 def factorial(
     records:list,                # from `read_records`
@@ -364,10 +364,11 @@ def slopes(
     if len(levels) < 2: raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
     x = np.array(list(levels), dtype=float); w = (x - x.mean())/((x - x.mean())**2).sum(); out = []
     for name, weight in of.items():
-        where = [{str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a, k in weight.items() if k]     # at every level, every arm
-        ran = set.intersection(*where); cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws) for rs in levels.values()]
+        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a in weight))     # at every level, every arm
+        cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws) for rs in levels.values()]
         photos = [c.estimate.draws for c in cs]; known = all(len(d) == len(photos[0]) for d in photos)
-        e = Estimate(sum(a*c.estimate.blocks for a, c in zip(w, cs)), sum(a*d for a, d in zip(w, photos)) if known else np.zeros(0), max(c.estimate.overlap for c in cs))
+        line = lambda parts: sum(a*p for a, p in zip(w, parts))
+        e = Estimate(line([c.estimate.blocks for c in cs]), line(photos) if known else np.zeros(0), max(c.estimate.overlap for c in cs))
         out.append(_effect(name, e, {i for c in cs for i in c.runs}))
     tab = pd.DataFrame(out); return tab.assign(p_holm=holm(tab.p)[0])
 
