@@ -349,7 +349,7 @@ def factorial(
     arms:dict,                   # as in `weights_of`
     metric:str='truth.map_r',
     draws:int=10_000,            # of photos
-)->pd.DataFrame:                 # a line per effect, main effects first: effect, d, sd, n, lo, hi, p, p_flips (signs of blocks flipped), runs, p_holm
+)->pd.DataFrame:                 # a line per effect: effect, d, sd, n, lo, hi, p, p_flips (signs of blocks flipped), runs, p_holm
     "Main effects and interactions, with intervals over matched blocks (study design, section 6.1)"
     found = {k: contrast(records, w, metric, draws=draws) for k, w in weights_of(arms).items()}
     tab = pd.DataFrame([_effect(k, c.estimate, c.runs) for k, c in found.items()]); return tab.assign(p_holm=holm(tab.p)[0])
@@ -364,7 +364,7 @@ def slopes(
     if len(levels) < 2: raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
     x = np.array(list(levels), dtype=float); w = (x - x.mean())/((x - x.mean())**2).sum(); out = []
     for name, weight in of.items():
-        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a in weight))     # at every level, every arm
+        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a in weight))   # everywhere
         cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws) for rs in levels.values()]
         photos = [c.estimate.draws for c in cs]; known = all(len(d) == len(photos[0]) for d in photos)
         line = lambda parts: sum(a*p for a, p in zip(w, parts))
