@@ -364,7 +364,7 @@ def slopes(
     if len(levels) < 2: raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
     x = np.array(list(levels), dtype=float); w = (x - x.mean())/((x - x.mean())**2).sum(); out = []
     for name, weight in of.items():
-        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a in weight))   # everywhere
+        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a in weight))
         cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws) for rs in levels.values()]
         photos = [c.estimate.draws for c in cs]; known = all(len(d) == len(photos[0]) for d in photos)
         line = lambda parts: sum(a*p for a, p in zip(w, parts))
