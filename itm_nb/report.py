@@ -7,6 +7,7 @@ __all__ = ['COLUMNS', 'ALIKE', 'pick', 'value', 'per_photo', 'interval', 'label'
            'write_table', 'latex', 'Number', 'number', 'lint_records', 'lint_table', 'published']
 
 # %% ../nbs/16_report.ipynb #900dab09
+import json
 import math
 from pathlib import Path
 
@@ -328,12 +329,22 @@ def _provenance(at, r, by_id)->list:
     mean = math.fsum(value(by_id[i], r['metric']) for i in ids)/len(ids)
     return [] if abs(mean - r['mean']) <= 1e-6 else [f"{at}: {r['metric']} = {r['mean']:g} is not the mean of its runs, {mean:g}"]
 
-def _copies(tab)->list:
-    "Rows of one data set that agree in every one of three or more numbers: one of them was copied"
+def _settings(part, by_id)->set:
+    "What the runs of a row were told, but for names, seeds and folds"
+    rest = lambda r: {k: v for k, v in r['config'].items() if k not in ('arm', 'seed', 'fold')}
+    ids = {i for text in part['runs'].dropna() for i in text.split()} if 'runs' in part and by_id else ()
+    return {json.dumps(rest(by_id[i]), sort_keys=True) for i in ids if i in by_id}
+
+def _copies(tab, by_id)->list:
+    """Rows of one data set that agree in every one of three or more numbers: one of them was copied. Rows with records of other settings
+    may agree: what was changed made no difference"""
     out, seen = [], {}
     for (data, at), part in tab.dropna(subset='mean').groupby(['data', 'at'], sort=False):
-        key = (data, tuple(sorted(zip(part.metric, part['mean']))))
-        if len(part) > 2 and (other := seen.setdefault(key, at)) != at: out.append(f'{at}: the very numbers of {other}')
+        key, told = (data, tuple(sorted(zip(part.metric, part['mean'])))), _settings(part, by_id)
+        if len(part) < 3: continue
+        for other, its in seen.setdefault(key, []):
+            if not told or not its or told & its: out.append(f'{at}: the very numbers of {other}')
+        seen[key].append((at, told))
     return out
 
 def lint_table(
@@ -346,7 +357,7 @@ def lint_table(
     out = [f'{at}: {m} stands in {n} lines' for (at, m), n in tab.groupby([name, tab.metric]).size().items() if n > 1]
     for at, part in tab.dropna(subset='mean').groupby(name, sort=False): out += _order(dict(zip(part.metric, part['mean'])), at, tol)
     by_id = None if records is None else {r['id']: r for r in records}
-    out += _copies(tab.assign(at=name))
+    out += _copies(tab.assign(at=name), by_id)
     return out + [x for at, r in zip(name, lines) if 'runs' in r for x in _provenance(at, r, by_id)]
 
 # %% ../nbs/16_report.ipynb #85ee1ea5

@@ -146,6 +146,12 @@ def _streaming(model, whose):
                          "or sharing='static' with the generator of a run that has one")
     return model
 
+def _reading(model, lexicon):
+    "Refuse who has no vector for the mask, where it may be drawn"
+    n = getattr(model, 'config', {}).get('text', {}).get('n_words', len(lexicon.names))
+    if n < len(lexicon.names):
+        raise ValueError("special=True may draw the mask, for which this text tower has no vector: use similarity 'two_modes' or 'cross'")
+
 def writer_of(
     sharing:str,        # 'shared', 'unshared' or 'static'
     generator:str,      # folder of a finished run, or ''
@@ -197,6 +203,7 @@ def tags(
     terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
     if w and not w.static: terms['taught'] = mlm_term(lesson='taught')
     known, misled = captions_of(train, model, vocab, units), (misled,) if isinstance(misled, str) else tuple(misled)
+    if pool_of['special']: _reading(model, known.lexicon)
     pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads, corrects=correction > 0,
                      tally=Tally(known.lexicon, judge_of(world)), knows=judge_of(world) if honest else None, **pool_of)
     return dict(syn=synthetic_source(pool, hard)), terms

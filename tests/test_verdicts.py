@@ -240,6 +240,9 @@ def test_a_copied_row_is_noticed():
     recs = arms(seeds=2, a=1.2, b=1.5); good = table(recs, ['a', 'b'], draws=20); assert not lint_table(good)
     copy = good.copy(); copy.loc[copy.row == 'b', 'mean'] = copy[copy.row == 'a']['mean'].values
     assert any('the very numbers of' in x for x in lint_table(copy))
+    twin = lambda **more: [r | dict(id=r['id'][::-1], method='c', config=r['config'] | dict(arm='c') | more) for r in recs if r['method'] == 'a']
+    for more, wrong in ((dict(), ['made-up ranks, c: the very numbers of made-up ranks, a']), (dict(clamp=False), [])):       # a setting that makes no difference is no copy
+        both = recs + twin(**more); assert lint_table(table(both, ['a', 'c'], draws=20), both) == wrong
 
 def test_latex_is_closed_and_escaped():
     text = latex(table(arms(seeds=2, a=1.2), {'50 % & more_or #1 {x} ~ ^ \\': 'a'}, ['rsum', 'i2t.r1'], draws=20))
