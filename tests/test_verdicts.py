@@ -1,4 +1,5 @@
 "What the notebooks 16_verdicts and 16a_controls cannot say about themselves: hand-made verdicts, worked examples, simulated truth, rebuilt tables"
+import json
 import math
 import shutil
 import subprocess
@@ -262,10 +263,11 @@ def run(name, out, **values):
 @pytest.mark.slow
 def test_deleted_tables_and_figures_come_back_byte_equal(tmp_path):
     "Twice from the records alone: equal bytes; and text tables equal to the committed ones"
+    kept = dict(records=ROOT/'figures'/'results'), dict(audits=ROOT/'figures'/'audits')
+    pages = dict(study=kept[0], audit=kept[1], verdicts=kept[0], factorial=kept[0], defects=kept[0], dose=kept[0], **{k: kept[0] | kept[1] for k in ('aoq', 'fne', 'tags_dc')})
     for k in (1, 2):
         at = tmp_path/str(k); at.mkdir()
-        for name in ('study', 'audit', 'verdicts'):
-            run(name, tmp_path/f'{name}{k}', figures=at, **(dict(records=ROOT/'figures'/'results') if name != 'audit' else dict(audits=ROOT/'figures'/'audits')))
+        for name, given in pages.items(): run(name, tmp_path/f'{name}{k}', figures=at, **given)
     made = sorted(p.name for p in (tmp_path/'1').iterdir()); assert made == sorted(p.name for p in (tmp_path/'2').iterdir()) and len(made) > 25
     for n in made: assert (tmp_path/'1'/n).read_bytes() == (tmp_path/'2'/n).read_bytes(), n
     for n in made:
@@ -334,6 +336,22 @@ def test_the_page_of_doses_is_made_from_records(tmp_path):
     assert done.returncode == 0, done.stderr
     tab = pd.read_csv(tmp_path/'figures'/'dose_dose_x.csv').set_index('effect'); assert tab.word.to_dict() == dict(turns='turns', harms='stable, worse') and tab.hi['turns'] < 0 and (tab.n == 3).all()
     assert {p.name for p in (tmp_path/'figures').glob('*.md')} == {'dose_dose_x.md', *(f'dose_minus_base_dose_x_{k}.md' for k in range(3))} and (tmp_path/'figures'/'dose_dose_x.svg').is_file()
+
+
+def test_the_findings_of_the_study_come_from_its_tables(tmp_path):
+    "Two sweeps: in one an arm stands out above, in the other one below, and warm starts are no arms; a defect that costs; nobody made verdicts"
+    strong = dict(one=dict(vse0=1.2, good=1.6), two=dict(vse0=1.2, bad=.8, warm=.4), defects_scenes=dict(vse0=1.2, aoq=1.2, aoq_summed=.6, fne=1.2, fne_drift=1.2))
+    for sweep, arms in strong.items():
+        for a, s in arms.items():
+            for seed in range(4): r = made_up_record(a, s, seed, truth=sweep[0] == 'd', photos=400); write_record(tmp_path/'records', r | dict(sweep=sweep, id=r['id'][:11] + sweep[0].translate({111: 'a', 116: 'b'})))
+    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out'), 'import sys; from itm_nb.runs import itm_run; sys.exit(itm_run())'
+    done = subprocess.run([sys.executable, '-c', code, 'study', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path/'out'/'run.ipynb').read_text())['cells'][-1]['outputs'][0]['data']['text/markdown']; said = ''.join(last).split('**')
+    said = {k: v for k, v in zip(said[1::2], said[2::2])}; better, worse = said['Better than the base'], said['Worse than the base']
+    assert 'one, of 1 arms: good +' in better and 'bad' not in better and 'two, of 1 arms: bad -' in worse and 'warm' not in better + worse and 'over 4 blocks' in worse
+    assert '2 defects' in said['What the defects cost'] and 'aoq_summed -' in said['What the defects cost'] and 'has not been made' in said['Open, and what it would take']
+    assert said["Against the papers' rows"].count('rSum') == 3 and 'ours, made-up ranks' in said["Against the papers' rows"]
 
 
 def test_the_page_of_defects_is_made_from_records(tmp_path):
