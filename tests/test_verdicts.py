@@ -321,7 +321,7 @@ def test_the_page_of_the_factorial_sweep_with_two_shares_and_oracles(tmp_path):
     read = lambda name: pd.read_csv(tmp_path/'figures'/f'factorial_{name}_factorial_scenes.csv')
     line = read('slopes').set_index('effect'); assert list(line.index) == ['A x log', 'F x log', 'G x log'] and line.d['A x log'] < line.d['F x log'] and (line.n == 4).all() and line.hi['A x log'] < 0
     word = read('expected').set_index('effect').word; assert word['A x log'] == 'as expected' and list(word.index) == ['A x log', 'F x log', 'AF', 'AF', 'G x log']
-    knows = read('perfect').set_index(['data', 'without']); assert knows.word['rho 1.0', 'aoq'] == 'worth it' and max(abs(knows.d[x, 'fne']) for x in ('rho 0.1', 'rho 1.0')) < knows.d['rho 1.0', 'aoq']/3 and len(knows) == 4
+    knows = read('perfect').set_index(['data', 'without']); assert knows.word['rho 1.0', 'aoq'] == 'matters' and max(abs(knows.d[x, 'fne']) for x in ('rho 0.1', 'rho 1.0')) < knows.d['rho 1.0', 'aoq']/3 and len(knows) == 4
     assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay', 'worth')}
 
 
