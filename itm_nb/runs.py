@@ -66,7 +66,10 @@ OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fol
 FIRST = dict(    # parameters that always count: those the templates had when the first records were made
     train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word dropout method warmup margin '
           'temperature epochs batch lr decay clip precision seed threads arm'.split(),
-    evaluate='scores data name preset rho world regions seed arm'.split())
+    evaluate='scores data name preset rho world regions seed arm'.split(),
+    mine='init share honest data name preset rho world dims regions layout vision size frame similarity boxes seed folds fold threads '
+         'arm'.split(),
+    test_sets='scores test_set seed threads arm'.split())
 
 def about_folder(
     out,             # run folder

@@ -95,10 +95,11 @@ def corpus(
         world = kept(cache or Path('runs')/'worlds', cfg.preset, cfg.rho, cfg.seed if cfg.world < 0 else cfg.world)
         return Corpus(cfg.name or f'scenes {cfg.preset}, rho {cfg.rho:g} %', world.split, world, **places)
     if not folder: raise DataError('folder', 'no data folder', 'the folder of a data set', 'Give one: -p folder PATH.')
+    more = {k: v for k in ('columns', 'separator', 'max_captions', 'captions_of_split') if (v := getattr(cfg, k))}     # of the readers
     if cfg.data == 'images':
         from itm_nb.readers import open_layout
-        read = lambda part: open_layout(folder, part, cfg.layout)
-    else: read = lambda part: read_scan(folder, part, dims=cfg.dims or None, regions=_columns(cfg.regions))
+        read = lambda part: open_layout(folder, part, cfg.layout, **more)
+    else: read = lambda part: read_scan(folder, part, dims=cfg.dims or None, regions=_columns(cfg.regions), **more)
     return Corpus(cfg.name or Path(folder).name, read, **places)
 
 # %% ../nbs/14_train.ipynb #c5be07f1
