@@ -22,6 +22,7 @@ from scipy import sparse
 from scipy.special import gammaln
 from torch import Tensor
 
+from .commands import Parser, check_place, number
 from .data import DataError, purpose_key, read_json, uniform, words, write_atomic
 from .folds import Judgements, read_judgements
 from .metrics import chance, galleries, sensitivity, summary
@@ -500,14 +501,15 @@ def audit_command(
     argv:list,      # what stands behind `itm_data audit`
 )->str:             # what to print
     "Audit samplers on the vectors of a run, or on vectors of your own"
-    import argparse
-    p = argparse.ArgumentParser(prog='itm_data audit', description=audit_command.__doc__)
+    p = Parser(prog='itm_data audit', description=audit_command.__doc__)
     p.add_argument('--run', help='folder of a finished run'); p.add_argument('--vectors', help='npz with img, txt, img_of')
-    p.add_argument('--folder', default='', help="the run's data, in the SCAN layout"); p.add_argument('--part', default='test')
+    p.add_argument('--folder', default='', help="the run's data, in the SCAN layout"); p.add_argument('--part', default='test', choices=('train', 'val', 'test'))
     p.add_argument('--judgements', default='', help='npz of judgements (default: judgements.npz of the folder)')
     p.add_argument('--csv', help='write all lines there'); p.add_argument('--record', help='folder for the record of the audit')
-    p.add_argument('--suspects', help='write suspected false negatives there, as csv'); p.add_argument('--top', type=int, default=1000)
+    p.add_argument('--suspects', help='write suspected false negatives there, as csv'); p.add_argument('--top', type=number(int, 1), default=1000)
     a = p.parse_args(argv)
+    for k in ('csv', 'suspects', 'record'):
+        if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')
     if bool(a.run) == bool(a.vectors): raise DataError('itm_data audit', 'neither or both of --run and --vectors', 'one of them')
     if a.vectors: img, txt, own = _given_vectors(a.vectors); rows, control, ids = audit(img, txt, own), {}, None
     else:

@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .commands import Parser, SetupError, check_place, command
 from .cross_encoder import UNITER, from_uniter, to_uniter
 from .data import DataError, read_json, regular_file, write_atomic
 from .models import from_pretrained, model_of, save_pretrained
 from .pixels import SCALES
-from .runs import SetupError, command, sha256_of
+from .runs import sha256_of
 from .tokens import ENDS, Pieces, open_pieces
 from .vsrn import to_released
 
@@ -417,7 +418,7 @@ def restore(
 @command
 def itm_convert(argv=None)->int:
     "A checkpoint of the authors as a folder of ours, or back; nothing in the file is run"
-    p = argparse.ArgumentParser(prog='itm_convert', description=itm_convert.__doc__)
+    p = Parser(prog='itm_convert', description=itm_convert.__doc__)
     p.add_argument('file', help='the authors\' .pth, .pth.tar or .pt; with --to-released, a folder')
     p.add_argument('--as', dest='kind', default='', metavar='RELEASE', help=', '.join(RELEASES))
     p.add_argument('--vocab', default='', help='vocabulary of the release: word2idx in JSON, vocab.txt, or a folder with a tokeniser')

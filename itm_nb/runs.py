@@ -6,14 +6,14 @@
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'project', 'fold_file', 'template',
            'about_folder', 'origin', 'identity', 'run_id', 'source_hash', 'commit', 'claim', 'in_turn', 'done',
            'execute', 'content', 'finish', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks',
-           'cost', 'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'command', 'itm_run',
-           'itm_data', 'itm_readme']
+           'cost', 'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
+           'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
-import argparse
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .bytes import sha256_of
-from .config import SetupError, _near
-from .parameters import Parameter, parameters, resolve
+from .commands import Parser, SetupError, _near, check_place, command, number, one_line, printable
+from .parameters import Parameter, check_places, parameters, resolve
 
 # %% ../nbs/15_runs.ipynb #c282da41
 def project(
@@ -154,6 +154,33 @@ def done(
     "Is this run finished?"
     return (Path(out)/'DONE').is_file()
 
+# %% ../nbs/15_runs.ipynb #0d2bb17e
+_ANSI = re.compile(r'\x1b\[[0-9;]*m')
+
+def _reason(e)->str:
+    "Why a cell failed, in one line; where a method of one's own did, its file and line"
+    if e.ename == 'MemoryError' or 'allocate memory' in e.evalue: return one_line(MemoryError())
+    if e.ename == 'CellExecutionError':                    # an error whose text could not even be made
+        return f'a cell ended without a reason, as it does without memory: {one_line(MemoryError())}'
+    why = ' '.join(f'{e.ename}: {e.evalue}'.split()).removesuffix(':')
+    return why + (f' ({at})' if (at := _own_line(e.traceback)) else '')
+
+def _own_line(traceback:list)->str:
+    "The last place of an error's traceback that lies in code which is neither ours nor installed; '' where there is none"
+    ours = [Path(x).resolve() for x in (sys.modules[__name__.split('.')[0]].__file__, sys.prefix, sys.base_prefix, os.__file__) if x]
+    ours = [p if p.is_dir() else p.parent for p in ours]
+    places = re.findall(r'^File (.+?):(\d+)', _ANSI.sub('', '\n'.join(traceback)), re.M)
+    own = [(Path(p).expanduser(), n) for p, n in places if not any(Path(p).expanduser().is_relative_to(o) for o in ours)]
+    return f'{own[-1][0]}, line {own[-1][1]}' if own else ''
+
+def _no_kernel(e)->str:
+    "Why nothing was executed, or no longer"
+    said = one_line(e)
+    if 'before replying' in said or type(e).__name__ == 'NoSuchKernel':
+        return f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, and renew it: python -m ipykernel install --sys-prefix'
+    if said == 'Kernel died': return 'the kernel died (out of memory, or killed)'
+    return said
+
 # %% ../nbs/15_runs.ipynb #3626117c
 def _pass_on(
     out:Path,     # run folder
@@ -173,23 +200,26 @@ def execute(
     "Run a notebook with these parameters; DONE is written last"
     sys.modules.setdefault('rfc3987_syntax', None)     # two seconds in every process: jsonschema would compile a grammar of web addresses
     import papermill
-    from nbclient.exceptions import DeadKernelError
+    from jupyter_client.kernelspec import NoSuchKernel
+    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)     # what they know is said below
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, _pass_on(out))
     os.environ |= dict(ITM_DRIVEN='1', OMP_NUM_THREADS=str(values.get('threads', 1)))
     try: papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar)
     except papermill.PapermillExecutionError as e:
         if e.ename in ('Stopped', 'KeyboardInterrupt'): return RESUMABLE
         if e.ename == 'Busy': return BUSY
-        why = f'{e.ename}: {e.evalue}'
-        return _failed(out, why, f'{notebook.stem}: {why}\n(up to the failing cell: {out/"run.ipynb"})')
+        why = _reason(e)
+        return _failed(out, why, f'{notebook.stem}: {why}; see {out/"run.ipynb"}')
     except KeyboardInterrupt: return RESUMABLE
-    except DeadKernelError: return _failed(out, why := 'the kernel died (out of memory, or killed)', f'{notebook.stem}: {why}')
+    except (OSError, MemoryError, RuntimeError, NoSuchKernel) as e: return _failed(out, why := _no_kernel(e), f'{notebook.stem}: {why}')
     finish(out)
     return 0
 
 def _failed(out, why, said)->int:
     "Leave the reason in the run folder and on the error stream"
-    (out/'FAILED').write_text(why); print(said, file=sys.stderr); return 1
+    try: (out/'FAILED').write_text(printable(why), 'utf-8')
+    except OSError as e: said = f'{said}; and FAILED could not be written ({e.strerror})'
+    print(printable(said), file=sys.stderr); return 1
 
 _OF_THE_CLOCK = ('run.ipynb', 'run.json', 'timing.jsonl', 'wall.jsonl', 'worker.log', 'params.json', 'claim', 'lock', 'DONE', 'FAILED')
 
@@ -257,7 +287,8 @@ def start(
     work=execute,        # (notebook, values, run folder, bar) -> exit code: what is done
 )->tuple:                # (exit code, run folder)
     "Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is finished"
-    nb = template(name); values = resolve(parameters(nb), given)
+    nb = template(name); known = parameters(nb); values = resolve(known, given); check_places(known, values)
+    if values.get('folds') and known['folds'].rule: fold_file(values['folds'])
     out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/run_id(nb.stem, values))
     if 'out' in values: values['out'] = str(out)
     with claim(out) as mine:
@@ -469,35 +500,25 @@ def read_yaml(path)->dict:
     if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
     return found
 
-def command(
-    main,      # a function of a list of arguments (None: the command line) that returns an exit code
-):
-    "Turn a typed error into one line and exit code 2"
-    def run(argv=None):
-        from_cli = argv is None
-        try: code = main(argv)
-        except ValueError as e:
-            if not type(e).__name__ in ('SetupError', 'DataError'): raise
-            print(f'{main.__name__}: {e}', file=sys.stderr); code = 2
-        if from_cli: sys.exit(code)
-        return code
-    run.__name__, run.__doc__ = main.__name__, main.__doc__
-    return run
+def _listed(p:Parameter)->str:
+    "A line of --parameters: name, default, type, what it is, what it may be"
+    bounds = p.rule.bounds if p.rule else ''
+    return f'{p.name:17} {p.default!r:12} {type(p.default).__name__:5} {p.about}' + (f' [{bounds}]' if bounds else '')
 
 @command
 def itm_run(argv=None)->int:
     "Run an experiment's notebook with parameters, strictly"
-    p = argparse.ArgumentParser(prog='itm_run', description=itm_run.__doc__)
+    p = Parser(prog='itm_run', description=itm_run.__doc__)
     p.add_argument('experiment', nargs='?', help='train, evaluate, study, benchmark, or the path of a notebook')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='set a parameter')
     p.add_argument('-f', metavar='FILE', help='a YAML or JSON file of parameters')
     p.add_argument('--parameters', action='store_true', help='list what can be set, and stop')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
-    p.add_argument('--accelerate', type=int, default=1, metavar='N', help='train in N processes, then execute the notebook')
+    p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N', help='train in N processes, then execute the notebook')
     a = p.parse_args(argv); work = execute
     if not a.experiment: p.print_help(); return 2
     if a.parameters:
-        for x in parameters(template(a.experiment)).values(): print(f'{x.name:14} {x.default!r:12} {x.about}')
+        for x in parameters(template(a.experiment)).values(): print(_listed(x))
         return 0
     given = read_yaml(Path(a.f)) if a.f else {}
     if a.accelerate > 1: from itm_nb.processes import several; work = several(a.accelerate)
@@ -520,12 +541,14 @@ def itm_data(argv=None)->int:
     if argv[:1] == ['subset']:
         from itm_nb.subset import subset_command
         print('\n'.join(subset_command(argv[1:]))); return 0
-    p = argparse.ArgumentParser(prog='itm_data', description=itm_data.__doc__)
+    p = Parser(prog='itm_data', description=itm_data.__doc__)
     p.add_argument('what', choices=('info', 'check'), help='info: sizes and samples; check: everything that is wrong')
     p.add_argument('path', help='a data folder, or the word scenes'); p.add_argument('--layout', default='', help='default: found out')
     p.add_argument('--name', default='', help='flickr8k, flickr30k or coco: sizes are then compared')
     a = p.parse_args(argv)
-    from itm_nb.readers import check_layout, info_layout
+    from itm_nb.readers import KNOWN, LAYOUTS, check_layout, info_layout
+    for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
+        if given and given not in known: raise SetupError(f'{name} {given!r}{_near(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes': return _scenes_info()
     if a.what == 'info':
         for line in info_layout(a.path, a.layout, a.name): print(line)
@@ -552,7 +575,7 @@ def _readme_cell(cell)->str:
 @command
 def itm_readme(argv=None)->int:
     "Execute nbs/index.ipynb and make README.md of it, offline"
-    p = argparse.ArgumentParser(prog='itm_readme', description=itm_readme.__doc__); p.parse_args(argv)
+    p = Parser(prog='itm_readme', description=itm_readme.__doc__); p.parse_args(argv)
     import nbformat
     from nbclient import NotebookClient
     root = project(); nb = nbformat.read(root/'nbs'/'index.ipynb', 4)

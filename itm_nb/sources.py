@@ -6,7 +6,6 @@
 __all__ = ['SOURCES', 'MAKERS', 'download', 'unpack', 'File', 'Source', 'get', 'verify', 'get_command']
 
 # %% ../nbs/00_sources.ipynb #f7deefb5
-import argparse
 import errno
 import fcntl
 import fnmatch
@@ -25,6 +24,7 @@ import requests
 from tqdm import tqdm
 
 from .bytes import sha256_of
+from .commands import Parser, check_place
 from .data import DataError, regular_file, write_atomic
 from .read_safely import inside
 
@@ -399,13 +399,13 @@ def get_command(
     sources:dict=None,    # None: SOURCES
 )->tuple:                 # (lines, exit code)
     "`itm_data get NAME [FOLDER]`; without a name: what there is"
-    p = argparse.ArgumentParser(prog='itm_data get', description='Fetch data or weights; a broken transfer goes on where it stopped')
+    p = Parser(prog='itm_data get', description='Fetch data or weights; a broken transfer goes on where it stopped')
     p.add_argument('name', nargs='?', default='', help='a name of the list that `itm_data get` alone shows')
     p.add_argument('folder', nargs='?', default='', help='where to (default: data/NAME)')
     p.add_argument('--verify', action='store_true', help='compare what is there with what was noted when it was fetched')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     a = p.parse_args(argv); known = SOURCES if sources is None else sources
     if not a.name: return _list(known), 0
-    folder = Path(a.folder or Path('data')/a.name)
+    folder = check_place(a.folder or Path('data')/a.name, 'folder')
     if not a.verify: return get(a.name, folder, known, progress=not a.quiet), 0
     found = verify(folder); return [f'{said:24} {name}' for name, said in found], int(any(said != 'right' for _, said in found))

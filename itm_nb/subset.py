@@ -6,7 +6,6 @@
 __all__ = ['chosen', 'subset', 'subset_command']
 
 # %% ../nbs/00_subset.ipynb #41e8d6ce
-import argparse
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .commands import Parser, check_place, number
 from .data import PARTS, DataError, _scan_files, read_json, read_scan, regular_file, uniform, write_atomic
 from .folds import _indices, _npz_table
 from .readers import _one, _part, check_layout, open_layout, recognise
@@ -117,12 +117,12 @@ def subset_command(
     argv:list,         # what stands behind `itm_data subset`
 )->list:               # of lines
     "`itm_data subset FOLDER TO`"
-    p = argparse.ArgumentParser(prog='itm_data subset', description='Write a smaller data folder of the same layout')
+    p = Parser(prog='itm_data subset', description='Write a smaller data folder of the same layout')
     p.add_argument('folder', help="SCAN's layout, or Karpathy's JSON beside images/"); p.add_argument('to', help='folder to make')
-    p.add_argument('-n', type=int, default=100, help='images of every part (default: 100)')
-    p.add_argument('--seed', type=int, default=None, help='of a sample (default: the first images)')
+    p.add_argument('-n', type=number(int, 1), default=100, help='images of every part (default: 100)')
+    p.add_argument('--seed', type=number(int), default=None, help='of a sample (default: the first images)')
     p.add_argument('--layout', default='', help='default: found out')
-    for part in PARTS: p.add_argument(f'--{part}', type=int, default=None, metavar='N', help='images of this part')
-    a = p.parse_args(argv); sizes = {part: x for part in PARTS if (x := getattr(a, part)) is not None}
+    for part in PARTS: p.add_argument(f'--{part}', type=number(int, 1), default=None, metavar='N', help='images of this part')
+    a = p.parse_args(argv); check_place(a.to, 'to'); sizes = {part: x for part in PARTS if (x := getattr(a, part)) is not None}
     said = subset(a.folder, a.to, a.n, a.seed, sizes, a.layout); judged = said.pop('judged')
     return [*(f'{part}: {x} images' for part, x in said.items()), *([f'{judged} judgements'] if judged else []), f'they lie in {a.to}']

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'PICK', 'Corpus', 'corpus', 'in_fold', 'networks', 'vocabulary', 'build', 'optimiser', 'learning_rate',
-           'Training', 'tell', 'share', 'Encoder', 'train_step', 'prepare', 'embed', 'rank_encoded', 'scores_of',
-           'rank_split', 'save_checkpoint', 'load_checkpoint', 'resume', 'warm_start', 'Busy', 'Stopped', 'leads',
-           'locked', 'stop_signal', 'load_picks', 'save_ranks', 'load_ranks', 'fit', 'evaluate']
+           'Training', 'tell', 'share', 'Encoder', 'train_step', 'NotFinite', 'refuse_nan', 'prepare', 'embed',
+           'rank_encoded', 'scores_of', 'rank_split', 'save_checkpoint', 'load_checkpoint', 'resume', 'warm_start',
+           'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks', 'save_ranks', 'load_ranks', 'fit',
+           'evaluate']
 
 # %% ../nbs/14_train.ipynb #27704cd1
 import fcntl
@@ -232,6 +233,7 @@ class Training:
     log_bytes:int = 0
     pick_bytes:int = 0
     code:str = ''                    # hash of the method's source where it is not the package's own
+    recent:list = field(default_factory=list)     # (step, learning rate, costs, gradient norm) since it was last asked whether they are finite
 
     @cached_property
     def core(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
@@ -341,8 +343,29 @@ def train_step(
     norm = t.accelerator.clip_grad_norm_(t.core.parameters(), cfg.clip or torch.inf)
     t.opt.step()
     tell(t.owners(), 'after_step', step)
+    t.recent.append((t.step, learning_rate(cfg, t.step, t.steps), parts, norm))
     t.meter += torch.stack([sum(parts.values()), norm, (norm > (cfg.clip or torch.inf)).float(), torch.ones_like(norm)])
     return parts
+
+# %% ../nbs/14_train.ipynb #1699cf37
+class NotFinite(ArithmeticError): "A loss or a gradient that is not a finite number; training stops at once"
+
+def refuse_nan(
+    t:Training,
+):
+    "Raise `NotFinite` for the first step since the last call whose costs or gradient are not finite: step, method, term, learning rate"
+    recent, t.recent = t.recent, []
+    for step, rate, parts, norm in recent:
+        odd = [k for k, v in (parts | {'the gradient': norm}).items() if not v.isfinite()]
+        if not odd: continue
+        epoch = step//t.per_epoch; name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.before
+        said = ', '.join(f'{k} is {float((parts | {"the gradient": norm})[k])}' for k in odd)
+        raise NotFinite(f'step {step+1} of {t.steps} (epoch {epoch+1}), method {name}: {said}, at learning rate {rate:.3g}; '
+                        'give a lower lr, a clip, or look at the data and the method')
+
+def _waits(t:Training, *there)->bool:
+    "Is the device waited for in this step anyway? A CPU always is"
+    return any(there) or t.accelerator.device.type == 'cpu'
 
 # %% ../nbs/14_train.ipynb #ce834a32
 def _own_temperature(cfg, models)->float:
@@ -668,6 +691,7 @@ def fit(
             ends, due = i == t.per_epoch-1, (t.step+1) % LOG_EVERY == 0; seen = [] if ends or due else None
             train_step(t, caps, epoch, seen); t.step += 1; bar.update()
             if on_step: on_step(t.step)
+            if _waits(t, stop, ends, due, t.step % every == 0): refuse_nan(t)
             if seen is not None: _note(t, run, epoch, seen)
             halt = _halt(t, stop, ends or due)
             if ends or due: _log(t, run, epoch, clock)
