@@ -357,6 +357,7 @@ def _begin(out, name, values, me):
     if missing := [p for p, made in now.items() if not made]:
         raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({broken(missing[0]) or "its own parents changed"})')
     for name_ in ('DONE', 'manifest.json', 'FAILED'): (out/name_).unlink(missing_ok=True)
+    if (out/'params.json').is_file(): write_synced(out/'params.json', json.dumps(values, indent=1).encode())     # whatever stood there
     there = _told(out)
     before = (there or {}).get('parents')      # None: not known, as where run.json is lost
     if before is not None and sorted(before.values()) != sorted(now.values()) or before is None and now: _empty(out)
