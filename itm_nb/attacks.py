@@ -67,8 +67,10 @@ def opened(
     device:str='cpu',
 )->Opened:
     "Open a finished run"
+    from itm_nb.train import check_run
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
+    check_run(run)
     settings, given = read_json(at)['state']['config'], _given(run)
     own = json.dumps({k: settings[k] for k in _DATA if k in settings}, sort_keys=True)
     data = like.data if like else _corpus(own, str(folder), given.get('folds', ''), given.get('fold', -1))

@@ -422,9 +422,10 @@ def run_vectors(
     from itm_nb.data import Batches, Vocabulary
     from itm_nb.models import from_pretrained
     from itm_nb.runs import fold_file
-    from itm_nb.train import config, corpus, embed, in_fold
+    from itm_nb.train import check_run, config, corpus, embed, in_fold
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
+    check_run(run)
     settings = read_json(at)['state']['config']; data = corpus(config(settings), folder)
     given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
     if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])      # the photographs it has not seen

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from .commands import SetupError, _near
 
-# %% ../nbs/14_config.ipynb #cc33c26d
+# %% ../nbs/14_config.ipynb #36d603c2
 @dataclass(frozen=True)
 class Setting:
     "One thing that can be set"
@@ -30,7 +30,7 @@ class Setting:
     unit:str=''
     form:tuple=()       # of a text: a pattern, and the same in words
     words:tuple=()      # further values, of another type, e.g. 'known' for a number
-    place:str=''        # a path: 'folder' or 'file' that must be there where one is given, 'run' or 'runs': finished ones, 'out': is written
+    place:str=''        # a path: 'folder' or 'file' that must be there where one is given, 'run', 'runs' or 'scores': finished ones, 'out': is written
 
     @property
     def comment(self)->str:
@@ -360,12 +360,12 @@ _PART = Setting('part', 'test', 'which part of the data', ('train', 'val', 'test
 _IDS = dict(img_of="npy: row of each sentence's photo, for scores that do not belong to `data`", img_ids="npy: id of each row's photo",
             gallery="npy: gallery of each row's photo")
 
-# %% ../nbs/14_config.ipynb #504af335
+# %% ../nbs/14_config.ipynb #350e923e
 RUNS = dict(      # templates whose runs are rows of a table, or what such runs need
     train=(*OF_CONFIG[:-len(READERS)], *OF_RUNS[:-2], *READERS, *OF_RUNS[-2:]),
     evaluate=(
         Setting('scores', 'oracle', 'folders of finished runs joined by commas, an npy file of scores, an npz file of ranks, or a word: '
-                                    "'oracle', 'chance'", form=(r'.*\S.*', 'scores')),
+                                    "'oracle', 'chance'", form=(r'.*\S.*', 'scores'), place='scores'),
         Setting('rerank', 0, "of two folders: the second scores the first one's best again, so many per query; 0: scores are averaged",
                 within=_NAT),
         Setting('weights', '', 'folder with config.json, model.safetensors and vocab.json: ranks the test split, and `scores` is not read',

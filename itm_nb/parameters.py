@@ -14,7 +14,7 @@ from pathlib import Path
 from .commands import SetupError, _near, check_place, check_text
 from .config import Setting, check, check_method, check_together, declared
 
-# %% ../nbs/15_parameters.ipynb #ff625193
+# %% ../nbs/15_parameters.ipynb #27be8e25
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell"
@@ -30,7 +30,7 @@ class Parameter:
         try:
             if not isinstance(given, (str, int, float)) or isinstance(given, bool): raise TypeError
             if kind is bool or (kind is int and isinstance(given, float)): raise ValueError
-            value = kind(given)
+            value = kind(given) + 0. if kind is float else kind(given)      # -0.0 is 0.0
         except (TypeError, ValueError):
             raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. {self.default!r}') from None
         if kind is str: check_text(value, self.name)
@@ -82,7 +82,7 @@ def resolve(
     if ruled: check_together(ruled)
     return values
 
-# %% ../nbs/15_parameters.ipynb #08b062c9
+# %% ../nbs/15_parameters.ipynb #6e902cef
 def check_places(
     known:dict,      # from `parameters`
     values:dict,     # from `resolve`
@@ -92,12 +92,14 @@ def check_places(
         kind = known[k].rule.place if known[k].rule else ''
         if not kind or not v: continue
         if kind == 'out': check_place(v, k); continue
-        for x in v.split(',') if kind == 'runs' else [v]: _check_there(k, Path(x), kind)
+        for x in v.split(',') if kind in ('runs', 'scores') else [v]: _check_there(k, Path(x), kind)
     if values.get('data') in ('scan', 'images') and known['data'].rule and not values.get('folder'):
         raise SetupError(f'data {values["data"]!r} without its folder; give it: -p folder PATH')
 
 def _check_there(name, path, kind):
     "Refuse what an input names and is not there"
+    if kind == 'scores' and str(path) in ('oracle', 'chance'): return
+    if kind == 'scores': kind = 'file' if path.suffix in ('.npy', '.npz') else 'runs'
     try: there = path.is_file() if kind == 'file' else path.is_dir()
     except OSError: there = False
     if not there: raise SetupError(f'{name} {str(path)!r}: no such {"file" if kind == "file" else "folder"}; correct the path')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'project', 'fold_file', 'template',
            'about_folder', 'origin', 'identity', 'run_id', 'source_hash', 'commit', 'claim', 'in_turn', 'done',
-           'execute', 'content', 'finish', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks',
-           'cost', 'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
+           'finish', 'execute', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks', 'cost',
+           'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
            'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
@@ -21,10 +21,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from .bytes import sha256_of
+import itm_nb
+from .bytes import broken, content, over_json, result, seal, sha256_of, stamped, stamped_lines, write_synced
 from .commands import Parser, SetupError, _near, check_place, command, number, one_line, printable
 from .parameters import Parameter, check_places, parameters, resolve
 
@@ -73,10 +75,29 @@ FIRST = dict(    # parameters that always count: those the templates had when th
 
 def about_folder(
     out,             # run folder
-)->dict:             # id, template, source, parents; at least the id, which is the folder's name in a sweep
-    "What a run folder says of itself"
-    try: return json.loads((Path(out)/'run.json').read_text('utf-8'))
-    except (OSError, ValueError): return dict(id=Path(out).name)
+)->dict:             # id, template, source, parents, identity; at least the id, which is the folder's name in a sweep
+    "What a run folder says of itself; SetupError where its `run.json` is not what was written"
+    at = Path(out)/'run.json'
+    if not at.is_file(): return dict(id=Path(out).name)
+    try:
+        found = json.loads(at.read_text('utf-8')); sealed = found.pop('seal', None)
+        whole = isinstance(found['id'], str) and (sealed == over_json(found) or sealed is None and 'identity' not in found)   # None: earlier versions
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): whole = False
+    if whole: return found
+    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or remove the folder')
+
+_AN_ID = re.compile('[0-9a-f]{12}')
+
+def _told(out):
+    "As `about_folder`; {} where nothing is said, None where it is damaged"
+    if not (Path(out)/'run.json').is_file(): return {}
+    try: return about_folder(out)
+    except SetupError: return None
+
+def _id_of(out)->str:
+    "The id of a run folder; where its run.json is damaged, its name if that is an id"
+    out = Path(out)
+    return out.name if _told(out) is None and _AN_ID.fullmatch(out.name) else about_folder(out)['id']
 
 def origin(
     given:str,       # value of an input: a run folder, a file, a word; several runs are joined by commas
@@ -88,7 +109,7 @@ def origin(
             parts = (f'{n} {sha256_of(p/n)}' for n in ('config.json', 'model.safetensors', 'vocab.json') if (p/n).is_file())
             return 'sha256:' + hashlib.sha256(' '.join(parts).encode()).hexdigest()
         if p.is_file() and p.suffix: return f'sha256:{sha256_of(p)}'
-        return about_folder(p)['id'] if (p/'run.json').is_file() or len(p.parts) > 1 else x
+        return _id_of(p) if (p/'run.json').is_file() or len(p.parts) > 1 else x
     return ','.join(map(one, given.split(',')))
 
 def identity(
@@ -96,10 +117,10 @@ def identity(
     values:dict,     # all its parameters
 )->dict:
     "What determines a result: parameters without places, inputs by what they are, and of later parameters those not at their default"
-    what = {k: origin(v) if k in INPUTS and v else v for k, v in values.items() if k not in PLACES}
-    if name not in FIRST: return what
-    known = parameters(template(name))
-    return {k: v for k, v in what.items() if k in FIRST[name] or v != known[k].default}
+    known = parameters(template(name)) if name in FIRST else {}
+    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 and 1.0, however it came
+    what = {k: origin(v) if k in INPUTS and v else v for k, v in what.items()}
+    return {k: v for k, v in what.items() if name not in FIRST or k in FIRST[name] or k not in known or v != known[k].default}
 
 def run_id(
     name:str,        # of the template
@@ -109,22 +130,35 @@ def run_id(
     what = dict(template=name, **identity(name, values))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../nbs/15_runs.ipynb #31a03f30
+def _package()->Path: return Path(itm_nb.__file__).resolve().parent      # what was imported
+
+def _sources()->list:
+    "Names of the package's source files, relative to its folder, in their order"
+    return sorted(p.relative_to(_package()).as_posix() for p in _package().rglob('*.py'))
+
 def source_hash(
     method:str='',    # name of the method; one's own has a hash of its own, see `methods.code_of`
 )->str:
-    "A hash of the package's source (and of one's own method behind it), so that a record tells which code made it"
+    "A hash of the imported package's source (and of one's own method behind it), so that a record tells which code made it"
     h = hashlib.sha256()
-    for p in sorted((project()/'itm_nb').glob('*.py')): h.update(p.name.encode() + p.read_bytes())
+    for name in _sources(): h.update(name.encode() + (_package()/name).read_bytes())
     if ':' not in method: return h.hexdigest()[:12]
     from itm_nb.methods import code_of
     return f'{h.hexdigest()[:12]}+{code_of(method)}'
 
+def _git(*asked)->str:
+    "What git says of the package's folder; None where it fails, or is not there"
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}      # a hook's variables would name another repository
+    try: r = subprocess.run(('git', '-C', _package(), *asked), capture_output=True, text=True, timeout=60, env=env)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError): return None
+    return None if r.returncode else r.stdout
+
 def commit()->str:
-    "The commit of the clone, with + where files differ from it; 'none' outside git"
-    def git(*a): return subprocess.run(('git', '-C', project(), *a), capture_output=True, text=True)
-    head = git('rev-parse', '--short=12', 'HEAD')
-    if head.returncode: return 'none'
-    return head.stdout.strip() + ('+' if git('status', '--porcelain', '--', 'itm_nb').stdout.strip() else '')
+    "The commit of the imported package, with + where its files differ from it; 'none' where they are no files of a repository"
+    kept, head = (_git('ls-files', '-z') or '').split('\0'), _git('rev-parse', '--short=12', 'HEAD')
+    if '__init__.py' not in kept or head is None: return 'none'
+    return head.strip() + ('+' if set(_sources()) - set(kept) or _git('status', '--porcelain', '--', '.') else '')
 
 # %% ../nbs/15_runs.ipynb #2ef9fb29
 BUSY, RESUMABLE = 76, 75     # exit codes: another process has this run; stopped and can be gone on with
@@ -148,11 +182,23 @@ def in_turn(
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, 'a') as f: fcntl.flock(f, fcntl.LOCK_EX); yield
 
+# %% ../nbs/15_runs.ipynb #18747f39
+_SAID = set()      # what was said of a folder is said once
+
 def done(
     out,           # run folder
 )->bool:
-    "Is this run finished?"
-    return (Path(out)/'DONE').is_file()
+    "Is this run finished, and its folder what it was then? Where it is damaged, that is said"
+    why = broken(out)
+    if why and (Path(out)/'DONE').is_file() and (str(out), why) not in _SAID:
+        _SAID.add((str(out), why)); warnings.warn(f'{out} does not count as finished: {why}')
+    return not why
+
+def finish(
+    out,          # run folder
+):
+    "Mark a run as finished: its list, and `DONE` with a hash of what it made, the last thing written"
+    seal(out)
 
 # %% ../nbs/15_runs.ipynb #0d2bb17e
 _ANSI = re.compile(r'\x1b\[[0-9;]*m')
@@ -187,9 +233,18 @@ def _pass_on(
 ):
     "A signal handler that asks the process training in `out` to save and stop"
     def handler(signum, frame):
-        try: os.kill(int((out/'lock').read_text()), signal.SIGTERM)
+        try: os.kill(_trainer(out), signal.SIGTERM)
         except (OSError, ValueError): raise KeyboardInterrupt from None     # nobody trains yet: there is nothing to save
     return handler
+
+def _trainer(out)->int:
+    "The process that holds the lock of a run folder; ValueError where nobody does, whatever number stands in it"
+    with open(out/'lock') as f:
+        try: fcntl.flock(f, fcntl.LOCK_SH|fcntl.LOCK_NB)
+        except BlockingIOError: pid = int(f.read())
+        else: raise ValueError('nobody trains here')
+    if pid < 2: raise ValueError(f'{pid} is no process that trains')
+    return pid
 
 def execute(
     notebook:Path,       # template
@@ -221,65 +276,95 @@ def _failed(out, why, said)->int:
     except OSError as e: said = f'{said}; and FAILED could not be written ({e.strerror})'
     print(printable(said), file=sys.stderr); return 1
 
-_OF_THE_CLOCK = ('run.ipynb', 'run.json', 'timing.jsonl', 'wall.jsonl', 'worker.log', 'params.json', 'claim', 'lock', 'DONE', 'FAILED')
-
-def content(
-    out,          # run folder
-)->str:           # 64 hexadecimal digits
-    "A hash of what a run has made, without anything of the clock: the same run made again has the same"
-    h, out = hashlib.sha256(), Path(out)
-    for p in sorted(p for p in out.rglob('*') if p.is_file()):
-        rel = p.relative_to(out)
-        if rel.name in _OF_THE_CLOCK or rel.parts[0] in ('previous', 'new.tmp') or rel.name.endswith('.tmp'): continue
-        h.update(f'{rel.as_posix()} {sha256_of(p)}\n'.encode())
-    return h.hexdigest()
-
-def finish(
-    out,          # run folder
-):
-    "Mark a run as finished, with a hash of what it made: the last thing written, whole or not at all"
-    tmp = Path(out)/f'.done.{os.getpid()}.tmp'
-    with open(tmp, 'w') as f: f.write(content(out)+'\n'); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, Path(out)/'DONE')
-
 # %% ../nbs/15_runs.ipynb #01c04329
 def _stands(folder)->bool:
     "Is a run finished, with its parents as they are now, and theirs?"
-    def same(p, print_):
+    def same(p, made):
         at = Path(p) if Path(p).is_dir() else Path(folder).parent/Path(p).name          # the folder of runs may have been moved
-        return done(at) and (at/'DONE').read_text().strip() == print_ and _stands(at)
-    return done(folder) and all(same(*x) for x in about_folder(folder).get('parents', {}).items())
+        return done(at) and result(at) == made and _stands(at)
+    there = _told(folder)
+    return there is not None and done(folder) and all(same(*x) for x in there.get('parents', {}).items())
 
 def parents(
     values:dict,      # all parameters
-)->dict:              # run folder -> its DONE; '' where it is not finished
+)->dict:              # run folder -> what its DONE says; '' where it is not finished
     "The runs that a run needs, and what they have made"
     named = [x for k in INPUTS if k != 'weights' for x in str(values.get(k) or '').split(',')]      # weights need not come from a run
     folders = [x for x in named if (Path(x)/'run.json').is_file() or len(Path(x).parts) > 1 and not Path(x).suffix]
-    return {x: (Path(x)/'DONE').read_text().strip() if _stands(x) else '' for x in folders}
+    return {x: result(x) if _stands(x) else '' for x in folders}
 
 def finished(
     out,              # run folder
     values:dict,      # all parameters
+    asked:str='',     # the id asked for; '': the folder's name, where that is an id, as in a sweep
 )->bool:
-    "Is this run finished, with the parents it would have today?"
+    "Is this very run finished, with the parents it would have today?"
     if not done(out): return False
+    there, name = _told(out), Path(out).name
+    asked = asked or (name if _AN_ID.fullmatch(name) else '')
+    if there is None or asked and there.get('id', name) != asked: return False
     now = parents(values)
-    return all(now.values()) and sorted(now.values()) == sorted(about_folder(out).get('parents', {}).values())
+    return all(now.values()) and sorted(now.values()) == sorted(there.get('parents', {}).values())
 
-def _begin(out, name, values):
+# %% ../nbs/15_runs.ipynb #004fe0ac
+_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')   # may lie there before run.json does
+
+def _other(mine, theirs)->str:
+    "In words, where an identity differs from another: the first three settings"
+    odd = [k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)]
+    return ', '.join(f'{k} {mine[k]!r}' if k in mine else f'{k} at its default' for k in sorted(odd)[:3])
+
+def _admit(
+    out:Path,        # run folder
+    name:str,        # of the template that is asked for
+    values:dict,
+    me:str,          # its id
+):
+    "Refuse a folder that holds something else, with both named"
+    if not out.exists(): return
+    if not out.is_dir(): raise SetupError(f'out: {out} is a file; wanted a run folder, or a place for one')
+    there, mine = _told(out), identity(name, values)
+    if there:
+        if there['id'] == me or 'arm' not in values and there.get('template') == name: return
+        theirs = there.get('identity', {})
+        raise SetupError(f'out: in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)}); '
+                         f'asked for is {me} ({name}: {_other(mine, theirs)}). Give another out, or remove that folder')
+    odd = sorted(p.name for p in out.iterdir() if not (p.name in _EARLY or p.name.endswith('.tmp')))
+    if not odd or out.name == me: return
+    why = 'run.json is damaged, so nobody knows which run it holds' if there is None else f'no run folder, and not empty: it holds {odd[0]}'
+    raise SetupError(f'out: {out}: {why}. Give another out, or remove that folder')
+
+# %% ../nbs/15_runs.ipynb #13a7908f
+def _begin(out, name, values, me):
     "Note in a run folder what it is; what was made with other parents is removed, its DONE first"
     now = parents(values)
-    if missing := [p for p, d in now.items() if not d]: raise SetupError(f'{missing[0]}: this run is needed first and is not finished')
-    before = about_folder(out).get('parents')
-    if before is not None and sorted(before.values()) != sorted(now.values()):
-        for p in sorted(out.iterdir(), key=lambda p: p.name != 'DONE'):
-            if p.name in ('claim', 'worker.log', 'params.json'): continue
-            shutil.rmtree(p) if p.is_dir() else p.unlink()
-    (out/'FAILED').unlink(missing_ok=True)
-    me = dict(id=run_id(name, values), template=name, source=source_hash(), parents=now)
-    tmp = out/f'.run.{os.getpid()}.tmp'; tmp.write_text(json.dumps(me, indent=1)); os.replace(tmp, out/'run.json')
+    if missing := [p for p, made in now.items() if not made]:
+        raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({broken(missing[0]) or "its own parents changed"})')
+    for name_ in ('DONE', 'manifest.json', 'FAILED'): (out/name_).unlink(missing_ok=True)
+    if (out/'params.json').is_file(): write_synced(out/'params.json', json.dumps(values, indent=1).encode())     # whatever stood there
+    there = _told(out)
+    before = (there or {}).get('parents')      # None: not known, as where run.json is lost
+    if before is not None and sorted(before.values()) != sorted(now.values()) or before is None and now: _empty(out)
+    _note(out, name, values, me, now)
 
+def _empty(out):
+    "Remove what a run has made; run.json stays to the last, so that the folder is known as a run's whenever this is killed"
+    for p in out.iterdir():
+        if p.name in ('claim', 'worker.log', 'params.json', 'run.json'): continue
+        shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+def _note(out, name, values, me='', now=None):
+    "Write run.json: which run this is, by what source, with which parents"
+    told = dict(id=me or run_id(name, values), template=name, source=source_hash(), parents=parents(values) if now is None else now,
+                identity=identity(name, values))
+    write_synced(out/'run.json', json.dumps(told | dict(seal=over_json(told)), indent=1).encode())
+
+def _by_hand(out, name, values):
+    "A notebook in JupyterLab marks its run itself: nobody else does"
+    if 'ITM_DRIVEN' in os.environ: return
+    _note(out, name, values); finish(out)
+
+# %% ../nbs/15_runs.ipynb #69f69e70
 def start(
     name:str,            # template, or a notebook's path
     given:dict,          # parameters by name
@@ -289,14 +374,17 @@ def start(
     "Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is finished"
     nb = template(name); known = parameters(nb); values = resolve(known, given); check_places(known, values)
     if values.get('folds') and known['folds'].rule: fold_file(values['folds'])
-    out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/run_id(nb.stem, values))
+    me = run_id(nb.stem, values)
+    out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/me)
     if 'out' in values: values['out'] = str(out)
+    _admit(out, nb.stem, values, me)
     with claim(out) as mine:
         if not mine: return BUSY, out
-        if 'arm' in values and finished(out, values): return 0, out     # a row of a table is made once; a study is made anew
-        _begin(out, nb.stem, values)
+        if 'arm' in values and finished(out, values, me): return 0, out     # a row of a table is made once; a study is made anew
+        _admit(out, nb.stem, values, me)                                    # another process may have begun there
+        _begin(out, nb.stem, values, me)
         began = time.perf_counter(); code = work(nb, values, out, bar)
-        with open(out/'wall.jsonl', 'a') as f: f.write(json.dumps(dict(seconds=round(time.perf_counter()-began, 2), code=code))+'\n')
+        with open(out/'wall.jsonl', 'a') as f: f.write(stamped(dict(seconds=round(time.perf_counter()-began, 2), code=code)))
         return code, out
 
 # %% ../nbs/15_runs.ipynb #08b9ec2f
@@ -335,7 +423,8 @@ def curves(
     run:Path,      # run folder
 )->dict:           # name -> a value per epoch
     "Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum, and what owners of state tell"
-    lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text().splitlines()]
+    try: lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text('utf-8').splitlines()]
+    except (OSError, ValueError): raise SetupError(f'{run}: log.jsonl cannot be read; run it again, and what cannot be trusted is made anew') from None
     vals = {l['epoch']: l['val']['rsum'] for l in lines if 'val' in l}
     steps = {e: [l for l in lines if l['epoch'] == e and 'loss' in l] for e in vals}
     mean = lambda e, k: sum(l[k] for l in steps[e])/len(steps[e])
@@ -380,11 +469,13 @@ def _false(rows, split, world):
 
 def cost(
     run:Path,
-)->dict:           # steps, seconds, pairs per second, peak memory
+)->dict:           # steps, seconds, pairs per second, peak memory; {} where the lines of a part of the run are lost
     "What a run cost, from its timing (a part that was done twice after a kill counts twice)"
-    lines = [json.loads(l) for l in (Path(run)/'timing.jsonl').read_text().splitlines()]
+    lines, upto = stamped_lines(Path(run)/'timing.jsonl'), 0
+    for l in sorted(lines, key=lambda l: l['since']): upto = max(upto, l['step']) if l['since'] <= upto else upto
+    if not lines or upto < lines[-1]['steps']: warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
     seconds = sum(l['seconds'] for l in lines)
-    return dict(steps=lines[-1]['steps'], seconds=round(seconds, 2), pairs_per_s=round(sum(l['pairs'] for l in lines)/seconds, 1),
+    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(sum(l['pairs'] for l in lines)/seconds, 1),
                 peak_mib=max(l['peak_mib'] for l in lines))
 
 def tested_on(
@@ -425,24 +516,25 @@ def conclude(
     from itm_nb.train import embed, evaluate, scores_of
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
     if values['search']: more |= dict(search=json.loads(values['search']))
-    if not values['test']: return _searched(run, t, more)
+    if not values['test']: return _searched(values, run, t, more)
     ranks, split, batches = evaluate(run, data, 'test', device)
     vectors = embed(t.core, batches); more |= spread(*vectors)
     truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *vectors)]))
     if seen := picks(run, t.train.split, data.world): more |= dict(picks=seen)
+    if spent := cost(run): more |= dict(cost=spent)
     rec = record(about(values, 'train', values['method'], device), tested_on(values, split, data.label, len(t.train.split)),
                  ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1],
-                 cost=cost(run), curves=curves(run), **more)
+                 curves=curves(run), **more)
     write_record(run.parent/'records', rec)
-    if 'ITM_DRIVEN' not in os.environ: finish(run)      # run by hand in JupyterLab: nobody else marks it
+    _by_hand(run, 'train', values)
     return rec
 
-def _searched(run, t, more)->dict:
+def _searched(values, run, t, more)->dict:
     "What is kept of a run that only tries settings: its validation; the test split stays closed"
     from itm_nb.data import write_atomic
     found = dict(metrics=dict(val=t.history[t.best[1]], test={}), best_epoch=t.best[1], last=t.history[-1], **more)
     write_atomic(run/'val.json', json.dumps(found, sort_keys=True).encode())
-    if 'ITM_DRIVEN' not in os.environ: finish(run)
+    _by_hand(run, 'train', values)
     return found
 
 def _expected(
@@ -480,15 +572,16 @@ def control(
         rows.append(_expected(values['scores'], true, own, data.world is not None))
     rec = record(about(values, 'evaluate', values['scores']), tested_on(values, split, data.label), test=mean_summary(rows), kind='control')
     run.mkdir(parents=True, exist_ok=True); write_record(run.parent/'records', rec)
-    if 'ITM_DRIVEN' not in os.environ: finish(run)
+    _by_hand(run, 'evaluate', values)
     return rec
 
 def settings(
     given:dict,      # e.g. `globals()` of a notebook
     name:str,        # of the template
 )->dict:             # its parameters with the values they have now
-    "The parameters of a running notebook"
-    return {k: given[k] for k in parameters(template(name))}
+    "The parameters of a running notebook, each in its one form, however it was set"
+    known = parameters(template(name))
+    return resolve(known, {k: given[k] for k in known})
 
 # %% ../nbs/15_runs.ipynb #960398fe
 def read_yaml(path)->dict:

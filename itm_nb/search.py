@@ -28,7 +28,7 @@ from .models import from_pretrained
 from .readers import recognise
 from .samplers import sight
 from .scenes import draw, parse, show, truth
-from .train import Corpus, config, corpus, embed, load_checkpoint
+from .train import Corpus, check_run, config, corpus, embed, load_checkpoint
 
 # %% ../nbs/18_search.ipynb #4a42af91
 def top_k(
@@ -122,7 +122,7 @@ def open_run(
     models='',         # folder of networks; '': models
 )->Shelf:
     "A shelf of a trained model"
-    run = Path(run); found = load_checkpoint(run/'last')
+    run = Path(run); check_run(run); found = load_checkpoint(run/'last')
     if not (run/'best'/'config.json').is_file() or found is None:
         raise DataError(run, 'no trained model', 'the folder of a finished run', 'Train one: itm_run train; it says where it lies.')
     cfg = config(found[1]['config']); given = Path(folder or '.')

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from .bytes import stamped_lines
 from .runs import (
     BUSY, INPUTS, PLACES, RESUMABLE, SetupError, _near, about_folder, command, done, finished, identity, in_turn, parameters, project,
     read_yaml, resolve, run_id, source_hash, template)
@@ -246,19 +247,18 @@ def _alike(name, values)->tuple:
     loose = {k: v for k, v in what.items() if k not in _TUNED} | dict(heavy=_heavy(what.get('method')))
     return name + json.dumps(what, sort_keys=True), name + json.dumps(loose, sort_keys=True)
 
-def _lines(path): return [json.loads(x) for x in path.read_text('utf-8').splitlines()] if path.is_file() else []
-
 def measured(
     runs:Path,           # where runs go: all sweeps are looked at
     records:Path=None,   # a folder of committed records
 )->list:                 # (settings alike, alike by the epoch, epochs, seconds, MiB, '' or 'records')
     "What finished runs took"
     out = []
-    for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if done(p.parent)):
+    for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if (p.parent/'DONE').is_file()):    # a guess: not every byte is looked at
         try:
             values, name = json.loads((at/'params.json').read_text('utf-8')), about_folder(at)['template']
-            seconds = sum(x['seconds'] for x in _lines(at/'wall.jsonl'))
-            mib = max((x['peak_mib'] for x in _lines(at/'timing.jsonl')), default=None)
+            if not (wall := stamped_lines(at/'wall.jsonl')): continue
+            seconds = sum(x['seconds'] for x in wall)
+            mib = max((x['peak_mib'] for x in stamped_lines(at/'timing.jsonl')), default=None)
         except (OSError, ValueError, KeyError, TypeError): continue
         out.append((*_alike(name, values), values.get('epochs', 1), seconds, mib, ''))
     for p in sorted(Path(records).glob('*.json')) if records else ():
@@ -370,8 +370,8 @@ class _Driver:
 def _progress(e:Entry)->float:
     "Share of a run that is done, as far as its timing tells"
     if finished(e.out, e.values): return 1.
-    try: last = json.loads((e.out/'timing.jsonl').read_text().splitlines()[-1])
-    except (OSError, IndexError, ValueError): return 0.
+    try: last = stamped_lines(e.out/'timing.jsonl')[-1]
+    except (OSError, IndexError): return 0.
     return min(.99, last['step']/last['steps'])
 
 def where(e:Entry)->str:
