@@ -28,6 +28,7 @@ from .aoq import aoq, caption
 from .data import DataError
 from .fne import bank_source, fne, fne_warmup
 from .losses import Term, average, infonce_term, total, triplet_term
+from .read_safely import escape_markup
 from .samplers import Source, View, draw, every, everything, hardest, honest as honest_pool, in_batch, semi_hard
 from .scenes import true_pairs
 from .tags_dc import mlm_warmup, tags
@@ -174,8 +175,8 @@ def as_table(
 )->str:            # markdown
     "Rows as a table; a column is shown where any row has something in it"
     keys = [k for k in dict.fromkeys(k for r in rows for k in r) if any(r.get(k) is not None for r in rows)]
-    text = lambda v: '' if v is None else f'{v:.3f}'.replace('-inf', '-') if isinstance(v, float) else str(v)
-    lines = [keys, ['---']*len(keys)] + [[text(r.get(k)) for k in keys] for r in rows]
+    text = lambda v: '' if v is None else f'{v:.3f}'.replace('-inf', '-') if isinstance(v, float) else escape_markup(v)
+    lines = [[*map(escape_markup, keys)], ['---']*len(keys)] + [[text(r.get(k)) for k in keys] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 # %% ../nbs/13_methods.ipynb #27e01687

@@ -150,8 +150,8 @@ _SIGNS = {ord(c): f'&#{ord(c)};' for c in '|[]`\\\\'} | {ord(c): ' ' for c in '\
 def escape_markup(
     text,            # from a record, a table, a query
 )->str:
-    "Text that is shown as it stands in Markdown and in HTML, on one line"
-    return html.escape(str(text)).translate(_SIGNS)
+    "Text that is shown as it stands in Markdown and in HTML, on one line; not for attributes of HTML"
+    return html.escape(str(text), quote=False).translate(_SIGNS)
 
 def escape_mathtext(
     text,            # from a record, a table, a query
