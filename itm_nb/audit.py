@@ -26,6 +26,7 @@ from .commands import Parser, check_place, number
 from .data import DataError, purpose_key, read_json, uniform, words, write_atomic
 from .folds import Judgements, read_judgements
 from .metrics import chance, galleries, sensitivity, summary
+from .read_safely import checked_name, escape_markup
 from .samplers import Candidates
 
 # %% ../nbs/06a_audit.ipynb #c3836d2d
@@ -386,14 +387,14 @@ def read_audits(
         lines = rec['audit'] if isinstance(rec['audit'], list) else [None]
         if not all(isinstance(r, dict) and {'side', 'sampler', 'rule'} <= r.keys() for r in lines):
             raise DataError(p, 'lines that are not those of an audit', 'side, sampler and rule in each')
-        out.append(rec)
+        checked_name(rec['sweep'], p, 'the sweep'); out.append(rec)
     return out
 
 # %% ../nbs/06a_audit.ipynb #740e90a3
 def _cells(r, rule, exact)->list:
     "A line of an audit for reading"
     ends = lambda k: f"{r[k]:.1f} [{r[f'{k}_lo']:.1f}, {r[f'{k}_hi']:.1f}]"
-    cells = [r['sampler'], f"{r['hardness']:.3f}", f"{r['violating']:.0f}", f"{r['top1']:.0f}"]
+    cells = [escape_markup(r['sampler']), f"{r['hardness']:.3f}", f"{r['violating']:.0f}", f"{r['top1']:.0f}"]
     if not rule: return cells
     return cells + ([ends('lower')] if exact else [f"{r['judged']:.0f}", ends('lower'), ends('judged_only'), f"{r['upper']:.1f}"])
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'project', 'fold_file', 'template',
-           'about_folder', 'origin', 'identity', 'run_id', 'source_hash', 'commit', 'claim', 'in_turn', 'done',
-           'finish', 'execute', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks', 'cost',
-           'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
+           'about_folder', 'origin', 'identity', 'run_id', 'check_text', 'source_hash', 'commit', 'claim', 'in_turn',
+           'done', 'finish', 'execute', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks',
+           'cost', 'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
            'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
@@ -129,6 +129,21 @@ def run_id(
     "What a run is called: a hash of the template's name and of all that determines the result"
     what = dict(template=name, **identity(name, values))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+# %% ../nbs/15_runs.ipynb #496f1bb6
+def check_text(
+    values:dict,     # all parameters
+    typed,           # names of those that the user wrote
+):
+    "Refuse a name that cannot be part of a file name, and a method of one's own that was not named by its user"
+    from itm_nb.read_safely import checked_name
+    if values.get('sweep'): checked_name(values['sweep'], 'sweep', 'the name')
+    for k in ('method', 'before'):
+        if k in typed or ':' not in str(values.get(k, '')): continue
+        from itm_nb.methods import own_code
+        for path in own_code(values[k])[:1]:
+            raise SetupError(f"{k} names {path!r}, code of one's own, in a file that was read; wanted a name of the package. "
+                             f'If you trust it: --allow-code, or -p {k} on the command line')
 
 # %% ../nbs/15_runs.ipynb #31a03f30
 def _package()->Path: return Path(itm_nb.__file__).resolve().parent      # what was imported
@@ -370,9 +385,11 @@ def start(
     given:dict,          # parameters by name
     bar:bool=True,
     work=execute,        # (notebook, values, run folder, bar) -> exit code: what is done
+    typed=None,          # names of parameters that the user wrote, who may name code; None: all of them
 )->tuple:                # (exit code, run folder)
     "Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is finished"
     nb = template(name); known = parameters(nb); values = resolve(known, given); check_places(known, values)
+    check_text(values, values if typed is None else typed)
     if values.get('folds') and known['folds'].rule: fold_file(values['folds'])
     me = run_id(nb.stem, values)
     out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/me)
@@ -605,6 +622,7 @@ def itm_run(argv=None)->int:
     p.add_argument('experiment', nargs='?', help='train, evaluate, study, benchmark, or the path of a notebook')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='set a parameter')
     p.add_argument('-f', metavar='FILE', help='a YAML or JSON file of parameters')
+    p.add_argument('--allow-code', action='store_true', help="methods of one's own may be named in FILE: it is trusted like a program")
     p.add_argument('--parameters', action='store_true', help='list what can be set, and stop')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N', help='train in N processes, then execute the notebook')
@@ -615,7 +633,7 @@ def itm_run(argv=None)->int:
         return 0
     given = read_yaml(Path(a.f)) if a.f else {}
     if a.accelerate > 1: from itm_nb.processes import several; work = several(a.accelerate)
-    code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work)
+    code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work, typed=None if a.allow_code else dict(a.p))
     said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
     if not a.quiet: print(f'{said.get(code, "failed")}: {out}')
     return code

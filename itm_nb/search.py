@@ -25,6 +25,7 @@ from . import tokens
 from .data import Batches, DataError, Split, Vocabulary, words
 from .figures import style
 from .models import from_pretrained
+from .read_safely import escape_mathtext
 from .readers import recognise
 from .samplers import sight
 from .scenes import draw, parse, show, truth
@@ -309,7 +310,7 @@ def bars(
 ):
     "A readable bar for every word, the first on top"
     y = np.arange(len(said)); ax.barh(y, gains, color=colours or '#4c72b0', height=.7); ax.axvline(0, color='.4', lw=.8)
-    ax.set(yticks=y, yticklabels=said, xlabel='score lost without the word', ylim=(len(said)-.5, -.5)); ax.tick_params(axis='y', length=0)
+    ax.set(yticks=y, yticklabels=list(map(escape_mathtext, said)), xlabel='score lost without the word', ylim=(len(said)-.5, -.5)); ax.tick_params(axis='y', length=0)
 
 # %% ../nbs/18_search.ipynb #02722e04
 def answering(
@@ -349,5 +350,5 @@ def gallery(
     pictures = [picture(s, i) for i in found.image]
     if None in pictures: return None
     last = found.holds if 'holds' in found else found.sentence
-    fig = show(pictures, [fill(f'{x:.2f}  {w}', 34) for x, w in zip(found.score, last)], columns); plt.close(fig)
+    fig = show(pictures, [escape_mathtext(fill(f'{x:.2f}  {w}', 34)) for x, w in zip(found.score, last)], columns); plt.close(fig)
     return fig

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from .bytes import stamped_lines
+from .read_safely import checked_name
 from .runs import (
     BUSY, INPUTS, PLACES, RESUMABLE, SetupError, _near, about_folder, command, done, finished, identity, in_turn, parameters, project,
     read_yaml, resolve, run_id, source_hash, template)
@@ -52,8 +53,9 @@ def _must_be(path, what, x, kind):
 def read_sweep(
     path:Path,
     profile:str='',  # one of its profiles
+    allow_code:bool=False,   # may it name methods and notebooks of one's own? They are run: only for files that are trusted
 )->dict:             # its parts; those it lacks are empty
-    "A sweep file, checked: only known keys, every part of the right kind"
+    "A sweep file, checked: only known keys, every part of the right kind, only names of the package"
     spec = read_yaml(path)
     for k, v in spec.items():
         if k not in _KINDS: raise SetupError(f'{path.name}: no part called {k!r}; there are {", ".join(_KINDS)}')
@@ -70,7 +72,29 @@ def read_sweep(
         raise SetupError(f'{path.name}: no profile called {profile!r}; there are {", ".join(spec["profiles"]) or "none"}')
     if profile: spec = _with_profile(path, spec, dict(spec['profiles'][profile] or {}))
     if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
+    for n in (*names, *spec['profiles']): checked_name(n, path.name, 'the run', blanks=True)
+    if not allow_code: _only_ours(path, spec)
     return spec
+
+def _only_ours(path, spec):
+    "Refuse methods and notebooks that are not the package's, and places: a file that was read may not choose them"
+    tried = spec['search'].get('arms', {}); tried = tried.values() if isinstance(tried, dict) else ()
+    grids = [x if isinstance(x, dict) else dict(each=x) for x in tried]
+    said = [spec['base'], *spec['blocks'], *(own or {} for k in PARTS for own in spec[k].values()), dict(report=spec['report']), *grids]
+    for k, v in ((k, v) for x in said for k, v in _flat(x)):
+        code = k in ('method', 'before') and ':' in str(v) and _foreign(str(v)) or k in ('template', 'report') and str(v).endswith('.ipynb')
+        if code: raise SetupError(f"{path.name}: {k} names {str(v)[:80]!r}, code of one's own; wanted a name of the package. "
+                                  'If you trust this file: itm_sweep --allow-code')
+        if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place; wanted none in a sweep. Give places on the command line')
+
+def _flat(x):
+    "(name, value) of settings, lists of values taken apart"
+    for k, v in x.items():
+        for one in v if isinstance(v, list) else [v]: yield from (_flat(one) if isinstance(one, dict) else [(k, one)])
+
+def _foreign(method)->list:
+    from itm_nb.methods import own_code
+    return own_code(method)
 
 def _with_profile(path, spec, own)->dict:
     "A profile's settings over the base, its runs over those of the file; its own blocks, or its own cost, replace what the file has"
@@ -522,6 +546,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--memory', type=float, help='MiB for all runs together (default: what the machine has)')
     p.add_argument('--gpu-memory', type=float, help='MiB of the accelerator for all runs together (default: what it has)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='folder, cache, models, workers, device')
+    p.add_argument('--allow-code', action='store_true', help="the file may name methods and notebooks of one's own: it is trusted like a program")
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
     p.add_argument('--status', action='store_true', help='say what is finished, failed, blocked, and stop')
     p.add_argument('--stale', action='store_true', help='list what was made by other source than the present, and stop')
@@ -535,8 +560,9 @@ def itm_sweep(argv=None)->int:
     a = _parser().parse_args(argv)
     odd = [k for k, _ in a.p if k not in ('folder', 'cache', 'models', 'workers', 'device')]
     if odd: raise SetupError(f'a sweep fixes {odd[0]!r}; -p takes folder, cache, models, workers and device')
-    path = sweep_file(a.sweep); spec = read_sweep(path, a.profile); a.told = spec['report']
+    path = sweep_file(a.sweep); spec = read_sweep(path, a.profile, a.allow_code); a.told = spec['report']
     a.name, a.places = path.stem + (f'_{a.profile}' if a.profile else ''), dict(a.p) | dict(progress=False)
+    checked_name(a.name, 'itm_sweep', 'the name of the sweep')
     tried = searches(spec, a.name, Path(a.runs), a.places); a.chosen = choose(spec, tried)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); known = measured(a.runs, project()/'figures'/'results')
     open_, costs = trials(spec).keys() - a.chosen.keys(), lambda e: estimate(e, known)
@@ -553,7 +579,7 @@ def _has_data(todo):
 
 def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
-    more = ('--accelerate', str(a.accelerate)) if a.accelerate > 1 else (); begin = partial(launch, more=more); a.start, n = begin, _jobs()
+    more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code; begin = partial(launch, more=more); a.start, n = begin, _jobs()
     if a.engine == 'ray':
         from itm_nb.ray_engine import starter
         a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)
@@ -607,7 +633,7 @@ def _report(a, todo)->int:
         gather(todo, base/'results', name, a.runs)
         code, kind = report(name, base/'results', base, Path(a.runs)/name/'study'), 'study'
         if a.told and not code:
-            more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', '')); kind = a.told
+            more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code); kind = a.told
             code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
     if code: print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
     if code == 0: print((base/f'table_{name}.md').read_text('utf-8'))

@@ -387,6 +387,7 @@ def prepare(
     device:str='cpu',        # 'cpu', or 'auto' for the accelerator where there is one
     lists='',                # folder of mined lists, for methods that use them
     generator='',            # folder of the run whose model writes sentences, likewise
+    allow_code:bool=False,   # may the method be one's own code? Never where its name was read from a file
 )->Training:
     "Data on the device, a fresh model, its optimiser and the schedule of methods"
     torch.set_num_threads(cfg.threads)
@@ -399,7 +400,7 @@ def prepare(
     opt = accelerator.prepare(optimiser(cfg, model))      # not the model: `_sum_devices` does what a wrapper would, for all heads
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models), model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator))
-    phases = schedule(cfg.method, cfg.warmup, cfg.before, **settings)
+    phases = schedule(cfg.method, cfg.warmup, cfg.before, allow_code, **settings)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
 
@@ -801,11 +802,12 @@ def fit(
     carry:bool=False,          # with `init`: go on with its optimiser too
     lists='',                  # folder of mined lists, for methods that use them
     generator='',              # folder of the run whose model writes sentences, likewise
+    allow_code:bool=False,     # may the method be one's own code? Never where its name was read from a file
 )->Training:                   # holding the best model
     "Train to the end, from where the last checkpoint left off"
     run = Path(run)
     with locked(run) if leads() else nullcontext(), stop_signal() as stop:
-        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator)
+        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code)
         if not resume(t, run) and init: warm_start(t, init, carry)
         clock = [time.perf_counter()]
         bar = tqdm(total=t.steps, initial=t.step, disable=not progress or not leads(), mininterval=1., desc=cfg.method, unit='step')

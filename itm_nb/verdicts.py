@@ -18,6 +18,7 @@ from scipy import stats
 
 from .data import DataError
 from .methods import preset_of
+from .read_safely import escape_markup
 from .report import _at, collapsed, _one_per_block, _photos, _test_set, pick, value
 
 # %% ../nbs/16_verdicts.ipynb #d8b70e80
@@ -307,7 +308,7 @@ def _verdict_row(r):
     x = lambda k: '' if math.isnan(r[k]) else f'{r[k]:+z.2f}' if abs(r[k]) >= .1 or not r[k] else f'{r[k]:+.2g}'     # skills are small
     ends = f" [{x('lo')}, {x('hi')}]" if x('lo') else ''
     need = f"{r['needed']:.0f}" if r['word'] == 'unresolved' and math.isfinite(r['needed']) else ''
-    cells = [f"{r['test']} {r['set']}", f"{r['contrast']} ({r['metric']}, delta {r['delta']:g})", x('d') + ends, x('lo_adj'),
+    cells = [f"{r['test']} {r['set']}", f"{escape_markup(r['contrast'])} ({escape_markup(r['metric'])}, delta {r['delta']:g})", x('d') + ends, x('lo_adj'),
              '' if math.isnan(r['p_holm']) else f"{r['p_holm']:.3f}", r['n'], need, r['collapsed'], r['word']]
     return '| ' + ' | '.join(map(str, cells)) + ' |'
 
@@ -317,11 +318,11 @@ def verdict_table(
 )->str:                   # Markdown: a row per claim with its word on every set, then the numbers
     "Verdicts for reading"
     sets, one = list(tests['sets']), tab.drop_duplicates(['set', 'test']).set_index(['test', 'set'])
-    out = ['| claim | | ' + ' | '.join(sets) + ' | together |', '|---|---|' + '---|'*(len(sets)+1)]
+    out = ['| claim | | ' + ' | '.join(map(escape_markup, sets)) + ' | together |', '|---|---|' + '---|'*(len(sets)+1)]
     for k, t in tests['tests'].items():
         words, why = ({s: one[col].get((k, s), '') for s in sets} for col in ('verdict', 'why'))
         cells = [w + (f' ({why[s]})' if why[s] and w else '') for s, w in words.items()]
-        out.append(f'| {k} | {t["claim"]} | ' + ' | '.join(cells) + f' | {agreed(words)} |')
+        out.append(f'| {escape_markup(k)} | {escape_markup(t["claim"])} | ' + ' | '.join(cells) + f' | {agreed(words)} |')
     known = tab[tab.n > 0].to_dict('records')
     names = ('', 'contrast', 'd [95 %]', 'adjusted lower end', 'p (Holm)', 'blocks', 'needed', 'collapsed', 'word')
     if known: out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
