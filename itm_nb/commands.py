@@ -14,12 +14,12 @@ import os
 import sys
 from pathlib import Path
 
-# %% ../nbs/00_commands.ipynb #9375fee1
+# %% ../nbs/00_commands.ipynb #b18a37ab
 class SetupError(ValueError): "A command that cannot be carried out as given: what was wrong and what is possible"
 
 def _near(name, known)->str:
     "A hint at the known name that looks most like this one; '' where none does"
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(str(name), known, 1)
     return f' (did you mean {near[0]!r}?)' if near else ''
 
 # %% ../nbs/00_commands.ipynb #8d9a754e
