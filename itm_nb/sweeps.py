@@ -89,7 +89,7 @@ def _only_ours(path, spec):
         code = k in ('method', 'before') and ':' in str(v) and _foreign(str(v)) or k in ('template', 'report') and str(v).endswith('.ipynb')
         if code: raise SetupError(f"{path.name}: {k} names {str(v)[:80]!r}, code of one's own; wanted a name of the package. "
                                   'If you trust this file: itm_sweep --allow-code')
-        if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place; wanted none in a sweep. Give places on the command line')
+        if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place, which no sweep chooses; places are given by -p')
 
 def _flat(x):
     "(name, value) of settings, lists of values taken apart"
@@ -571,7 +571,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--memory', type=number(float, 1), help='MiB for all runs together (default: what the machine has)')
     p.add_argument('--gpu-memory', type=number(float, 1), help='MiB of the accelerator for all runs together (default: what it has)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='folder, cache, models, workers, device')
-    p.add_argument('--allow-code', action='store_true', help="the file may name methods and notebooks of one's own: it is trusted like a program")
+    p.add_argument('--allow-code', action='store_true', help="the file may name methods and notebooks of one's own: it is trusted")
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
     p.add_argument('--status', action='store_true', help='say what is finished, failed, blocked, and stop')
     p.add_argument('--stale', action='store_true', help='list what was made by other source than the present, and stop')
@@ -612,7 +612,8 @@ def _has_data(todo):
 
 def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
-    more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code; begin = partial(launch, more=more); a.start, n = begin, _jobs()
+    more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code
+    begin = partial(launch, more=more); a.start, n = begin, _jobs()
     if a.engine == 'ray':
         from itm_nb.ray_engine import starter
         a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)
