@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'ARMS', 'Results', 'span', 'decided', 'with_interval', 'difference_table', 'difference_words',
            'run_times', 'curve_mean', 'verdicts', 'claims_table', 'count_words', 'claim_words', 'title', 'notebook_map']
 
-# %% ../nbs/19_results_page.ipynb #444e7a72
+# %% ../nbs/19_results_page.ipynb #600bdbba
 import csv
 import json
 from functools import cached_property
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .runs import SetupError, project
 
-# %% ../nbs/19_results_page.ipynb #709415d6
+# %% ../nbs/19_results_page.ipynb #6e77006b
 class Results:
     "Committed tables, pictures and records, found by their names below one folder"
     def __init__(self,
@@ -61,7 +61,7 @@ class Results:
         "The records of a sweep"
         return [r for r in self.records if r['sweep'] == sweep and (r['kind'] == 'run' or not trained)]
 
-# %% ../nbs/19_results_page.ipynb #8d0a33b5
+# %% ../nbs/19_results_page.ipynb #bc3fdef7
 def span(
     row:dict,          # with d, lo and hi
     digits:int=1,
@@ -100,7 +100,7 @@ def difference_words(
             for r in with_interval(rows)]
     return '; '.join(said)
 
-# %% ../nbs/19_results_page.ipynb #751939c3
+# %% ../nbs/19_results_page.ipynb #13a38063
 def run_times(
     records:list,      # of trained runs
 )->str:
@@ -116,7 +116,7 @@ def curve_mean(
     values = [v for r in records for v in r['curves'][curve] if v is not None]
     return sum(values)/len(values)
 
-# %% ../nbs/19_results_page.ipynb #bb192381
+# %% ../nbs/19_results_page.ipynb #2419c4d7
 CLAIMS = {   # claim -> short wording
     'AOQ-1': 'offline negatives beat in-batch negatives',
     'AOQ-2': 'unanchored pairs add to that',
@@ -160,7 +160,7 @@ def claim_words(found:dict, paper:str)->str:   # paper: 'AOQ', 'FNE' or 'TAGS'
     "The words behind one paper's claims"
     return '; '.join(f"{c} {found[c, 'P']['word']} on P, {found[c, 'S']['word']} on S" for c in CLAIMS if c.startswith(f'{paper}-'))
 
-# %% ../nbs/19_results_page.ipynb #8397b0a4
+# %% ../nbs/19_results_page.ipynb #5865a399
 ARMS = dict(    # arm -> what it does
     vse0='all negatives of the batch', vsepp='hardest negative of the batch', infonce='softmax over the batch',
     vsepp_honest='oracle: hardest negative of the batch that is no false negative',
@@ -184,7 +184,7 @@ ARMS = dict(    # arm -> what it does
 ARMS |= {'vsepp longer': 'twice the epochs', 'vsepp wide': 'three times the batch', 'vsepp scratch': 'likewise', 'infonce scratch': 'likewise',
          'vse0 scratch': 'from random weights, as long as warm start and fork'}
 
-# %% ../nbs/19_results_page.ipynb #ac8290a8
+# %% ../nbs/19_results_page.ipynb #426de644
 def title(notebook:Path)->str:
     "The first line of a notebook, without its mark"
     first = json.loads(notebook.read_text('utf-8'))['cells'][0]
@@ -194,18 +194,13 @@ def notebook_map(
     folder=None,       # of notebooks; None: nbs of the clone
     leave:tuple=('index', 'results', 'glossary'),   # pages that are linked elsewhere
 )->str:                # Markdown, links as seen from that folder
-    "A line per group of notebooks: per sub-folder, and per number where notebooks lie side by side"
+    "Titles of notebooks, a line per sub-folder, and per number where notebooks lie side by side"
     folder, groups = Path(folder or project()/'nbs'), {}
     for p in sorted(folder.rglob('*.ipynb')):
         inside = p.relative_to(folder).parent.as_posix()
         if '.ipynb_checkpoints' in p.parts or p.stem in leave: continue
         groups.setdefault(inside if inside != '.' else p.stem[:2] if p.stem[:2].isdigit() else 'more', []).append(p)
-    lines = [f'| {_group(k, folder)} | {_members(k, v, folder)} |' for k, v in groups.items()]
+    lines = [f"| {_group(k, folder)} | {', '.join(map(title, v))} |" for k, v in groups.items()]
     return '\n'.join(['| where | notebooks |', '|---|---|', *lines])
 
-def _group(name, folder)->str: return f'[{name}]({name})' if (folder/name).is_dir() else name
-
-def _members(name, notebooks, folder)->str:
-    "Titles; with links where the group has no folder of its own to look into"
-    if (folder/name).is_dir(): return ', '.join(title(p) for p in notebooks)
-    return ', '.join(f'[{title(p)}]({p.relative_to(folder).as_posix()})' for p in notebooks)
+def _group(name, folder)->str: return f'[{name}]({name})' if (folder/name).is_dir() else f'`{name}*`' if name.isdigit() else name
