@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'VERDICTS', 'ARMS', 'Results', 'span', 'decided', 'with_interval', 'difference_table', 'difference_words',
-           'run_times', 'curve_mean', 'verdicts', 'claims_table', 'count_words', 'claim_words', 'title', 'notebook_map']
+           'grid', 'run_times', 'curve_mean', 'verdicts', 'claims_table', 'count_words', 'claim_words', 'title',
+           'notebook_map']
 
-# %% ../nbs/19_results_page.ipynb #600bdbba
+# %% ../nbs/19_results_page.ipynb #94bd6bde
 import csv
 import json
 from functools import cached_property
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from .runs import SetupError, project
 
-# %% ../nbs/19_results_page.ipynb #6e77006b
+# %% ../nbs/19_results_page.ipynb #14c48278
 class Results:
     "Committed tables, pictures and records, found by their names below one folder"
     def __init__(self,
@@ -27,18 +28,20 @@ class Results:
         found = sorted(self.folder.rglob(name))
         if len(found) == 1: return found[0]
         where = ', '.join(str(p.relative_to(self.folder)) for p in found) or 'nowhere'
-        raise SetupError(f'{self.folder.name}: {name} lies {where}; wanted once. Make it with its experiment, or remove the copy.')
+        remedy = 'Make it with its experiment, or remove the copy.'
+        raise SetupError(f'{self.folder.name}: {name} lies {where}; wanted once. {remedy}')
 
     def rows(self, table:str, /, **where)->list:   # of dicts of text; where: column=value
         "The rows of a table whose columns have these values"
-        with open(self.file(f'{table}.csv'), encoding='utf-8', newline='') as f: rows = list(csv.DictReader(f))
+        text = self.file(f'{table}.csv').read_text('utf-8')
+        rows = csv.DictReader(text.splitlines())
         return [r for r in rows if all(r[k] == v for k, v in where.items())]
 
     def row(self, table:str, /, **where)->dict:
         "The one row of a table with these values; raises SetupError where there is none, or more than one"
         rows = self.rows(table, **where)
-        if len(rows) != 1: raise SetupError(f'{table}.csv: {len(rows)} rows with {where}; wanted one. Run its experiment again.')
-        return rows[0]
+        if len(rows) == 1: return rows[0]
+        raise SetupError(f'{table}.csv: {len(rows)} rows with {where}; wanted one. Run its experiment again.')
 
     def mean(self, table:str, row:str, metric:str, column:str='mean')->float:
         "One number of a table of results"
@@ -50,7 +53,8 @@ class Results:
 
     def picture(self, name:str, words:str)->str:   # words: what one should see; read aloud by a screen reader
         "A link to a picture, as seen from the folder of notebooks"
-        return f'![{words}](../{self.folder.name}/{self.file(f"{name}.svg").relative_to(self.folder).as_posix()})'
+        place = self.file(f'{name}.svg').relative_to(self.folder).as_posix()
+        return f'![{words}](../{self.folder.name}/{place})'
 
     @cached_property
     def records(self)->list:
@@ -61,7 +65,7 @@ class Results:
         "The records of a sweep"
         return [r for r in self.records if r['sweep'] == sweep and (r['kind'] == 'run' or not trained)]
 
-# %% ../nbs/19_results_page.ipynb #bc3fdef7
+# %% ../nbs/19_results_page.ipynb #059161b6
 def span(
     row:dict,          # with d, lo and hi
     digits:int=1,
@@ -87,8 +91,9 @@ def difference_table(
     labels:dict,       # row -> plain words
 )->str:                # Markdown
     "Paired differences, an arm a line"
-    lines = [f"| {r['row']} | {labels.get(r['row'], '')} | {span(r)} | {r['n']} |" for r in with_interval(rows)]
-    return '\n'.join([f'| arm | what it does | {unit} [95 %] | replicates |', '|---|---|---:|---:|', *lines])
+    line = lambda r: f"| {r['row']} | {labels.get(r['row'], '')} | {span(r)} | {r['n']} |"
+    return '\n'.join([f'| arm | what it does | {unit} [95 %] | replicates |', '|---|---|---:|---:|',
+                      *map(line, with_interval(rows))])
 
 def difference_words(
     rows:list,         # with row, base, d, lo, hi
@@ -96,11 +101,25 @@ def difference_words(
     judge:bool=False,  # say better, worse or not distinguishable
 )->str:
     "Paired differences in a sentence"
-    said = [f"{r['row']}{' - ' + r['base'] if judge else ''} {span(r)}{f' {unit}' if unit else ''}{', ' + decided(r) if judge else ''}"
-            for r in with_interval(rows)]
-    return '; '.join(said)
+    unit = f' {unit}' if unit else ''
+    def said(r):
+        if not judge: return f"{r['row']} {span(r)}{unit}"
+        return f"{r['row']} - {r['base']} {span(r)}{unit}, {decided(r)}"
+    return '; '.join(map(said, with_interval(rows)))
 
-# %% ../nbs/19_results_page.ipynb #13a38063
+# %% ../nbs/19_results_page.ipynb #347681ac
+def grid(
+    cells:dict,        # (row, column) -> text; what is missing stays empty
+    columns:dict,      # column -> its header
+    labels:dict=None,  # row -> plain words, as a second column; None: no such column
+)->str:                # Markdown
+    "A table of rows by columns, in the order in which they are given"
+    names, more = list(dict.fromkeys(r for r, _ in cells)), [] if labels is None else ['what it does']
+    def line(r): return [r, *([labels.get(r, '')] if more else []), *(cells.get((r, c), '') for c in columns)]
+    head = [['arm', *more, *columns.values()], ['---']*(1 + len(more)) + ['---:']*len(columns)]
+    return '\n'.join('| ' + ' | '.join(cell) + ' |' for cell in head + [*map(line, names)])
+
+# %% ../nbs/19_results_page.ipynb #2d56054b
 def run_times(
     records:list,      # of trained runs
 )->str:
@@ -116,7 +135,7 @@ def curve_mean(
     values = [v for r in records for v in r['curves'][curve] if v is not None]
     return sum(values)/len(values)
 
-# %% ../nbs/19_results_page.ipynb #2419c4d7
+# %% ../nbs/19_results_page.ipynb #b8b90818
 CLAIMS = {   # claim -> short wording
     'AOQ-1': 'offline negatives beat in-batch negatives',
     'AOQ-2': 'unanchored pairs add to that',
@@ -130,7 +149,7 @@ CLAIMS = {   # claim -> short wording
     'TAGS-2': 'sharing weights with the generator keeps them hard',
     'TAGS-3': 'word discrimination and word correction help',
     'TAGS-4': 'synthetic negatives make a model robust to unseen foils'}
-VERDICTS = ('confirmed', 'refuted', 'reversed', 'unresolved', 'not testable', 'not run')   # words of the protocol
+VERDICTS = ('confirmed', 'refuted', 'reversed', 'unresolved', 'not testable', 'not run')   # the protocol's
 
 def verdicts(
     rows:list,              # of verdicts.csv
@@ -147,8 +166,9 @@ def verdicts(
 
 def claims_table(found:dict)->str:   # found: from `verdicts`; Markdown
     "Every claim with a word each for photographs and scenes, and what it rests on"
-    cell = lambda x: f"{x['word']} ({x['replicates']})" if x['replicates'] and x['word'] != 'not testable' else x['word']
-    lines = [f'| {c} | {text} | {cell(found[c, "P"])} | {cell(found[c, "S"])} |' for c, text in CLAIMS.items()]
+    def cell(x): return x['word'] + (f" ({x['replicates']})" if x['replicates'] and not x['why'] else '')
+    lines = [f'| {c} | {text} | {cell(found[c, "P"])} | {cell(found[c, "S"])} |'
+             for c, text in CLAIMS.items()]
     return '\n'.join(['| | claim | P: photographs | S: scenes |', '|---|---|---|---|', *lines])
 
 def count_words(found:dict, where:str)->str:   # where: 'P' or 'S'
@@ -158,33 +178,63 @@ def count_words(found:dict, where:str)->str:   # where: 'P' or 'S'
 
 def claim_words(found:dict, paper:str)->str:   # paper: 'AOQ', 'FNE' or 'TAGS'
     "The words behind one paper's claims"
-    return '; '.join(f"{c} {found[c, 'P']['word']} on P, {found[c, 'S']['word']} on S" for c in CLAIMS if c.startswith(f'{paper}-'))
+    mine = [c for c in CLAIMS if c.startswith(f'{paper}-')]
+    return '; '.join(f"{c} {found[c, 'P']['word']} on P, {found[c, 'S']['word']} on S" for c in mine)
 
-# %% ../nbs/19_results_page.ipynb #5865a399
-ARMS = dict(    # arm -> what it does
-    vse0='all negatives of the batch', vsepp='hardest negative of the batch', infonce='softmax over the batch',
-    vsepp_honest='oracle: hardest negative of the batch that is no false negative',
-    longer='hardest negative, twice the epochs', wide='hardest negative, three times the batch', union='all three papers',
-    memory_hardest='hardest negative of batch and memory', fne_uniform='uniform draw above the score floor',
-    fne_branch='and lower weight for easy, unsuspected candidates', fne='and weights by the posterior: the full method',
-    fne_faithful="as in the authors' code", fne_tau5='steeper weights (tau 5)', fne_tau50='still steeper weights (tau 50)',
-    fne_true_prior='with the true false-negative rate as prior', fne_permuted='control: posteriors permuted at random',
-    fne_no_cut='without lower weight for easy, unsuspected candidates', fne_m0='no memory: the batch alone',
-    fne_m16='a sixteenth of the memory', fne_m4='a quarter of the memory', fne_8192='a memory as large as published',
-    base_passes='control: more passes of the base, no lists', offtri='offline triplet',
-    offtri_random='control: offline negatives drawn at random', offtri_honest='oracle: false negatives removed from the lists',
-    offquin='and unanchored pairs', offtri_twice='control: a second offline draw instead of unanchored pairs',
-    aoq='and adaptive weights: the full method', aoq_permuted='control: adaptive weights permuted at random',
-    aoq_constant='control: one constant weight', aoq_detached='no gradient through the weight',
-    aoq_faithful="as in the authors' code", aoq_h30='lists half as deep', aoq_h300='lists five times as deep',
-    aoq_fne="FNE's draw as the online negative", vsepp_mlm='control: masked-language loss alone, no synthetic negatives',
-    tags_random='control: random words at the masked places', tags_static='generator with frozen weights',
-    tags_unshared='generator trained apart', tags='generator that shares all weights', tags_d='and word discrimination',
-    tags_c='or word correction', tags_dc='and both: the full method', tags_dc_shuffled='control: heads see another image')
-ARMS |= {'vsepp longer': 'twice the epochs', 'vsepp wide': 'three times the batch', 'vsepp scratch': 'likewise', 'infonce scratch': 'likewise',
-         'vse0 scratch': 'from random weights, as long as warm start and fork'}
+# %% ../nbs/19_results_page.ipynb #92ad8c18
+ARMS = {   # arm -> what it does
+    'vse0': 'all negatives of the batch',
+    'vsepp': 'hardest negative of the batch',
+    'infonce': 'softmax over the batch',
+    'vsepp_honest': 'oracle: hardest negative of the batch that is no false negative',
+    'longer': 'hardest negative, twice the epochs',
+    'wide': 'hardest negative, three times the batch',
+    'union': 'all three papers',
+    'memory_hardest': 'hardest negative of batch and memory',
+    'fne_uniform': 'uniform draw above the score floor',
+    'fne_branch': 'and lower weight for easy, unsuspected candidates',
+    'fne': 'and weights by the posterior: the full method',
+    'fne_faithful': "as in the authors' code",
+    'fne_tau5': 'steeper weights (tau 5)',
+    'fne_tau50': 'still steeper weights (tau 50)',
+    'fne_true_prior': 'with the true false-negative rate as prior',
+    'fne_permuted': 'control: posteriors permuted at random',
+    'fne_no_cut': 'without lower weight for easy, unsuspected candidates',
+    'fne_m0': 'no memory: the batch alone',
+    'fne_m16': 'a sixteenth of the memory',
+    'fne_m4': 'a quarter of the memory',
+    'fne_8192': 'a memory as large as published',
+    'base_passes': 'control: more passes of the base, no lists',
+    'offtri': 'offline triplet',
+    'offtri_random': 'control: offline negatives drawn at random',
+    'offtri_honest': 'oracle: false negatives removed from the lists',
+    'offquin': 'and unanchored pairs',
+    'offtri_twice': 'control: a second offline draw instead of unanchored pairs',
+    'aoq': 'and adaptive weights: the full method',
+    'aoq_permuted': 'control: adaptive weights permuted at random',
+    'aoq_constant': 'control: one constant weight',
+    'aoq_detached': 'no gradient through the weight',
+    'aoq_faithful': "as in the authors' code",
+    'aoq_h30': 'lists half as deep',
+    'aoq_h300': 'lists five times as deep',
+    'aoq_fne': "FNE's draw as the online negative",
+    'vsepp_mlm': 'control: masked-language loss alone, no synthetic negatives',
+    'tags_random': 'control: random words at the masked places',
+    'tags_static': 'generator with frozen weights',
+    'tags_unshared': 'generator trained apart',
+    'tags': 'generator that shares all weights',
+    'tags_d': 'and word discrimination',
+    'tags_c': 'or word correction',
+    'tags_dc': 'and both: the full method',
+    'tags_dc_shuffled': 'control: heads see another image',
+    'vsepp longer': 'twice the epochs',
+    'vsepp wide': 'three times the batch',
+    'vsepp scratch': 'likewise',
+    'infonce scratch': 'likewise',
+    'vse0 scratch': 'from random weights, as long as warm start and fork',
+}
 
-# %% ../nbs/19_results_page.ipynb #426de644
+# %% ../nbs/19_results_page.ipynb #5a1f2fac
 def title(notebook:Path)->str:
     "The first line of a notebook, without its mark"
     first = json.loads(notebook.read_text('utf-8'))['cells'][0]
@@ -199,8 +249,12 @@ def notebook_map(
     for p in sorted(folder.rglob('*.ipynb')):
         inside = p.relative_to(folder).parent.as_posix()
         if '.ipynb_checkpoints' in p.parts or p.stem in leave: continue
-        groups.setdefault(inside if inside != '.' else p.stem[:2] if p.stem[:2].isdigit() else 'more', []).append(p)
+        beside = p.stem[:2] if p.stem[:2].isdigit() else 'more'
+        groups.setdefault(beside if inside == '.' else inside, []).append(p)
     lines = [f"| {_group(k, folder)} | {', '.join(map(title, v))} |" for k, v in groups.items()]
     return '\n'.join(['| where | notebooks |', '|---|---|', *lines])
 
-def _group(name, folder)->str: return f'[{name}]({name})' if (folder/name).is_dir() else f'`{name}*`' if name.isdigit() else name
+def _group(name, folder)->str:
+    "A link to a folder, or what the notebooks of a group begin with"
+    if (folder/name).is_dir(): return f'[{name}]({name})'
+    return f'`{name}*`' if name.isdigit() else name
