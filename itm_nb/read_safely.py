@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .data import DataError, regular_file
-from .pixels import FORMATS, MOST
+from .pixels import FORMATS, MOST, broken
 
 # %% ../nbs/00_read_safely.ipynb #1a7c9619
 def inside(
@@ -41,7 +41,13 @@ def inside(
     return Path(folder)/name
 
 # %% ../nbs/00_read_safely.ipynb #ac0ae2b0
-_ENDS = dict(JPEG=b'\xff\xd9', PNG=b'IEND')     # what must stand near the end of a whole file
+def _unwhole(f, form):
+    "What is wrong with the bytes of an open picture; of a large JPEG only the last 64 KiB are read, if they hold its end"
+    if form not in ('JPEG', 'MPO', 'PNG'): return ''
+    size = os.fstat(f.fileno()).st_size
+    f.seek(max(0, size - (64 << 10)))
+    if form != 'PNG' and size > 256 << 10 and b'\xff\xd9' in f.read(): return ''
+    f.seek(0); return broken(f.read(), form)
 
 def look(
     path,            # an image file
@@ -53,9 +59,8 @@ def look(
         try: im = Image.open(f, formats=FORMATS); size, form = im.size, im.format
         except Exception as e: found = f'no readable picture ({type(e).__name__})'    # a damaged header can fail anywhere
         if not found:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - (64 << 10)))
             if size[0] * size[1] > MOST: found = f'{size[0]} x {size[1]} pixels'
-            elif form in _ENDS and _ENDS[form] not in f.read(): found = f'a {form} file that is cut off'
+            elif why := _unwhole(f, form): found = f'a {form} file {why}'
     if found: raise DataError(path, found, wanted, 'Fetch it again, make it smaller, or leave this image out.')
     return size
 

@@ -185,7 +185,8 @@ _data = _object(dict(
     name=_text, label=dict(_text, description='in words, for tables'), fingerprint=_text, split=_text,
     train=dict(type='integer', minimum=0, description='photos in the training split'), images=dict(_count, description='photos tested'),
     captions=dict(_count, description='sentences tested'),
-    gallery=dict(type='array', minItems=1, items=_count, description='photos in each gallery')))
+    gallery=dict(type='array', minItems=1, items=_count, description='photos in each gallery')),
+    dict(unasked=dict(_count, description='further photos in the galleries that belong to no sentence: searched, no queries')))
 _ranks = _object(dict(
     clip=dict(type='integer', enum=list(_CLIPS), description='a rank of so much means so much or more'), i2t=_packed, t2i=_packed,
     captions=dict(anyOf=[_count, _packed], description='sentences of every photo, or of each'),
