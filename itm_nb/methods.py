@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .aoq import aoq, caption
 from .data import DataError
-from .fne import fne, fne_warmup
+from .fne import aoq_fne, fne, fne_warmup
 from .losses import Term, average, infonce_term, total, triplet_term
 from .samplers import Source, View, draw, every, everything, hardest, honest as honest_pool, in_batch, semi_hard
 from .scenes import true_pairs
@@ -135,7 +135,7 @@ def infonce(temperature:float=.05)->Method:
 METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce)   # name -> maker
 
 # %% ../nbs/13_methods.ipynb #a829cec2
-PAPERS = dict(aoq=aoq, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags, mlm_warmup=mlm_warmup)   # they want something of a run
+PAPERS = dict(aoq=aoq, aoq_fne=aoq_fne, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags, mlm_warmup=mlm_warmup)   # they want something of a run
 
 # %% ../nbs/13_methods.ipynb #2948b532
 def explain(

@@ -9,6 +9,7 @@ __all__ = ['Estimate', 'estimate', 'Contrast', 'contrast', 'verdict', 'holm', 'r
 # %% ../nbs/16_verdicts.ipynb #860987de
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +169,8 @@ _TEST = dict(claim=str, contrasts=list, delta=(int, float), gate=list, arms=dict
 _CONTRAST = dict(of=dict, minus=(int, float), metric=str, delta=(int, float), less=dict, less_metric=str)
 _SET = dict(about=str, where=dict, folds=bool, metric=str, delta=(int, float), blocks=int)
 _GATE = dict(of=str, metric=str, at_least=(int, float))
+_ERRATUM = dict(test=str, date=str, stood=str, right=str, why=str)
+_BLOCK = re.compile(rb'^errata:[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z)|\n)*', re.M)      # what is not registered, wherever it stands
 
 def _known(path, at, given, kinds, needed):
     "Refuse parts that nobody knows, of the wrong kind, or missing"
@@ -178,16 +181,30 @@ def _known(path, at, given, kinds, needed):
             raise DataError(path, f'{at}: {k} is {v!r}', getattr(kinds[k], '__name__', 'a number'))
     if gone := [k for k in needed if k not in given]: raise DataError(path, f'{at} without {", ".join(gone)}', 'these parts')
 
+def _corrected(path, raw, spec)->dict:
+    "The list in its right wording; only words of claims can be put right, and the hash is that of the registered part"
+    import yaml
+    registered, errata = _BLOCK.sub(b'', raw), spec.get('errata') or []
+    if yaml.safe_load(registered) != {k: v for k, v in spec.items() if k != 'errata'}:
+        raise DataError(path, 'errata inside the registered part', 'a block `errata:` of its own', 'Put it at the end of the file.')
+    tests = dict(spec['tests'])
+    for e in errata:
+        _known(path, 'an erratum', e, _ERRATUM, ('test', 'date', 'stood', 'right'))
+        if tests.get(e['test'], {}).get('claim') != e['stood']:
+            raise DataError(path, f"an erratum of {e['test']} in which {e['stood']!r} stood", 'a test and its registered claim')
+        tests[e['test']] = tests[e['test']] | dict(claim=e['right'])
+    return dict(draws=10_000) | spec | dict(tests=tests, errata=errata, sha256=hashlib.sha256(registered).hexdigest())
+
 def read_tests(
     path,           # a YAML file
-)->dict:            # alpha, draws, sets, tests, sha256
-    "The primary tests, checked; the hash is that of the file's bytes"
+)->dict:            # alpha, draws, sets, tests (claims as put right), errata, sha256
+    "The primary tests, checked; the hash is that of the file's bytes without errata"
     import yaml
     path = Path(path)
     try: raw = path.read_bytes(); spec = yaml.safe_load(raw)
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'a file of primary tests') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise DataError(path, str(e).splitlines()[0], 'a YAML file') from None
-    _known(path, 'file', spec, dict(alpha=float, draws=int, sets=dict, tests=dict), ('alpha', 'sets', 'tests'))
+    _known(path, 'file', spec, dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list), ('alpha', 'sets', 'tests'))
     for name, s in spec['sets'].items(): _known(path, f'set {name}', s, _SET, ('where', 'metric', 'delta'))
     for name, t in spec['tests'].items():
         _known(path, f'test {name}', t, _TEST, ('claim', 'contrasts'))
@@ -195,7 +212,7 @@ def read_tests(
         for g in t.get('gate', []): _known(path, f'gate of {name}', g, _GATE, ('of', 'metric', 'at_least'))
         if odd := set(t.get('on', [])) - set(spec['sets']):
             raise DataError(path, f'test {name} on {sorted(odd)}', f'sets {list(spec["sets"])}')
-    return dict(draws=10_000) | spec | dict(sha256=hashlib.sha256(raw).hexdigest())
+    return _corrected(path, raw, spec)
 
 # %% ../nbs/16_verdicts.ipynb #d9d9f25e
 _all_ = ['collapsed']                # of the notebook before, for users of this one
@@ -311,6 +328,13 @@ def _verdict_row(r):
              '' if math.isnan(r['p_holm']) else f"{r['p_holm']:.3f}", r['n'], need, r['collapsed'], r['word']]
     return '| ' + ' | '.join(map(str, cells)) + ' |'
 
+def _errata(tests)->list:
+    "Lines about the tests shown whose claims were put right"
+    mine = [e for e in tests.get('errata', []) if e['test'] in tests['tests']]
+    said = [f"Erratum of {e['date']}, {e['test']}: *{e['stood']}* stood, right is *{e['right']}*"
+            + (f" ({e['why']})." if e.get('why') else '.') for e in mine]
+    return ['', 'The hash is that of the registered part; errata change words of claims, nothing that is counted.', *said] if said else []
+
 def verdict_table(
     tab:pd.DataFrame,     # from `verdicts`
     tests:dict,           # from `read_tests`
@@ -321,12 +345,13 @@ def verdict_table(
     for k, t in tests['tests'].items():
         words, why = ({s: one[col].get((k, s), '') for s in sets} for col in ('verdict', 'why'))
         cells = [w + (f' ({why[s]})' if why[s] and w else '') for s, w in words.items()]
-        out.append(f'| {k} | {t["claim"]} | ' + ' | '.join(cells) + f' | {agreed(words)} |')
+        mark = ' (erratum)' if any(e['test'] == k for e in tests.get('errata', [])) else ''
+        out.append(f'| {k} | {t["claim"]}{mark} | ' + ' | '.join(cells) + f' | {agreed(words)} |')
     known = tab[tab.n > 0].to_dict('records')
     names = ('', 'contrast', 'd [95 %]', 'adjusted lower end', 'p (Holm)', 'blocks', 'needed', 'collapsed', 'word')
     if known: out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
     out += map(_verdict_row, known)
-    return '\n'.join([*out, '', f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run.", ''])
+    return '\n'.join([*out, '', f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run.", *_errata(tests), ''])
 
 # %% ../nbs/16_verdicts.ipynb #860fbd27
 def weights_of(
