@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .aoq import aoq, caption
 from .data import DataError
-from .fne import bank_source, fne, fne_warmup
+from .fne import aoq_fne, bank_source, fne, fne_warmup
 from .losses import Term, average, infonce_term, total, triplet_term
 from .read_safely import escape_markup
 from .samplers import Source, View, draw, every, everything, hardest, honest as honest_pool, in_batch, semi_hard
@@ -137,7 +137,8 @@ def infonce(temperature:float=.05)->Method:
 METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce)   # name -> maker
 
 # %% ../nbs/13_methods.ipynb #a829cec2
-PAPERS = dict(aoq=aoq, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags, mlm_warmup=mlm_warmup)   # they want something of a run
+PAPERS = dict(aoq=aoq, aoq_fne=aoq_fne, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags,
+              mlm_warmup=mlm_warmup)      # they want something of a run
 SOURCES = {'itm_nb.fne:bank_source': bank_source}     # behind `on=`: sources that stand alone
 
 # %% ../nbs/13_methods.ipynb #2948b532
