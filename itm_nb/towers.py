@@ -14,6 +14,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -229,9 +230,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.net, self.mean, self.std = _without_pooler(network(net), pool), tuple(mean), tuple(std)
         self.size, self.kind, self.pool = size or _side(net.get('image_size', 224)), pool, _pool(pool, ('cls', 'pooler', 'all'))
-        takes = 'interpolate_pos_encoding' in inspect.signature(self.net.forward).parameters
-        self.stretch = dict(interpolate_pos_encoding=True) if takes and self.size != _side(net.get('image_size', 0)) else {}
-        self.patched = 'spatial_shapes' in inspect.signature(self.net.forward).parameters
+        self.inputs = _inputs_of(self.net, self.size != _side(net.get('image_size', 0)))
         self.skip, width = self._probe()
         self.joint = _joint(width, dim, project); self.frozen = freeze_parts(self.net, freeze)
 
@@ -246,10 +245,7 @@ class VisionTower(nn.Module):
         skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
         return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
 
-    def _run(self, feats):
-        x = normalise(feats, self.mean, self.std)
-        if self.patched: return self.net(**_in_patches(x, self.net.config.patch_size))
-        return self.net(pixel_values=x, **self.stretch)
+    def _run(self, feats): return self.net(**self.inputs(pixel_values=normalise(feats, self.mean, self.std)))
 
     train = _train
 
@@ -269,9 +265,15 @@ class VisionTower(nn.Module):
         if self.kind == 'all': return self.joint(out.last_hidden_state.mean(1))
         x = self._patches(out); return self.pool(x, torch.full((len(x),), x.shape[1], device=x.device))
 
-def _in_patches(x, side)->dict:   # (B, 3, S, S)
+def _inputs_of(net, resized):   # callable (B, 3, S, S) -> dict
+    "How a network wants to be given pictures"
+    takes = inspect.signature(net.forward).parameters
+    if 'spatial_shapes' in takes: return partial(_in_patches, side=net.config.patch_size)
+    return partial(dict, interpolate_pos_encoding=True) if resized and 'interpolate_pos_encoding' in takes else dict
+
+def _in_patches(pixel_values, side)->dict:   # (B, 3, S, S)
     "Pictures as SigLIP 2 is given them: rows of patches, which are real (all), and how many there are down and across"
-    B, C, S, _ = x.shape; n = S//side
+    x = pixel_values; B, C, S, _ = x.shape; n = S//side
     grid = x[...,:n*side,:n*side].reshape(B, C, n, side, n, side)
     rows = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     every = torch.ones(B, n*n, dtype=torch.long, device=x.device)
