@@ -10,6 +10,7 @@ from collections import Counter
 
 import torch
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = 'pretend'
@@ -86,6 +87,9 @@ def dispatch(func, args, kwargs):
     to_host = kwargs.get('device') is not None and torch.device(kwargs['device']).type == 'cpu'
     kw = kwargs | (dict(device=torch.device('cpu')) if kwargs.get('device') is not None else {})
     out = func(*tree_map(raw, args), **tree_map(raw, kw))
+    if torch.Tag.inplace_view in func.tags:                                     # its shape changes too
+        with no_dispatch(): func(*args, **kwargs)
+        return args[0]
     if to_host: return out
     if name == '_pack_padded_sequence': return OnDevice(out[0]), out[1]
     mine = {id(x.raw): x for x in tensors if isinstance(x, OnDevice)}          # an operation in place gives its argument back
