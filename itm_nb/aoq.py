@@ -131,7 +131,7 @@ class Watch:
         if not torch.is_grad_enabled(): return
         sums, least = tally(*given, **kw); sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
         self.sums, self.least, self.run = (x.to(sums.device) for x in (self.sums, self.least, self.run))
-        self.sums, self.least, self.run = self.sums + sums, torch.minimum(self.least, least), self.run + sums[[2,1]]
+        self.sums, self.least, self.run = self.sums + sums, torch.minimum(self.least, least), self.run + sums[1:3].flip(0)
 
     def mean(self, w:Tensor)->Tensor:   # (B,) -> (B,)
         "Every weight the mean of all so far"
@@ -139,7 +139,8 @@ class Watch:
 
     def monitor(self)->dict: return monitors(self.sums, self.least)
     def state_dict(self)->dict: return dict(sums=self.sums, least=self.least, run=self.run)
-    def load_state_dict(self, d:dict): self.sums, self.least, self.run = (d[k].clone() for k in ('sums', 'least', 'run'))
+    def load_state_dict(self, d:dict):
+        self.sums, self.least, self.run = (d[k].clone().to(self.run.device) for k in ('sums', 'least', 'run'))
 
 # %% ../nbs/10_aoq.ipynb #9c2a0308
 def _one(n, k, fill):

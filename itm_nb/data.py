@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'SPECIALS', 'DataError', 'purpose_key', 'uniform', 'generator', 'Split', 'regular_file', 'read_json',
            'check_finite', 'caption_ids', 'first_captions', 'read_scan', 'check_parts', 'concat', 'words',
-           'run_together', 'write_atomic', 'padded', 'Vocabulary', 'fingerprint', 'Batches', 'fetched', 'order',
-           'describe', 'Finding', 'check_folder']
+           'run_together', 'write_atomic', 'padded', 'Vocabulary', 'fingerprint', 'upload', 'on_host', 'Batches',
+           'fetched', 'order', 'describe', 'Finding', 'check_folder']
 
 # %% ../nbs/00_data.ipynb #8350edaa
 import hashlib
@@ -62,7 +62,7 @@ def uniform(
     epoch:int=0,
 )->Tensor:             # (B, n) float64 in [0, 1)
     "Counter-based uniform numbers: row `i` depends on `ids[i]`, purpose, seed, epoch and the column, on nothing else"
-    base = torch.tensor(purpose_key(purpose, seed, epoch), dtype=torch.int64, device=ids.device)
+    base = purpose_key(purpose, seed, epoch)                    # a number of Python: nothing is uploaded
     col = torch.arange(n, device=ids.device) * -7046029254386353131
     key = _mix(_mix(ids.long() + base)[:,None] + col)
     return ((key >> 11) & ((1 << 53) - 1)).double() / 2**53
@@ -586,6 +586,27 @@ def _boxes_on(device, split, wanted)->Tensor:
 
 def _places(b, at)->dict: return {} if b.boxes is None else dict(boxes=b.boxes[at])
 
+def upload(
+    x:Tensor,     # on the host
+    device,
+)->Tensor:        # on the device
+    "Send small things to the device without holding the host up (from pinned memory, where there is such a thing)"
+    device = torch.device(device)
+    if device.type == 'cpu': return x
+    return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
+
+def on_host(
+    x:Tensor,     # lengths, masks or ids, on any device
+)->Tensor:        # the same on the host
+    "What the host knows of a tensor; one that did not come from `Batches` is fetched, which waits for the device"
+    known = getattr(x, 'host', None)
+    return x if x.device.type == 'cpu' else x.cpu() if known is None else known
+
+def _known(x:Tensor, make)->Tensor:   # make: () -> the same on the host
+    "Keep beside a tensor of the device what the host knew before it was uploaded"
+    if x.device.type != 'cpu': x.host = torch.as_tensor(make())
+    return x
+
 class Batches:
     "A split on the device: `take` gives training batches, `images` and `texts` give chunks for evaluation"
     def __init__(self,
@@ -602,7 +623,7 @@ class Batches:
         self.pixels, self.change, self.workers, self.coming, self.boxes = pixels, change, workers, {}, _boxes_on(device, split, boxes)
         self.pool = ThreadPoolExecutor(workers, 'loader', torch.set_num_threads, (torch.get_num_threads(),)) if workers else None
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
-        self.mask = (torch.arange(R) < torch.tensor(np.minimum(split.num, R))[:,None]).to(device)      # a picture counts as one region
+        self._mask = torch.arange(R) < torch.tensor(np.minimum(split.num, R))[:,None]; self.mask = self._mask.to(device)   # a picture: one
         tokens, lengths = vocab.encode(split.captions)
         self.tokens, self.lengths, self._lengths = tokens.to(device), lengths.numpy(), lengths.to(device)
         self.img_of, self.img_ids, self.cap_ids = (torch.tensor(np.array(a), dtype=torch.int64, device=device)
@@ -613,17 +634,17 @@ class Batches:
         idx,           # image indices on the CPU: a slice or (B,) integers
     )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R): which regions are real; boxes (B, R, 4)
         "Region features or pictures of some images"
-        at = idx if isinstance(idx, slice) else torch.as_tensor(idx).to(self.device, non_blocking=True)
+        at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
         feats = self.feats[at].float() if self.feats is not None else _look(self, np.arange(len(self.split))[idx]).to(self.device)
-        return dict(feats=feats, mask=self.mask[at], **_places(self, at))
+        return dict(feats=feats, mask=_known(self.mask[at], lambda: self._mask[idx]), **_places(self, at))
 
     def texts(self,
         idx,           # caption indices on the CPU: a slice or (B,) integers
     )->dict:           # tokens (B, l), l the longest of these sentences; lengths (B,) on the device
         "Some sentences, cut to the longest"
-        at = idx if isinstance(idx, slice) else torch.as_tensor(idx).to(self.device, non_blocking=True)
+        at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
         l = int(self.lengths[idx if isinstance(idx, slice) else np.asarray(idx)].max(initial=0))
-        return dict(tokens=self.tokens[at, :l], lengths=self._lengths[at])
+        return dict(tokens=self.tokens[at, :l], lengths=_known(self._lengths[at], lambda: self.lengths[idx]))
 
     def take(self,
         cap:Tensor,         # (B,) caption indices, on the CPU
@@ -632,10 +653,11 @@ class Batches:
         ahead=(),           # (captions, epoch) of the batches that follow: loaded meanwhile where there are workers
     )->dict:                # on the device: cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids; and what was extra
         "A batch of matching pairs"
-        at = cap.to(self.device, non_blocking=True); img = self.img_of[at]
+        at = upload(cap, self.device); img = self.img_of[at]; s = self.split
+        mask, cap_ids = _known(self.mask[img], lambda: self._mask[s.img_of[cap]]), _known(self.cap_ids[at], lambda: s.cap_ids[cap])
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        return dict(cap=at, img=img, feats=feats, mask=self.mask[img], **_places(self, img), **self.texts(cap),
-                    cap_ids=self.cap_ids[at], img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+        return dict(cap=at, img=img, feats=feats, mask=mask, **_places(self, img), **self.texts(cap),
+                    cap_ids=cap_ids, img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
 
 def fetched(
     batches:Batches,
@@ -645,15 +667,15 @@ def fetched(
     "Images or sentences that come with a batch because a source of negatives asked for them"
     kind, s = name.partition('.')[0], batches.split
     if kind == 'tokens':
-        tokens = torch.as_tensor(ids).to(batches.device)
+        tokens = upload(torch.as_tensor(ids), batches.device)
         return dict(tokens=tokens, lengths=(tokens != 0).sum(1))
     if kind not in batches.sorted: raise DataError(name, f'kind {kind!r}', "'image', 'text' or 'tokens' before the dot")
     ids, known, order = np.asarray(ids), s.img_ids if kind == 'image' else s.cap_ids, batches.sorted[kind]
     at = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known)-1)]
     odd = ids[known[at] != ids]
     if len(odd): raise DataError(s.source, f'{kind} id {odd[0]} as {name!r}', f'an id of the {s.name} split', 'Make the list anew.')
-    idx = torch.as_tensor(at); images = batches.img_of[idx.to(batches.device)] if kind == 'text' else idx.to(batches.device)
-    found = batches.images(idx) if kind == 'image' else batches.texts(idx) | dict(cap_ids=batches.cap_ids[idx.to(batches.device)])
+    idx = torch.as_tensor(at); there = upload(idx, batches.device); images = batches.img_of[there] if kind == 'text' else there
+    found = batches.images(idx) if kind == 'image' else batches.texts(idx) | dict(cap_ids=batches.cap_ids[there])
     return found | dict(img_ids=batches.img_ids[images])
 
 def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) image indices; (B,) caption indices in training -> on the host

@@ -187,7 +187,7 @@ class Statistics:
         return dict(accepted=n, pos_mean=mp, pos_sd=sd(qp, n), neg_mean=mn, neg_sd=sd(qn, k))
 
     def state_dict(self)->dict: return dict(moments=self.moments, epoch=torch.tensor(self.epoch))
-    def load_state_dict(self, d:dict): self.moments, self.epoch = d['moments'].double(), int(d['epoch'])
+    def load_state_dict(self, d:dict): self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
 
 # %% ../nbs/11_fne.ipynb #4b29a159
 def above(

@@ -48,7 +48,7 @@ from .pixels import Pixels, augment
 from .samplers import Step, sight
 from .models import from_pretrained, model_of, save_pretrained
 from .similarity import are_vectors, devices, join
-from .towers import describe, fill, find, groups, longest, temperature, weights_print
+from .towers import describe, fill, find, groups, longest, suited, temperature, weights_print
 
 # %% ../nbs/14_train.ipynb #bda65e38
 @dataclass
@@ -122,7 +122,8 @@ def networks(
     models='',       # folder of networks; '': models
 )->tuple:            # Network that sees, Network that reads; None where the towers are our own
     "The networks of a configuration"
-    return tuple(find(name, models) if name else None for name in (cfg.vision, cfg.text_model))
+    sides = (('vision', cfg.vision), ('text', cfg.text_model))
+    return tuple(suited(find(name, models), side) if name else None for side, name in sides)
 
 def _reading(source)->dict: return source.config.get('text_config', source.config)     # of a pair, the half that reads
 
@@ -390,7 +391,7 @@ def prepare(
     allow_code:bool=False,   # may the method be one's own code? Never where its name was read from a file
 )->Training:
     "Data on the device, a fresh model, its optimiser and the schedule of methods"
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads); networks(cfg, data.models)       # an impossible network is refused before data are opened
     accelerator = Accelerator(cpu=device == 'cpu', mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
