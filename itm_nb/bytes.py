@@ -139,7 +139,7 @@ def _broken(folder)->str:
     if not said[2]: return '' if content(folder) == said[1] else 'its files are not those that DONE was written for'
     try: listed = _manifest(folder)
     except ValueError as e: return str(e)
-    if _over(listed) != said[1]: return 'DONE was written for other files'
+    if _over(listed) != said[1]: return 'manifest.json lists other files than DONE was written for'
     return _changed(folder, listed)
 
 # %% ../nbs/00_bytes.ipynb #64f11c92

@@ -204,9 +204,9 @@ def done(
     out,           # run folder
 )->bool:
     "Is this run finished, and its folder what it was then? Where it is damaged, that is said"
-    why = broken(out)
-    if why and (Path(out)/'DONE').is_file() and (str(out), why) not in _SAID:
-        _SAID.add((str(out), why)); warnings.warn(f'{out} does not count as finished: {why}')
+    why = broken(out); said = Path(out).absolute(), why
+    if why and (Path(out)/'DONE').is_file() and said not in _SAID:
+        _SAID.add(said); warnings.warn(f'{out} does not count as finished: {why}')
     return not why
 
 def finish(
