@@ -28,7 +28,6 @@ from pathlib import Path
 
 from .bytes import stamped_lines
 from .commands import Parser, check_place, number
-from .read_safely import checked_name
 from .runs import (
     BUSY, INPUTS, PLACES, RESUMABLE, SetupError, _near, about_folder, command, done, finished, identity, in_turn, parameters, project,
     read_yaml, resolve, run_id, source_hash, template)
@@ -76,9 +75,13 @@ def read_sweep(
     if profile: spec = _with_profile(path, spec, dict(spec['profiles'][profile] or {}))
     _check_parts(path, spec)
     if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
-    for n in (*names, *spec['profiles']): checked_name(n, path.name, 'the run', blanks=True)
+    for n in (*names, *spec['profiles']): _checked(n, path.name, 'the run', blanks=True)
     if not allow_code: _only_ours(path, spec)
     return spec
+
+def _checked(*given, **how):
+    from itm_nb.read_safely import checked_name        # here, because the help of a command is wanted at once
+    return checked_name(*given, **how)
 
 def _only_ours(path, spec):
     "Refuse methods and notebooks that are not the package's, and places: a file that was read may not choose them"
@@ -588,7 +591,7 @@ def itm_sweep(argv=None)->int:
     _check_given(a)
     path = sweep_file(a.sweep); spec = read_sweep(path, a.profile, a.allow_code); a.told = spec['report']
     a.name, a.places = path.stem + (f'_{a.profile}' if a.profile else ''), dict(a.p) | dict(progress=False)
-    checked_name(a.name, 'itm_sweep', 'the name of the sweep')
+    _checked(a.name, 'itm_sweep', 'the name of the sweep')
     tried = searches(spec, a.name, Path(a.runs), a.places); a.chosen = choose(spec, tried)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); known = measured(a.runs, project()/'figures'/'results')
     open_, costs = trials(spec).keys() - a.chosen.keys(), lambda e: estimate(e, known)
