@@ -673,6 +673,7 @@ def _report(a, todo)->int:
             more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code); kind = a.told
             code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
     if code: print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
-    if code == 0: print((base/f'table_{name}.md').read_text('utf-8'))
+    for f in (f'table_{name}.md', f'{kind}_{name}.md') if code == 0 else ():    # the second: the template's own words
+        if (base/f).is_file(): print((base/f).read_text('utf-8'))
     for f in sorted(base.glob(f'*{name}*')): print(f)
     return code
