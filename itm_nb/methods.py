@@ -135,7 +135,8 @@ def infonce(temperature:float=.05)->Method:
 METHODS = dict(vse0=vse0, vsepp=vsepp, semihard=semihard, infonce=infonce)   # name -> maker
 
 # %% ../nbs/13_methods.ipynb #a829cec2
-PAPERS = dict(aoq=aoq, aoq_fne=aoq_fne, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags, mlm_warmup=mlm_warmup)   # they want something of a run
+PAPERS = dict(aoq=aoq, aoq_fne=aoq_fne, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags,
+              mlm_warmup=mlm_warmup)   # they want something of a run
 
 # %% ../nbs/13_methods.ipynb #2948b532
 def explain(
