@@ -122,9 +122,8 @@ class Bank:
         own = new[view.step.first:view.step.first+len(view.anchor)]
         same = view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
         who = view.step.get((id(self), 'who'), lambda: _who(view.step, self.ring))     # as it is before the step
-        score = _bar(_scores(view, new, old), same)
-        return Candidates(score, ~same, view.pairs(view.anchor, own), lambda idx: {'': _again(view, new, old, idx)},
-                          about=lambda: who | {'same image': same})
+        again, about = lambda idx: {'': _again(view, new, old, idx)}, lambda: who | {'same image': same}
+        return Candidates(_bar(_scores(view, new, old), same), ~same, view.pairs(view.anchor, own), again, about=about)
 
     def monitor(self)->dict: return dict(memory=float(self.ring.used))      # how many places are candidates
 
