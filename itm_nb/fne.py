@@ -366,5 +366,6 @@ def aoq_fne(
 )->tuple:                      # ({'on': Source, 'off': Source}, {'aoq': Term})
     "AOQ whose online negative is drawn by FNE"
     drawn = bank_source(pool, margin, seed, model, world, preset=preset, **kw)
-    sources, terms = aoq(stage, preset, share, lists=lists, train=train, model=model, margin=margin, detach=detach)
+    given = dict(lists=lists, train=train, model=model, margin=margin, detach=detach)
+    sources, terms = aoq(stage, preset, share, **given)
     return sources | dict(on=drawn), terms
