@@ -17,7 +17,7 @@ from itm_nb.train import Corpus, config, corpus, embed, fit, rank_split
 SMALL = dict(preset='tiny', epochs=2, batch=64, dim=16, d_word=16, image_hidden=16, dropout=0., heads=2, layers=1)
 KINDS = dict(      # method or model -> settings that differ, waits and blocking uploads a step may have, operations of a step
     vsepp=({}, 0, 0, 350), infonce=(dict(method='infonce'), 0, 0, 320), aoq=(dict(method="aoq(placebo='random')"), 0, 0, 1100),
-    fne=(dict(method='fne(queue=256)'), 0, 0, 750), tags=(dict(method='tags', similarity='two_modes'), 1, 0, 5500))
+    fne=(dict(method='fne(queue=256)'), 0, 0, 750), tags=(dict(method='tags', similarity='two_modes'), 1, 0, 3100))
 MORE = dict(
     aoq_faithful=(dict(method="aoq(preset='faithful',placebo='random')"), 0, 0, 1100),
     fne_faithful=(dict(method="fne(preset='faithful',queue=256)"), 0, 0, 750),
