@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .data import DataError, fingerprint
 from .losses import Term, hinge
 from .offline import SHARE, Anywhere, Draw, Lists, depth, load_lists, mine_model
-from .samplers import Candidates, Picked, Source, Step, View, draw, hardest, in_batch, semi_hard
+from .samplers import Candidates, Picked, Source, Step, View, draw, hardest, in_batch, semi_hard, sight
 from .similarity import gather
 from .vsrn import caption_cost, caption_targets
 
@@ -348,7 +348,7 @@ def uncounted(
 
 def _spoken(s:Step, max_len, one_more, steps)->Tensor:   # (B,)
     "Minus log-probability of every anchor's sentence, given the regions of its image"
-    feats, num = s.batch['feats'], s.batch['mask'].sum(1)
+    feats, num = sight(s.batch)[:2]
     labels, keep = caption_targets(s.batch['tokens'], s.batch['lengths'], max_len, one_more=one_more)
     with uncounted(s.model.image_tower): states = s.encode(s.model.image_tower.states, feats, num)
     return caption_cost(s.model.captioner, states.float(), num, labels, keep, steps)

@@ -653,11 +653,15 @@ class Batches:
         ahead=(),           # (captions, epoch) of the batches that follow: loaded meanwhile where there are workers
     )->dict:                # on the device: cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids; and what was extra
         "A batch of matching pairs"
-        at = upload(cap, self.device); img = self.img_of[at]; s = self.split
-        mask, cap_ids = _known(self.mask[img], lambda: self._mask[s.img_of[cap]]), _known(self.cap_ids[at], lambda: s.cap_ids[cap])
+        at = upload(cap, self.device); img = self.img_of[at]
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        return dict(cap=at, img=img, feats=feats, mask=mask, **_places(self, img), **self.texts(cap),
-                    cap_ids=cap_ids, img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+        return dict(cap=at, img=img, feats=feats, **_whose(self, cap, at, img), **_places(self, img), **self.texts(cap),
+                    img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+
+def _whose(b, cap, at, img)->dict:
+    "Mask and caption ids of a batch; the host goes on knowing them"
+    s = b.split; of = lambda: b._mask[torch.as_tensor(s.img_of[cap.numpy()])]
+    return dict(mask=_known(b.mask[img], of), cap_ids=_known(b.cap_ids[at], lambda: s.cap_ids[cap.numpy()]))
 
 def fetched(
     batches:Batches,
