@@ -56,7 +56,8 @@ class Pieces:
     ):
         "WordPiece, trained on the sentences: lower case, accents dropped"
         from tokenizers import Tokenizer, models, processors
-        t = Tokenizer(models.WordPiece(_learn(sentences, size), unk_token='[UNK]'))
+        long = 10_000                          # letters of a word; a Thai sentence is one, and with the usual 100 it would be unknown
+        t = Tokenizer(models.WordPiece(_learn(sentences, size), unk_token='[UNK]', max_input_chars_per_word=long))
         t.normalizer, t.pre_tokenizer = _cleaning()
         t.add_special_tokens(list(ENDS))
         t.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])

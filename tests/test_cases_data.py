@@ -220,7 +220,8 @@ def test_sentences_that_are_one_long_word_are_noticed(tmp_path, s):
     for i in range(9): paint(tmp_path/f'{i}.png', i)
     (tmp_path/'captions.jsonl').write_text(''.join(json.dumps(dict(file=f'{i}.png', caption=s + str(i), split=PARTS[i//3])) + '\n' for i in range(9)))
     assert any(f.level == 'warning' and 'word pieces' in f.text for f in check_layout(tmp_path))
-    pieces = Pieces.build([s, s[:4], s[3:]]*5, 200); row, n = pieces.encode([s]); assert int(n[0]) >= 3 and 1 not in row[0].tolist()       # no [UNK]
+    pieces = Pieces.build([s, s[:4], s[3:], s + s]*5, 200); row, n = pieces.encode([s]); assert int(n[0]) >= 3 and 1 not in row[0].tolist()       # no [UNK]
+    assert 1 not in pieces.encode([s*30])[0][0].tolist()                                  # nor for hundreds of letters without a blank
 
 
 def test_pieces_keep_vowel_signs_and_drop_accents():
