@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'PAGES', 'project', 'fold_file', 'template',
-           'about_folder', 'origin', 'identity', 'run_id', 'check_text', 'source_hash', 'commit', 'claim', 'in_turn',
-           'done', 'finish', 'execute', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks',
-           'cost', 'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
-           'page', 'itm_readme']
+           'Parameter', 'parameters', 'resolve', 'about_folder', 'origin', 'identity', 'run_id', 'check_text',
+           'source_hash', 'commit', 'claim', 'in_turn', 'done', 'finish', 'execute', 'parents', 'finished', 'start',
+           'about', 'under_truth', 'curves', 'picks', 'cost', 'tested_on', 'collapsed', 'conclude', 'control',
+           'settings', 'read_yaml', 'itm_run', 'itm_data', 'page', 'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
 import fcntl
@@ -61,6 +61,47 @@ def template(
     if name not in there: raise SetupError(f'no experiment called {name!r}{_near(name, there)}; there are {there}')
     return path
 
+# %% ../nbs/15_runs.ipynb #0abb9117
+@dataclass(frozen=True)
+class Parameter:
+    "One line of a parameters cell"
+    name:str
+    default:object
+    about:str        # its comment
+
+    def parse(self, given)->object:   # text from the command line, or a value from a file
+        "The value, of the default's type"
+        kind = type(self.default)
+        if kind is bool and str(given).lower() in ('true', 'false'): return str(given).lower() == 'true'
+        try:
+            if kind is bool or (kind is int and isinstance(given, (float, bool))): raise ValueError
+            if given is None or isinstance(given, (bool, list, dict)): raise ValueError      # YAML's null, yes, [..]
+            return kind(given) + 0. if kind is float else kind(given)                        # -0.0 is 0.0
+        except (TypeError, ValueError):
+            raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. {self.default!r}') from None
+
+def parameters(
+    notebook,       # path
+)->dict:            # name -> Parameter
+    "What can be set in a notebook: the assignments of its cell tagged `parameters`"
+    cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
+    tagged = [''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])]
+    if len(tagged) != 1: raise SetupError(f'{Path(notebook).name}: {len(tagged)} cells tagged "parameters"; wanted one')
+    lines, out = tagged[0].splitlines(), {}
+    for node in ast.parse(tagged[0]).body:
+        name = (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
+        out[name] = Parameter(name, ast.literal_eval(node.value), lines[node.end_lineno-1][node.end_col_offset:].strip(' #'))
+    return out
+
+def resolve(
+    known:dict,      # from `parameters`
+    given:dict,      # name -> text or value
+)->dict:             # all parameters with their values
+    "The values a notebook will run with"
+    for k in given:
+        if k not in known: raise SetupError(f'no parameter called {k!r}{_near(k, known)}; there are {", ".join(known)}')
+    return {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
+
 # %% ../nbs/15_runs.ipynb #55b95f61
 PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')   # parameters that do not change a result
 INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds')  # that name a run, a file, or a word
@@ -75,16 +116,17 @@ FIRST = dict(    # parameters that always count: those the templates had when th
 
 def about_folder(
     out,             # run folder
-)->dict:             # id, template, source, parents, identity; at least the id, which is the folder's name in a sweep
+)->dict:             # id, template, source, parents, identity; at least the id: the folder's name in a sweep
     "What a run folder says of itself; SetupError where its `run.json` is not what was written"
     at = Path(out)/'run.json'
     if not at.is_file(): return dict(id=Path(out).name)
     try:
         found = json.loads(at.read_text('utf-8')); sealed = found.pop('seal', None)
-        whole = isinstance(found['id'], str) and (sealed == over_json(found) or sealed is None and 'identity' not in found)   # None: earlier versions
+        early = sealed is None and 'identity' not in found             # as earlier versions wrote it
+        whole = isinstance(found['id'], str) and (early or sealed == over_json(found))
     except (OSError, ValueError, KeyError, TypeError, AttributeError): whole = False
     if whole: return found
-    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or remove the folder')
+    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or remove that')
 
 _AN_ID = re.compile('[0-9a-f]{12}')
 
@@ -118,9 +160,10 @@ def identity(
 )->dict:
     "What determines a result: parameters without places, inputs by what they are, and of later parameters those not at their default"
     known = parameters(template(name)) if name in FIRST else {}
-    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 and 1.0, however it came
+    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 is 1.0
     what = {k: origin(v) if k in INPUTS and v else v for k, v in what.items()}
-    return {k: v for k, v in what.items() if name not in FIRST or k in FIRST[name] or k not in known or v != known[k].default}
+    def later(k): return k in known and k not in FIRST[name]
+    return {k: v for k, v in what.items() if not later(k) or v != known[k].default}
 
 def run_id(
     name:str,        # of the template
@@ -155,7 +198,7 @@ def _sources()->list:
 def source_hash(
     method:str='',    # name of the method; one's own has a hash of its own, see `methods.code_of`
 )->str:
-    "A hash of the imported package's source (and of one's own method behind it), so that a record tells which code made it"
+    "A hash of the imported package's source (and of one's own method behind it): which code made a record"
     h = hashlib.sha256()
     for name in _sources(): h.update(name.encode() + (_package()/name).read_bytes())
     if ':' not in method: return h.hexdigest()[:12]
@@ -164,16 +207,18 @@ def source_hash(
 
 def _git(*asked)->str:
     "What git says of the package's folder; None where it fails, or is not there"
-    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}      # a hook's variables would name another repository
-    try: r = subprocess.run(('git', '-C', _package(), *asked), capture_output=True, text=True, timeout=60, env=env)
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}      # a hook's would name another repository
+    command = ('git', '-C', _package(), *asked)
+    try: r = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError): return None
     return None if r.returncode else r.stdout
 
 def commit()->str:
-    "The commit of the imported package, with + where its files differ from it; 'none' where they are no files of a repository"
+    "The commit of the imported package, with + where its files differ; 'none' where no repository keeps them"
     kept, head = (_git('ls-files', '-z') or '').split('\0'), _git('rev-parse', '--short=12', 'HEAD')
     if '__init__.py' not in kept or head is None: return 'none'
-    return head.strip() + ('+' if set(_sources()) - set(kept) or _git('status', '--porcelain', '--', '.') else '')
+    changed = set(_sources()) - set(kept) or _git('status', '--porcelain', '--', '.')
+    return head.strip() + ('+' if changed else '')
 
 # %% ../nbs/15_runs.ipynb #2ef9fb29
 BUSY, RESUMABLE = 76, 75     # exit codes: another process has this run; stopped and can be gone on with
@@ -253,7 +298,7 @@ def _pass_on(
     return handler
 
 def _trainer(out)->int:
-    "The process that holds the lock of a run folder; ValueError where nobody does, whatever number stands in it"
+    "The process that holds the lock of a run folder; ValueError where none does, whatever stands in it"
     with open(out/'lock') as f:
         try: fcntl.flock(f, fcntl.LOCK_SH|fcntl.LOCK_NB)
         except BlockingIOError: pid = int(f.read())
@@ -322,7 +367,7 @@ def finished(
     return all(now.values()) and sorted(now.values()) == sorted(there.get('parents', {}).values())
 
 # %% ../nbs/15_runs.ipynb #004fe0ac
-_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')   # may lie there before run.json does
+_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')    # before run.json
 
 def _other(mine, theirs)->str:
     "In words, where an identity differs from another: the first three settings"
@@ -342,11 +387,13 @@ def _admit(
     if there:
         if there['id'] == me or 'arm' not in values and there.get('template') == name: return
         theirs = there.get('identity', {})
-        raise SetupError(f'out: in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)}); '
-                         f'asked for is {me} ({name}: {_other(mine, theirs)}). Give another out, or remove that folder')
+        lies = f'in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)})'
+        asked = f'asked for is {me} ({name}: {_other(mine, theirs)})'
+        raise SetupError(f'out: {lies}; {asked}. Give another out, or remove that folder')
     odd = sorted(p.name for p in out.iterdir() if not (p.name in _EARLY or p.name.endswith('.tmp')))
     if not odd or out.name == me: return
-    why = 'run.json is damaged, so nobody knows which run it holds' if there is None else f'no run folder, and not empty: it holds {odd[0]}'
+    why = f'no run folder, and not empty: it holds {odd[0]}'
+    if there is None: why = 'run.json is damaged, so nobody knows which run it holds'
     raise SetupError(f'out: {out}: {why}. Give another out, or remove that folder')
 
 # %% ../nbs/15_runs.ipynb #13a7908f
@@ -354,24 +401,26 @@ def _begin(out, name, values, me):
     "Note in a run folder what it is; what was made with other parents is removed, its DONE first"
     now = parents(values)
     if missing := [p for p, made in now.items() if not made]:
-        raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({broken(missing[0]) or "its own parents changed"})')
+        why = broken(missing[0]) or 'its own parents changed'
+        raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({why})')
     for name_ in ('DONE', 'manifest.json', 'FAILED'): (out/name_).unlink(missing_ok=True)
-    if (out/'params.json').is_file(): write_synced(out/'params.json', json.dumps(values, indent=1).encode())     # whatever stood there
+    if (out/'params.json').is_file():                # whatever stood there
+        write_synced(out/'params.json', json.dumps(values, indent=1).encode())
     there = _told(out)
-    before = (there or {}).get('parents')      # None: not known, as where run.json is lost
-    if before is not None and sorted(before.values()) != sorted(now.values()) or before is None and now: _empty(out)
+    before = (there or {}).get('parents')            # None: not known, as where run.json is lost
+    if now if before is None else sorted(before.values()) != sorted(now.values()): _empty(out)
     _note(out, name, values, me, now)
 
 def _empty(out):
-    "Remove what a run has made; run.json stays to the last, so that the folder is known as a run's whenever this is killed"
+    "Remove what a run has made; run.json stays, so that the folder is known as a run's whenever this is killed"
     for p in out.iterdir():
         if p.name in ('claim', 'worker.log', 'params.json', 'run.json'): continue
         shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 def _note(out, name, values, me='', now=None):
     "Write run.json: which run this is, by what source, with which parents"
-    told = dict(id=me or run_id(name, values), template=name, source=source_hash(), parents=parents(values) if now is None else now,
-                identity=identity(name, values))
+    told = dict(id=me or run_id(name, values), template=name, source=source_hash(), identity=identity(name, values),
+                parents=parents(values) if now is None else now)
     write_synced(out/'run.json', json.dumps(told | dict(seal=over_json(told)), indent=1).encode())
 
 def _by_hand(out, name, values):
@@ -397,11 +446,12 @@ def start(
     _admit(out, nb.stem, values, me)
     with claim(out) as mine:
         if not mine: return BUSY, out
-        if 'arm' in values and finished(out, values, me): return 0, out     # a row of a table is made once; a study is made anew
+        if 'arm' in values and finished(out, values, me): return 0, out     # a row is made once; a study is made anew
         _admit(out, nb.stem, values, me)                                    # another process may have begun there
         _begin(out, nb.stem, values, me)
         began = time.perf_counter(); code = work(nb, values, out, bar)
-        with open(out/'wall.jsonl', 'a') as f: f.write(stamped(dict(seconds=round(time.perf_counter()-began, 2), code=code)))
+        spent = dict(seconds=round(time.perf_counter()-began, 2), code=code)
+        with open(out/'wall.jsonl', 'a') as f: f.write(stamped(spent))
         return code, out
 
 # %% ../nbs/15_runs.ipynb #08b9ec2f
@@ -441,7 +491,8 @@ def curves(
 )->dict:           # name -> a value per epoch
     "Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum, and what owners of state tell"
     try: lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text('utf-8').splitlines()]
-    except (OSError, ValueError): raise SetupError(f'{run}: log.jsonl cannot be read; run it again, and what cannot be trusted is made anew') from None
+    except (OSError, ValueError):
+        raise SetupError(f'{run}: log.jsonl cannot be read; run it again: what cannot be trusted is made anew') from None
     vals = {l['epoch']: l['val']['rsum'] for l in lines if 'val' in l}
     steps = {e: [l for l in lines if l['epoch'] == e and 'loss' in l] for e in vals}
     mean = lambda e, k: sum(l[k] for l in steps[e])/len(steps[e])
@@ -486,14 +537,15 @@ def _false(rows, split, world):
 
 def cost(
     run:Path,
-)->dict:           # steps, seconds, pairs per second, peak memory; {} where the lines of a part of the run are lost
+)->dict:           # steps, seconds, pairs per second, peak memory; {} where the lines of a part are lost
     "What a run cost, from its timing (a part that was done twice after a kill counts twice)"
     lines, upto = stamped_lines(Path(run)/'timing.jsonl'), 0
-    for l in sorted(lines, key=lambda l: l['since']): upto = max(upto, l['step']) if l['since'] <= upto else upto
-    if not lines or upto < lines[-1]['steps']: warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
-    seconds = sum(l['seconds'] for l in lines)
-    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(sum(l['pairs'] for l in lines)/seconds, 1),
-                peak_mib=max(l['peak_mib'] for l in lines))
+    for l in sorted(lines, key=lambda l: l['since']):
+        if l['since'] <= upto: upto = max(upto, l['step'])
+    if not lines or upto < lines[-1]['steps']:
+        warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
+    seconds, pairs = (sum(l[k] for l in lines) for k in ('seconds', 'pairs'))
+    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(pairs/seconds, 1), peak_mib=max(l['peak_mib'] for l in lines))
 
 def tested_on(
     values:dict,      # all parameters of the template

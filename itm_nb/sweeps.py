@@ -300,7 +300,7 @@ def measured(
 )->list:                 # (settings alike, alike by the epoch, epochs, seconds, MiB, '' or 'records')
     "What finished runs took"
     out = []
-    for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if (p.parent/'DONE').is_file()):    # a guess: not every byte is looked at
+    for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if (p.parent/'DONE').is_file()):
         try:
             values, name = json.loads((at/'params.json').read_text('utf-8')), about_folder(at)['template']
             if not (wall := stamped_lines(at/'wall.jsonl')): continue

@@ -149,8 +149,9 @@ def size_said(
     n, m = len(s), len(s.captions)
     if n == PHOTOS and SENTENCES[0] <= m <= SENTENCES[1]: return ''
     if (Path(folder)/'subset.json').is_file() and n < PHOTOS: return f' ({n} photos)'
-    raise DataError(s.source, f'{n:,} photos and {m:,} sentences', f'the {PHOTOS:,} photos and {SENTENCES[0]:,} sentences of COCO\'s test',
-                    'Complete the folder (itm_data check FOLDER --name coco); a smaller one is made by itm_data subset.')
+    wanted = f"the {PHOTOS:,} photos and {SENTENCES[0]:,} sentences of COCO's test"
+    raise DataError(s.source, f'{n:,} photos and {m:,} sentences', wanted,
+                    'Complete the folder (itm_data check FOLDER --name coco); itm_data subset makes a smaller one.')
 
 def _encoded(folders, data, s, device)->list:
     "(model, photos, sentences) of every run; cosines become one product of longer vectors"
