@@ -22,7 +22,7 @@ def _near(name, known)->str:
     near = difflib.get_close_matches(str(name), known, 1)
     return f' (did you mean {near[0]!r}?)' if near else ''
 
-# %% ../nbs/00_commands.ipynb #8d9a754e
+# %% ../nbs/00_commands.ipynb #21eb1919
 _REMEDIES = {errno.ENOSPC: 'make room on the disk and give the command again', errno.EDQUOT: 'make room on the disk and give the command again',
              errno.EROFS: 'give a place that can be written', errno.EACCES: 'give a place you may use', errno.EPERM: 'give a place you may use',
              errno.ENOENT: 'give a place that is there', errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder',
@@ -42,7 +42,8 @@ def printable(
     text:str,
 )->str:
     "A text that any stream can take: bytes that are no UTF-8 are shown as \\xff"
-    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    try: return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    except UnicodeEncodeError: return text.encode('utf-8', 'backslashreplace').decode()      # half of a pair that came from JSON
 
 # %% ../nbs/00_commands.ipynb #5c913798
 def _mendable(e)->bool:

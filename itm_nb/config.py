@@ -235,7 +235,7 @@ METHOD_SETTINGS |= dict(
           *_switches('blind others inside special'),
           Setting('drop', 'mask', 'what becomes of a sentence that may be true', ('mask', 'penalty'))))
 
-# %% ../nbs/14_config.ipynb #75634c85
+# %% ../nbs/14_config.ipynb #b16a0f99
 _ARGS = r"""\((?:[^()'"]|'[^']*'|"[^"]*"|\([^()]*\))*\)"""
 _METHOD = rf"\s*([\w.]+)\s*({_ARGS})?((?:\s*,\s*\w+\s*=\s*[^|,()]+(?:{_ARGS})?)*)\s*"     # name, own settings, replaced sources
 
@@ -245,7 +245,7 @@ def method_parts(
     "The methods of a mixture"
     if not re.fullmatch(rf'{_METHOD}(\|{_METHOD})*', text):
         if ':' in text: return []
-        raise SetupError(f"{text!r} is no method; wanted e.g. fne(tau=5.0, preset='faithful')")
+        raise SetupError(f"no method; wanted e.g. fne(tau=5.0, preset='faithful')")
     return [(name, _literals(name, args)) for name, args, _ in re.findall(_METHOD, text)]
 
 def _literals(name, args)->dict:
@@ -255,13 +255,19 @@ def _literals(name, args)->dict:
         own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         if not call.args and None not in own: return own
     except (SyntaxError, ValueError): pass
-    raise SetupError(f"{name}{args} is no method; wanted names and values, e.g. fne(tau=5.0, preset='faithful')")
+    raise SetupError(f"{name}{args}; wanted names and values, e.g. fne(tau=5.0, preset='faithful')")
 
 def check_method(
     text:str,
     strict:bool=True,    # refuse a name that is not of the package, which a notebook may have added
+    what:str='method',   # whose value it is
 ):
     "Refuse a method that cannot be made: its names, its own settings and their values"
+    try: _check_parts(text, strict)
+    except SetupError as e: raise SetupError(f'{what} {text!r}: {e}') from None
+
+def _check_parts(text, strict):
+    "The same, without saying whose"
     for name, own in method_parts(text):
         if name not in METHOD_SETTINGS:
             if not strict: continue
@@ -272,7 +278,7 @@ def check_method(
             try: check(known[k], v)
             except SetupError as e: raise SetupError(f'{name}: {e}') from None
 
-# %% ../nbs/14_config.ipynb #bb173107
+# %% ../nbs/14_config.ipynb #67c7a100
 def _of_training(v)->tuple:
     "What cannot be trained so: (is it wrong?, what is said)"
     return (
@@ -296,18 +302,24 @@ def _of_model(v)->tuple:
     streams = v.similarity in ('two_modes', 'cross'); width = v.dim if v.similarity == 'cross' else v.d_word
     return (
         (streams and v.text_freeze, f'{v.similarity} trains all of its transformer: text_freeze is for text towers'),
-        (v.boxes and v.vision, 'patches of pictures have no boxes'),
-        (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN, f'VSRN makes one vector; {v.similarity} wants regions'),
-        (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN'),
-        (v.boxes and not streams, f'{v.similarity} does not see where regions are'),
-        (v.similarity.startswith('bfan') and v.agg, 'BFAN takes the mean over the queries'),
+        (v.boxes and v.vision, 'boxes with vision: patches of pictures have no boxes'),
+        (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN, f'image {v.image}: VSRN makes one vector; similarity {v.similarity} wants regions'),
+        (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN: set image to vsrn, or captioner to 0'),
+        (v.boxes and not streams, f'boxes: similarity {v.similarity} does not see where regions are'),
+        (v.similarity.startswith('bfan') and v.agg, 'agg: BFAN takes the mean over the queries'),
         (streams and not v.text_model and width % v.heads, f'{v.heads} heads cannot share a width of {width}'),
+        (':' in v.regions and _backwards(v.regions), f'regions {v.regions} are none: the first is not before the last'),
         (v.tokens == 'own' and not v.text_model, "tokens='own' needs a text_model that comes with weights"),
         (v.image_pool in _OWN_POOLS and not v.vision, f'image_pool {v.image_pool} is of a network that sees pixels'),
         (v.text_pool in (*_OWN_POOLS, 'last') and not v.text_model, f'text_pool {v.text_pool} is of a network that reads'),
         (v.captions_of_split and not v.max_captions, 'captions_of_split says where max_captions counts, and that is 0'),
         (v.data == 'scenes' and (v.columns or v.separator or v.max_captions), 'scenes are drawn: columns, separator and max_captions are for folders'),
         (v.data == 'scan' and (v.columns or v.separator), 'the SCAN layout has no tables: columns and separator are for data=images'))
+
+def _backwards(regions)->bool:
+    "Does first:last name no region?"
+    first, last = regions.split(':')
+    return bool(last) and int(last) <= int(first)
 
 def _of_methods(v, run)->list:
     "What a method needs of the other settings; `run`: are the inputs of a run among them?"
@@ -316,15 +328,15 @@ def _of_methods(v, run)->list:
         mined = own.get('lists') or v.lists or own.get('refresh') or own.get('placebo') == 'random' or own.get('stage') == 'online'
         writes, random = own.get('generator') or v.generator, own.get('words') == 'random'
         out += [
-            (name == 'aoq' and run and not mined, 'aoq draws from mined lists: name the run of mine with lists'),
-            (name == 'mlm_warmup' and not streams, 'mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
+            (name == 'aoq' and run and not mined, 'method aoq draws from mined lists: name the run of mine with lists'),
+            (name == 'mlm_warmup' and not streams, 'method mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
             (name == 'tags' and own.get('sharing', 'shared') != 'static' and not (streams or random or writes),
-             'tags needs a model that writes: similarity two_modes or cross, or sharing static with the generator of a run'),
+             'method tags needs a model that writes: similarity two_modes or cross, or sharing static with the generator of a run'),
             (name == 'tags' and run and own.get('sharing') == 'static' and not (writes or random),
-             'tags with sharing static needs a finished run that writes: name it with generator'),
-            (name == 'caption' and not v.captioner, 'caption needs a captioner: set image to vsrn, and captioner to its width'),
-            (run and own.get('honest') and v.data != 'scenes', f'{name}: only the drawn world knows the truth; honest is for data scenes'),
-            (run and own.get('prior') == 'known' and v.data != 'scenes', f'{name}: prior known is for data scenes; give a number')]
+             'method tags with sharing static needs a finished run that writes: name it with generator'),
+            (name == 'caption' and not v.captioner, 'method caption needs a captioner: set image to vsrn, and captioner to its width'),
+            (run and own.get('honest') and v.data != 'scenes', f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
+            (run and own.get('prior') == 'known' and v.data != 'scenes', f'method {name}: prior known is for data scenes; give a number')]
     return out
 
 def check_together(
@@ -484,11 +496,11 @@ def write_cells(
         path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', 'utf-8')
     return changed
 
-# %% ../nbs/14_config.ipynb #f8fafef0
+# %% ../nbs/14_config.ipynb #9b6ddf77
 def _check_all(cfg):
     "Every value by its setting, then all together"
     for s in OF_CONFIG: object.__setattr__(cfg, s.name, check(s, getattr(cfg, s.name)))
-    for text in (cfg.method, cfg.before): check_method(text, strict=False)     # a notebook may have methods of its own
+    for k in ('method', 'before'): check_method(getattr(cfg, k), False, k)     # a notebook may have methods of its own
     check_together(asdict(cfg))
 
 _FIELDS = [(s.name, type(s.default), field(default=s.default)) for s in OF_CONFIG]

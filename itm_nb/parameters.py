@@ -67,7 +67,7 @@ def parameters(
         out[k] = Parameter(k, v, lines[node.end_lineno-1][node.end_col_offset:].strip(' #'), rule)
     return out
 
-# %% ../nbs/15_parameters.ipynb #aadd95eb
+# %% ../nbs/15_parameters.ipynb #75fc3927
 def resolve(
     known:dict,      # from `parameters`
     given:dict,      # name -> text or value
@@ -78,7 +78,7 @@ def resolve(
     values = {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
     ruled = {k: v for k, v in values.items() if known[k].rule}
     for k in ('method', 'before'):
-        if k in ruled: check_method(ruled[k])
+        if k in ruled: check_method(ruled[k], what=k)
     if ruled: check_together(ruled)
     return values
 

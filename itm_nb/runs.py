@@ -54,7 +54,7 @@ def template(
 )->Path:
     "The notebook of an experiment"
     if name.endswith('.ipynb'):
-        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook')
+        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook; correct the path')
         return Path(name)
     folder = project()/'nbs'/'experiments'; path = folder/f'{name}.ipynb'
     there = sorted(p.stem for p in folder.glob('*.ipynb'))
@@ -605,8 +605,10 @@ def read_yaml(path)->dict:
     "A YAML (or JSON) file that holds a mapping"
     import yaml
     try: found = yaml.safe_load(path.read_text('utf-8'))
-    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror})') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise SetupError(f'{path.name}: not a YAML file ({str(e).splitlines()[0]})') from None
+    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror}); give the path of a YAML or JSON file') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        at = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
+        raise SetupError(f'{path.name}{at}: not a YAML file ({getattr(e, "problem", None) or "not UTF-8"}); wanted name: value') from None
     if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
     return found
 
@@ -661,6 +663,7 @@ def itm_data(argv=None)->int:
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
         if given and given not in known: raise SetupError(f'{name} {given!r}{_near(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes': return _scenes_info()
+    if not Path(a.path).is_dir(): raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
         for line in info_layout(a.path, a.layout, a.name): print(line)
         return 0
