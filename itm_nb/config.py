@@ -400,7 +400,7 @@ RUNS = dict(      # templates whose runs are rows of a table, or what such runs 
         _like('seed', 'of the runs, for tables'), KNOWN['threads'], _like('arm', "name in tables; '': that of the test set"),
         *_some('sweep out folder cache models workers device')))
 
-# %% ../nbs/14_config.ipynb #0b45abdd
+# %% ../nbs/14_config.ipynb #5c5f4a61
 REPORTS = dict(    # templates that read records, and those that stand alone
     study=(_RECORDS, _FIGURES, _ONLY, Setting('base', 'vse0', 'row that is subtracted in tables of differences'),
            _like('out', "where this notebook goes when run by itm_run; '': runs/<sweep>/<id>")),
@@ -415,7 +415,8 @@ REPORTS = dict(    # templates that read records, and those that stand alone
              Setting('runs', '', "folder of the run folders; '': nobody is asked", place='folder'), _FOLDER, _BESIDE,
              Setting('base', 'vsepp_two', 'arm that is subtracted'),
              Setting('captions', 192, 'captions every run is asked about', within=_POS),
-             Setting('attempts', 16, 'most sentences of an attack', within=_POS), _OUT),
+             Setting('attempts', 16, 'most sentences of an attack', within=_POS),
+             Setting('allow_code', False, 'may methods of these runs be code of your own? Only for runs of yours'), _OUT),
     defects=(replace(_THIS, default='defects_scenes'),
              Setting('methods', 'aoq,fne,tags', 'arms without a defect; an arm is theirs if its name begins with theirs'),
              _METRIC, _DELTA, _RECORDS, _FIGURES, _OUT),
