@@ -22,11 +22,11 @@ def _near(name, known)->str:
     near = difflib.get_close_matches(str(name), known, 1)
     return f' (did you mean {near[0]!r}?)' if near else ''
 
-# %% ../nbs/00_commands.ipynb #21eb1919
-_REMEDIES = {errno.ENOSPC: 'make room on the disk and give the command again', errno.EDQUOT: 'make room on the disk and give the command again',
-             errno.EROFS: 'give a place that can be written', errno.EACCES: 'give a place you may use', errno.EPERM: 'give a place you may use',
-             errno.ENOENT: 'give a place that is there', errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder',
-             errno.EMFILE: 'raise the limit of open files (ulimit -n)'}
+# %% ../nbs/00_commands.ipynb #4bdecb30
+_REMEDIES = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'make room on the disk and give the command again'),
+             **dict.fromkeys((errno.EACCES, errno.EPERM), 'give a place you may use'),
+             errno.EROFS: 'give a place that can be written', errno.ENOENT: 'give a place that is there',
+             errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder', errno.EMFILE: 'raise the limit of open files (ulimit -n)'}
 
 def one_line(
     e:BaseException,
@@ -45,7 +45,7 @@ def printable(
     try: return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
     except UnicodeEncodeError: return text.encode('utf-8', 'backslashreplace').decode()      # half of a pair that came from JSON
 
-# %% ../nbs/00_commands.ipynb #5c913798
+# %% ../nbs/00_commands.ipynb #e7251b9a
 def _mendable(e)->bool:
     "Is this an error that whoever gave the command can mend?"
     return isinstance(e, (SetupError, OSError, MemoryError)) or type(e).__name__ == 'DataError'
@@ -55,7 +55,8 @@ def check_text(
     what:str,     # for the message
 )->str:
     "A text that can be written down; refused where it is not UTF-8 or holds a character that ends a name"
-    if any('\ud800' <= c <= '\udfff' for c in text): raise SetupError(f'{what} "{printable(text)}" is not UTF-8; rename the file or folder')
+    if any('\ud800' <= c <= '\udfff' for c in text):
+        raise SetupError(f'{what} "{printable(text)}" is not UTF-8; rename the file or folder')
     if '\0' in text: raise SetupError(f'{what} {text!r} holds a null character; leave it out')
     return text
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from .commands import SetupError, _near
 
-# %% ../nbs/14_config.ipynb #36d603c2
+# %% ../nbs/14_config.ipynb #c50b40f2
 @dataclass(frozen=True)
 class Setting:
     "One thing that can be set"
@@ -30,7 +30,7 @@ class Setting:
     unit:str=''
     form:tuple=()       # of a text: a pattern, and the same in words
     words:tuple=()      # further values, of another type, e.g. 'known' for a number
-    place:str=''        # a path: 'folder' or 'file' that must be there where one is given, 'run', 'runs' or 'scores': finished ones, 'out': is written
+    place:str=''        # what must be there where a path is given: 'folder', 'file', finished 'run', 'runs' or 'scores'; 'out': is written
 
     @property
     def comment(self)->str:
@@ -278,11 +278,12 @@ def _check_parts(text, strict):
             try: check(known[k], v)
             except SetupError as e: raise SetupError(f'{name}: {e}') from None
 
-# %% ../nbs/14_config.ipynb #67c7a100
+# %% ../nbs/14_config.ipynb #27a26c87
 def _of_training(v)->tuple:
     "What cannot be trained so: (is it wrong?, what is said)"
     return (
-        (v.warmup and v.warmup >= v.epochs, f'warmup {v.warmup} of {v.epochs} epochs: {v.method} would never start; wanted fewer than epochs'),
+        (v.warmup and v.warmup >= v.epochs,
+         f'warmup {v.warmup} of {v.epochs} epochs: {v.method} would never start; wanted fewer than epochs'),
         (v.batch == 1 and _in_batch(v), 'batch 1: negatives come from the batch, so the loss would be 0 throughout; wanted 2 or more'),
         (v.temperature == 0 and not v.vision, 'temperature 0 means the one of a pair with weights, such as CLIP; there is none here: name one '
                                               'with vision, or give a temperature'),
@@ -303,7 +304,8 @@ def _of_model(v)->tuple:
     return (
         (streams and v.text_freeze, f'{v.similarity} trains all of its transformer: text_freeze is for text towers'),
         (v.boxes and v.vision, 'boxes with vision: patches of pictures have no boxes'),
-        (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN, f'image {v.image}: VSRN makes one vector; similarity {v.similarity} wants regions'),
+        (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN,
+         f'image {v.image}: VSRN makes one vector; similarity {v.similarity} wants regions'),
         (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN: set image to vsrn, or captioner to 0'),
         (v.boxes and not streams, f'boxes: similarity {v.similarity} does not see where regions are'),
         (v.similarity.startswith('bfan') and v.agg, 'agg: BFAN takes the mean over the queries'),
@@ -313,7 +315,8 @@ def _of_model(v)->tuple:
         (v.image_pool in _OWN_POOLS and not v.vision, f'image_pool {v.image_pool} is of a network that sees pixels'),
         (v.text_pool in (*_OWN_POOLS, 'last') and not v.text_model, f'text_pool {v.text_pool} is of a network that reads'),
         (v.captions_of_split and not v.max_captions, 'captions_of_split says where max_captions counts, and that is 0'),
-        (v.data == 'scenes' and (v.columns or v.separator or v.max_captions), 'scenes are drawn: columns, separator and max_captions are for folders'),
+        (v.data == 'scenes' and (v.columns or v.separator or v.max_captions),
+         'scenes are drawn: columns, separator and max_captions are for folders'),
         (v.data == 'scan' and (v.columns or v.separator), 'the SCAN layout has no tables: columns and separator are for data=images'))
 
 def _backwards(regions)->bool:
@@ -329,13 +332,15 @@ def _of_methods(v, run)->list:
         writes, random = own.get('generator') or v.generator, own.get('words') == 'random'
         out += [
             (name == 'aoq' and run and not mined, 'method aoq draws from mined lists: name the run of mine with lists'),
-            (name == 'mlm_warmup' and not streams, 'method mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
+            (name == 'mlm_warmup' and not streams,
+             'method mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
             (name == 'tags' and own.get('sharing', 'shared') != 'static' and not (streams or random or writes),
              'method tags needs a model that writes: similarity two_modes or cross, or sharing static with the generator of a run'),
             (name == 'tags' and run and own.get('sharing') == 'static' and not (writes or random),
              'method tags with sharing static needs a finished run that writes: name it with generator'),
             (name == 'caption' and not v.captioner, 'method caption needs a captioner: set image to vsrn, and captioner to its width'),
-            (run and own.get('honest') and v.data != 'scenes', f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
+            (run and own.get('honest') and v.data != 'scenes',
+             f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
             (run and own.get('prior') == 'known' and v.data != 'scenes', f'method {name}: prior known is for data scenes; give a number')]
     return out
 

@@ -36,7 +36,7 @@ class Parameter:
         if kind is str: check_text(value, self.name)
         return check(self.rule, value) if self.rule else value
 
-# %% ../nbs/15_parameters.ipynb #51c9a9ef
+# %% ../nbs/15_parameters.ipynb #0bad5f01
 def _tagged(notebook)->str:
     "The source of the cell tagged `parameters`"
     name = Path(notebook).name
@@ -52,7 +52,8 @@ def _assigned(node, name)->tuple:
     "Name and value of an assignment"
     try: return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id, ast.literal_eval(node.value)
     except (AttributeError, ValueError, TypeError):
-        raise SetupError(f'{name}: line {node.lineno} of its cell of parameters is no `name = value` with a plain value; move it to another cell') from None
+        raise SetupError(f'{name}: line {node.lineno} of its cell of parameters is no `name = value` with a plain value; '
+                         'move it to another cell') from None
 
 def parameters(
     notebook,       # path

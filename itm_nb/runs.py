@@ -238,7 +238,8 @@ def _no_kernel(e)->str:
     "Why nothing was executed, or no longer"
     said = one_line(e)
     if 'before replying' in said or type(e).__name__ == 'NoSuchKernel':
-        return f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, and renew it: python -m ipykernel install --sys-prefix'
+        return (f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, '
+                'and renew it: python -m ipykernel install --sys-prefix')
     if said == 'Kernel died': return 'the kernel died (out of memory, or killed)'
     return said
 
@@ -271,7 +272,7 @@ def execute(
     sys.modules.setdefault('rfc3987_syntax', None)     # two seconds in every process: jsonschema would compile a grammar of web addresses
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
-    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)     # what they know is said below
+    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)   # said below
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, _pass_on(out))
     os.environ |= dict(ITM_DRIVEN='1', OMP_NUM_THREADS=str(values.get('threads', 1)))
     try: papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar)

@@ -594,7 +594,8 @@ def itm_sweep(argv=None)->int:
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); look = a.dry_run or a.status or a.stale
     _check_inputs(tried + todo)
     if not look: _has_data(tried + todo)
-    known = measured(a.runs, project()/'figures'/'results'); open_, costs = trials(spec).keys() - a.chosen.keys(), lambda e: estimate(e, known)
+    known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
+    costs = lambda e: estimate(e, known)
     if look: return _look(a, todo, spec, tried, open_, costs)
     _engine(a, tried + todo, costs)
     return _sweep(a, spec, tried, costs)
