@@ -22,11 +22,12 @@ def _near(name, known)->str:
     near = difflib.get_close_matches(str(name), known, 1)
     return f' (did you mean {near[0]!r}?)' if near else ''
 
-# %% ../nbs/00_commands.ipynb #4bdecb30
+# %% ../nbs/00_commands.ipynb #c8fbba5b
 _REMEDIES = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'make room on the disk and give the command again'),
              **dict.fromkeys((errno.EACCES, errno.EPERM), 'give a place you may use'),
              errno.EROFS: 'give a place that can be written', errno.ENOENT: 'give a place that is there',
-             errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder', errno.EMFILE: 'raise the limit of open files (ulimit -n)'}
+             errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder',
+             errno.EMFILE: 'raise the limit of open files (ulimit -n)'}
 
 def one_line(
     e:BaseException,
@@ -100,7 +101,7 @@ def number(
         raise argparse.ArgumentTypeError(f'{text!r}; wanted {name}, {bounds}')
     return read
 
-# %% ../nbs/00_commands.ipynb #918209ce
+# %% ../nbs/00_commands.ipynb #26d23544
 def check_place(
     path,             # a folder or file that is to be written; what of it is not there yet will be made
     what:str,         # for the message, e.g. 'out'
@@ -111,7 +112,8 @@ def check_place(
     try:
         at = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
         wrong = ('a dead link' if not at.exists() else 'a file, not a folder' if at.is_file() and (folder or at != path)
-                 else 'a folder, not a file' if at == path and at.is_dir() and not folder else 'no folder' if not (at.is_dir() or at.is_file())
+                 else 'a folder, not a file' if at == path and at.is_dir() and not folder
+                 else 'no folder' if not (at.is_dir() or at.is_file())
                  else 'not to be written by you' if not os.access(at, os.W_OK) else '')
     except OSError as e: at, wrong = path, e.strerror
     if wrong: raise SetupError(f'{what} {str(path)!r}: {at} is {wrong}; give a place that can be written')

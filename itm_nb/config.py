@@ -102,9 +102,10 @@ TOWERS = (
     Setting('d_word', 128, 'length of word vectors', within=_POS),
     Setting('dropout', .1, 'of region features and word vectors', within='[0, 1)'))
 
-# %% ../nbs/14_config.ipynb #7b63fe6b
+# %% ../nbs/14_config.ipynb #03267203
 TRAINING = (
-    Setting('method', 'vsepp', "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the brackets, see 13_methods",
+    Setting('method', 'vsepp',
+            "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the brackets, see 13_methods",
             form=(r'.*\S.*', 'the name of a method')),
     Setting('warmup', 0, 'epochs of another method (see `before`) before this one takes over; fewer than all', within=_NAT),
     Setting('margin', .2, 'of the hinges', within=_NOT_NEGATIVE),
@@ -278,15 +279,16 @@ def _check_parts(text, strict):
             try: check(known[k], v)
             except SetupError as e: raise SetupError(f'{name}: {e}') from None
 
-# %% ../nbs/14_config.ipynb #27a26c87
+# %% ../nbs/14_config.ipynb #0d62258d
 def _of_training(v)->tuple:
     "What cannot be trained so: (is it wrong?, what is said)"
     return (
         (v.warmup and v.warmup >= v.epochs,
          f'warmup {v.warmup} of {v.epochs} epochs: {v.method} would never start; wanted fewer than epochs'),
         (v.batch == 1 and _in_batch(v), 'batch 1: negatives come from the batch, so the loss would be 0 throughout; wanted 2 or more'),
-        (v.temperature == 0 and not v.vision, 'temperature 0 means the one of a pair with weights, such as CLIP; there is none here: name one '
-                                              'with vision, or give a temperature'),
+        (v.temperature == 0 and not v.vision,
+         'temperature 0 means the one of a pair with weights, such as CLIP; there is none here: name one '
+         'with vision, or give a temperature'),
         (v.lr*v.weight_decay >= 1, f'lr {v.lr:g} x weight_decay {v.weight_decay:g} is 1 or more: every step would undo the weights'),
         (v.carry and not v.init, 'carry goes on with the optimiser of another run: name it with init'),
         (v.folds and v.fold < 0, f'folds {v.folds!r} without a fold; say which with fold, from 0'),
@@ -433,16 +435,18 @@ REPORTS = dict(    # templates that read records, and those that stand alone
         Setting('oracles', 'vsepp_honest:vsepp,aoq_honest:aoq,fne_honest:fne,tags_honest:tags,memory_honest:memory',
                 'arm that knows the truth:the same arm without'), _DELTA, _METRIC, _RECORDS, _FIGURES, _OUT))
 
-# %% ../nbs/14_config.ipynb #35de90c1
+# %% ../nbs/14_config.ipynb #e2048d17
 _N = '[1, inf)'
 REPORTS |= dict(
     audit=(Setting('run', '', "folder of a finished run; '': only build the tables", place='run'), _FOLDER, _PART,
            Setting('gallery', 0, 'scenes: which gallery', within=_NAT),
            Setting('judgements', '', "file of judgements; '': judgements.npz of the folder", place='file'),
-           Setting('photos', '', 'folder with the photographs in a layout that has pictures, to look at the first suspects; scenes are drawn',
+           Setting('photos', '',
+                   'folder with the photographs in a layout that has pictures, to look at the first suspects; scenes are drawn',
                    place='folder'), _AUDITS, replace(_FIGURES, help="where the tables go; '': figures of the clone"), _OUT),
     run_report=(
-        Setting('record', '', "a finished run: its folder, its record's file, or its id; '': the first committed record of a run on scenes"),
+        Setting('record', '',
+                "a finished run: its folder, its record's file, or its id; '': the first committed record of a run on scenes"),
         _like('folder', "of the data, where they are not embedded; '': without sentences"),
         Setting('top', 10, 'queries to show at each end', within=_N), _OUT,
         Setting('against', '', "another finished run on the same test, likewise; '': none")),
@@ -456,7 +460,8 @@ REPORTS |= dict(
         _like('seed', 'of the small model and its world'), KNOWN['models'], _like('device', choices=('cpu', 'cuda')),
         _like('out', "where this notebook and the small model go; '': runs/manual/<id>")),
     acceptance=(
-        _like('preset', 'size of the world'), _like('rho', 'share of cross pairs that are true'), _like('seed', 'of the world and the models'),
+        _like('preset', 'size of the world'), _like('rho', 'share of cross pairs that are true'),
+        _like('seed', 'of the world and the models'),
         Setting('settings', 'scenes', 'the sweep whose settings the models are trained with'),
         _like('epochs', 'but for so many epochs: the bounds were fixed for models trained this long, the sweep is shorter to be quick',
               default=9),
@@ -470,7 +475,8 @@ REPORTS |= dict(
         *(Setting(n, v, h, form=(r'\d+(,\d+)*', 'numbers with commas between')) for n, v, h in (
             ('batches', '128,512,2048', 'batch sizes of the losses'), ('mining', '29000,145000', 'images and sentences to mine from'))),
         Setting('queries', 10, 'one in so many of them asks', within=_N),
-        Setting('depth', '300,60', 'sentences in the list of an image, images in that of a sentence', form=(r'\d+,\d+', "two numbers, e.g. '300,60'")),
+        Setting('depth', '300,60', 'sentences in the list of an image, images in that of a sentence',
+                form=(r'\d+,\d+', "two numbers, e.g. '300,60'")),
         Setting('bf16', True, 'refill in half precision too, where the processor has instructions for it'),
         replace(_FIGURES, help="folder for the tables; '': figures of the clone")))
 TEMPLATES = RUNS | REPORTS

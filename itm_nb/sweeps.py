@@ -565,7 +565,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--profile', default='', help='a profile of the file: other settings, in a sweep of their own')
     p.add_argument('--jobs', type=number(int, 1), help=f'runs side by side (default: {_jobs()}; with ray what the cluster holds)')
     p.add_argument('--engine', choices=('local', 'ray'), default='local', help='where runs are started: this machine, or a Ray cluster')
-    p.add_argument('--retries', type=number(int), default=2, help='ray: further tries of a run that failed or was lost (default: %(default)s)')
+    p.add_argument('--retries', type=number(int), default=2, help='ray: further tries of a run that failed or was lost (%(default)s)')
     p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N', help='train every run in N processes (default: one)')
     p.add_argument('--runs', default='runs', help='where runs go (default: %(default)s)')
     p.add_argument('--budget', type=_duration, help='time for everything, e.g. 10m: no block is begun that will not be completed')
