@@ -228,7 +228,7 @@ def _reason(e)->str:
 
 def _own_line(traceback:list)->str:
     "The last place of an error's traceback that lies in code which is neither ours nor installed; '' where there is none"
-    ours = [Path(x).resolve() for x in (sys.modules[__name__.split('.')[0]].__file__, sys.prefix, sys.base_prefix, os.__file__) if x]
+    ours = [Path(x).resolve() for x in (itm_nb.__file__, sys.prefix, sys.base_prefix, os.__file__)]
     ours = [p if p.is_dir() else p.parent for p in ours]
     places = re.findall(r'^File (.+?):(\d+)', _ANSI.sub('', '\n'.join(traceback)), re.M)
     own = [(Path(p).expanduser(), n) for p, n in places if not any(Path(p).expanduser().is_relative_to(o) for o in ours)]
