@@ -54,7 +54,7 @@ def template(
 )->Path:
     "The notebook of an experiment"
     if name.endswith('.ipynb'):
-        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook')
+        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook; correct the path')
         return Path(name)
     folder = project()/'nbs'/'experiments'; path = folder/f'{name}.ipynb'
     there = sorted(p.stem for p in folder.glob('*.ipynb'))
@@ -273,7 +273,7 @@ def _reason(e)->str:
 
 def _own_line(traceback:list)->str:
     "The last place of an error's traceback that lies in code which is neither ours nor installed; '' where there is none"
-    ours = [Path(x).resolve() for x in (sys.modules[__name__.split('.')[0]].__file__, sys.prefix, sys.base_prefix, os.__file__) if x]
+    ours = [Path(x).resolve() for x in (itm_nb.__file__, sys.prefix, sys.base_prefix, os.__file__)]
     ours = [p if p.is_dir() else p.parent for p in ours]
     places = re.findall(r'^File (.+?):(\d+)', _ANSI.sub('', '\n'.join(traceback)), re.M)
     own = [(Path(p).expanduser(), n) for p, n in places if not any(Path(p).expanduser().is_relative_to(o) for o in ours)]
@@ -283,7 +283,8 @@ def _no_kernel(e)->str:
     "Why nothing was executed, or no longer"
     said = one_line(e)
     if 'before replying' in said or type(e).__name__ == 'NoSuchKernel':
-        return f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, and renew it: python -m ipykernel install --sys-prefix'
+        return (f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, '
+                'and renew it: python -m ipykernel install --sys-prefix')
     if said == 'Kernel died': return 'the kernel died (out of memory, or killed)'
     return said
 
@@ -316,7 +317,7 @@ def execute(
     sys.modules.setdefault('rfc3987_syntax', None)     # two seconds in every process: jsonschema would compile a grammar of web addresses
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
-    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)     # what they know is said below
+    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)   # said below
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, _pass_on(out))
     os.environ |= dict(ITM_DRIVEN='1', OMP_NUM_THREADS=str(values.get('threads', 1)))
     try: papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar)
@@ -657,8 +658,10 @@ def read_yaml(path)->dict:
     "A YAML (or JSON) file that holds a mapping"
     import yaml
     try: found = yaml.safe_load(path.read_text('utf-8'))
-    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror})') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise SetupError(f'{path.name}: not a YAML file ({str(e).splitlines()[0]})') from None
+    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror}); give the path of a YAML or JSON file') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        at = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
+        raise SetupError(f'{path.name}{at}: not a YAML file ({getattr(e, "problem", None) or "not UTF-8"}); wanted name: value') from None
     if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
     return found
 
@@ -713,6 +716,7 @@ def itm_data(argv=None)->int:
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
         if given and given not in known: raise SetupError(f'{name} {given!r}{_near(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes': return _scenes_info()
+    if not Path(a.path).is_dir(): raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
         for line in info_layout(a.path, a.layout, a.name): print(line)
         return 0

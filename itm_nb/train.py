@@ -236,7 +236,7 @@ class Training:
     running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))    # hashes so far
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     code:str = ''                    # hash of the method's source where it is not the package's own
-    recent:list = field(default_factory=list)     # (step, learning rate, costs, gradient norm) since it was last asked whether they are finite
+    recent:list = field(default_factory=list)    # (step, rate, costs, gradient norm) since `refuse_nan`
 
     @cached_property
     def core(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
