@@ -236,6 +236,12 @@ METHOD_SETTINGS |= dict(
           *_switches('blind others inside special'),
           Setting('drop', 'mask', 'what becomes of a sentence that may be true', ('mask', 'penalty'))))
 
+METHOD_SETTINGS['aoq_fne'] = (
+    Setting('pool', 'memory', 'where FNE draws the online negative', ('memory', 'batch')),
+    *(s for s in METHOD_SETTINGS['aoq'] if s.name in ('preset', 'stage', 'share', 'lists')), _MARGIN, _SEED,
+    Setting('detach', True, "no gradient through AOQ's weight; False exploits it"),
+    *(s for s in METHOD_SETTINGS['fne'] if s.name not in ('preset', 'margin', 'seed')))
+
 # %% ../nbs/14_config.ipynb #b16a0f99
 _ARGS = r"""\((?:[^()'"]|'[^']*'|"[^"]*"|\([^()]*\))*\)"""
 _METHOD = rf"\s*([\w.]+)\s*({_ARGS})?((?:\s*,\s*\w+\s*=\s*[^|,()]+(?:{_ARGS})?)*)\s*"     # name, own settings, replaced sources
@@ -438,6 +444,8 @@ REPORTS = dict(    # templates that read records, and those that stand alone
 # %% ../nbs/14_config.ipynb #e2048d17
 _N = '[1, inf)'
 REPORTS |= dict(
+    first_look=(replace(_THIS, default='factorial_scenes_many'), Setting('base', 'vsepp', 'the arm at the line'),
+                _METRIC, _RECORDS, replace(_FIGURES, help="where the figure goes; '': figures of the clone"), _OUT),
     audit=(Setting('run', '', "folder of a finished run; '': only build the tables", place='run'), _FOLDER, _PART,
            Setting('gallery', 0, 'scenes: which gallery', within=_NAT),
            Setting('judgements', '', "file of judgements; '': judgements.npz of the folder", place='file'),
@@ -462,7 +470,7 @@ REPORTS |= dict(
     acceptance=(
         _like('preset', 'size of the world'), _like('rho', 'share of cross pairs that are true'),
         _like('seed', 'of the world and the models'),
-        Setting('settings', 'scenes', 'the sweep whose settings the models are trained with'),
+        Setting('settings', 'rare_scenes', 'the sweep whose settings the models are trained with'),
         _like('epochs', 'but for so many epochs: the bounds were fixed for models trained this long, the sweep is shorter to be quick',
               default=9),
         replace(_FIGURES, help="where the table goes; '': figures of the clone"),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'INPUTS', 'OF_A_RUN', 'FIRST', 'BUSY', 'RESUMABLE', 'COLLAPSED', 'PAGES', 'project', 'fold_file', 'template',
-           'Parameter', 'parameters', 'resolve', 'about_folder', 'origin', 'identity', 'run_id', 'check_text',
-           'source_hash', 'commit', 'claim', 'in_turn', 'done', 'finish', 'execute', 'parents', 'finished', 'start',
-           'about', 'under_truth', 'curves', 'picks', 'cost', 'tested_on', 'collapsed', 'conclude', 'control',
-           'settings', 'read_yaml', 'itm_run', 'itm_data', 'page', 'itm_readme']
+           'about_folder', 'origin', 'identity', 'run_id', 'check_text', 'source_hash', 'commit', 'claim', 'in_turn',
+           'done', 'finish', 'execute', 'parents', 'finished', 'start', 'about', 'under_truth', 'curves', 'picks',
+           'cost', 'tested_on', 'collapsed', 'conclude', 'control', 'settings', 'read_yaml', 'itm_run', 'itm_data',
+           'page', 'itm_readme']
 
 # %% ../nbs/15_runs.ipynb #2e8f1ce3
 import fcntl
@@ -60,47 +60,6 @@ def template(
     there = sorted(p.stem for p in folder.glob('*.ipynb'))
     if name not in there: raise SetupError(f'no experiment called {name!r}{_near(name, there)}; there are {there}')
     return path
-
-# %% ../nbs/15_runs.ipynb #0abb9117
-@dataclass(frozen=True)
-class Parameter:
-    "One line of a parameters cell"
-    name:str
-    default:object
-    about:str        # its comment
-
-    def parse(self, given)->object:   # text from the command line, or a value from a file
-        "The value, of the default's type"
-        kind = type(self.default)
-        if kind is bool and str(given).lower() in ('true', 'false'): return str(given).lower() == 'true'
-        try:
-            if kind is bool or (kind is int and isinstance(given, (float, bool))): raise ValueError
-            if given is None or isinstance(given, (bool, list, dict)): raise ValueError      # YAML's null, yes, [..]
-            return kind(given) + 0. if kind is float else kind(given)                        # -0.0 is 0.0
-        except (TypeError, ValueError):
-            raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. {self.default!r}') from None
-
-def parameters(
-    notebook,       # path
-)->dict:            # name -> Parameter
-    "What can be set in a notebook: the assignments of its cell tagged `parameters`"
-    cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
-    tagged = [''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])]
-    if len(tagged) != 1: raise SetupError(f'{Path(notebook).name}: {len(tagged)} cells tagged "parameters"; wanted one')
-    lines, out = tagged[0].splitlines(), {}
-    for node in ast.parse(tagged[0]).body:
-        name = (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
-        out[name] = Parameter(name, ast.literal_eval(node.value), lines[node.end_lineno-1][node.end_col_offset:].strip(' #'))
-    return out
-
-def resolve(
-    known:dict,      # from `parameters`
-    given:dict,      # name -> text or value
-)->dict:             # all parameters with their values
-    "The values a notebook will run with"
-    for k in given:
-        if k not in known: raise SetupError(f'no parameter called {k!r}{_near(k, known)}; there are {", ".join(known)}')
-    return {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
 
 # %% ../nbs/15_runs.ipynb #55b95f61
 PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')   # parameters that do not change a result
