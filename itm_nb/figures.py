@@ -109,7 +109,8 @@ def dots(
             ax.margins(x=.08); ax.autoscale_view(); ax.set_xlim(ax.get_xlim())
             for j, (name, rs) in enumerate(extra.items()):
                 if rs := known(here, rs): _control(ax, name, np.mean([value(r, metric) for r in rs]), rows + j - .25)
-            ax.set(yticks=range(rows), yticklabels=list(map(escape_mathtext, chosen)), xlabel=label(metric), ylim=(rows + len(extra) - .5, -.5))
+            ax.set_yticks(range(rows), list(map(escape_mathtext, chosen)))
+            ax.set(xlabel=label(metric), ylim=(rows + len(extra) - .5, -.5))
             ax.tick_params(axis='y', length=0)
     return fig
 
@@ -135,9 +136,11 @@ def curves(
             for i, (row, rs) in enumerate(chosen.items()):
                 at = _by_epoch([r for r in here if r in rs], curve)
                 if not at: continue
-                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), label=f'{escape_mathtext(row)} ({max(map(len, at.values()))})')
+                name = escape_mathtext(f'{row} ({max(map(len, at.values()))})')
+                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), label=name)
                 ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], color=_color(i), alpha=.2, lw=0)
-            ax.set(xlabel='epoch', ylabel=dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, escape_mathtext(curve)))
+            words = dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, curve)
+            ax.set(xlabel='epoch', ylabel=escape_mathtext(words))
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         _legend(fig, [ax for ax, _ in panels])
     return fig
@@ -192,7 +195,8 @@ def searched(
             for i, (row, rs) in enumerate(chosen.items()):
                 for s in _trials([r for r in here if r in rs]):
                     failed = f", {s['val'].count(None)} failed" if None in s['val'] else ''
-                    ax.plot(range(1, len(s['best_of'])+1), s['best_of'], color=_color(i), label=f"{escape_mathtext(row)} ({len(s['val'])} tried{failed})")
+                    name = escape_mathtext(f"{row} ({len(s['val'])} tried{failed})")
+                    ax.plot(range(1, len(s['best_of'])+1), s['best_of'], color=_color(i), label=name)
                     ax.scatter([1]*(len(s['val'])-s['val'].count(None)), _worked(s), s=8, color=_color(i), alpha=.5, lw=0)
             seen = [v for s in _trials(here) for v in (*_worked(s), s['best_of'][-1])]; gap = max(.05*(max(seen) - min(seen)), .5)
             ax.set(xlabel='n, trials', ylabel='validation rSum of the best of n', ylim=(min(seen) - gap, max(seen) + gap)); ax.legend()
@@ -214,7 +218,8 @@ def above_floor(
                 ax.barh(y, 1.96*line[k], height=.26 + .2*i, color=str(.62 + .15*i), zorder=-i, label=name if y == 0 else None)
             x = np.sort(steps.step[steps.test == line['test']].to_numpy())
             ax.scatter(x, y + .09*(np.arange(len(x)) % 3 - 1), s=16, color=_color(0), lw=0, label='published step' if y == 0 else None)
-        ax.set(yticks=range(len(floor)), yticklabels=list(map(escape_mathtext, floor.test)), ylim=(len(floor)-.5, -.5), xlabel='difference of rSum')
+        ax.set_yticks(range(len(floor)), list(map(escape_mathtext, floor.test)))
+        ax.set(ylim=(len(floor)-.5, -.5), xlabel='difference of rSum')
         ax.legend(loc='center right')
     return fig
 

@@ -294,7 +294,8 @@ def _defined(x, module, path):
     ours = (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__ == module.__name__
     if ours: return x
     kind = f'{type(x).__name__} of {x.__module__}' if callable(x) and isinstance(getattr(x, '__module__', None), str) else type(x).__name__
-    raise DataError(path, f'a {kind}', 'a function or class that is defined in that file', 'Write a function there that returns a Method or a Source.')
+    raise DataError(path, f'a {kind}', 'a function or class that is defined in that file',
+                    'Write a function there that returns a Method or a Source.')
 
 def _run(load, place):
     "Whatever goes wrong inside someone's module is said with its name"

@@ -257,7 +257,9 @@ def give(
     if beside['memory']: states[0] |= _bank_out(beside['memory'], names)
     if not note: return states
     same = lambda k: k.removeprefix(note['before'])
-    return [{k: s[same(k)].to(getattr(torch, t)) for k, t in keys} for s, keys in zip(states, note['keys'])]
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    types = {str(x).removeprefix('torch.'): x for x in (*known, torch.bool)}
+    return [{k: s[same(k)].to(types[t]) for k, t in keys} for s, keys in zip(states, note['keys'])]
 
 # %% ../nbs/15b_released.ipynb #ec205453
 _QUEUE = ('image_queue', 'text_queue', 'idx_queue', 'queue_ptr')

@@ -233,10 +233,10 @@ def markdown(
     tab:pd.DataFrame,     # from `table` or `differences`
 )->str:                   # a table per data set
     "A table for reading"
-    out, metrics = [], list(dict.fromkeys(tab.metric))
+    out, metrics = [], list(dict.fromkeys(tab.metric)); heads = [escape_markup(label(m)) for m in metrics]
     for data, part in tab.groupby('data', sort=False):
         title = data + (f", minus {part['base'].iloc[0]}" if 'base' in part else '')
-        out += [f'**{escape_markup(title)}**', '', '| | ' + ' | '.join(escape_markup(label(m)) for m in metrics) + ' | runs |', '|---|' + '---:|'*(len(metrics)+1)]
+        out += [f'**{escape_markup(title)}**', '', '| | ' + ' | '.join(heads) + ' | runs |', '|---|' + '---:|'*(len(metrics)+1)]
         for row, lines in part.groupby('row', sort=False):
             cells = {r['metric']: _cell(r) for r in lines.to_dict('records')}
             out.append(f'| {escape_markup(row)} | ' + ' | '.join(cells.get(m, '') for m in metrics) + f' | {_runs(lines)} |')

@@ -310,7 +310,8 @@ def bars(
 ):
     "A readable bar for every word, the first on top"
     y = np.arange(len(said)); ax.barh(y, gains, color=colours or '#4c72b0', height=.7); ax.axvline(0, color='.4', lw=.8)
-    ax.set(yticks=y, yticklabels=list(map(escape_mathtext, said)), xlabel='score lost without the word', ylim=(len(said)-.5, -.5)); ax.tick_params(axis='y', length=0)
+    ax.set_yticks(y, list(map(escape_mathtext, said))); ax.tick_params(axis='y', length=0)
+    ax.set(xlabel='score lost without the word', ylim=(len(said)-.5, -.5))
 
 # %% ../nbs/18_search.ipynb #02722e04
 def answering(

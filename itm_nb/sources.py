@@ -413,7 +413,8 @@ def _checked(s)->str:
     if s.hub: return 'hashes of the Hub, by its library'
     if not s.files: return 'nothing is fetched' if not s.package else 'files of an installed package'
     known = sum(bool(f.sha256) for f in s.files)
-    return f"SHA-256 of the publisher for {known} of {len(s.files)}" if known else "no publisher's hash is known: written down when first fetched"
+    if known: return f"the publisher's SHA-256, {known} of {len(s.files)} files"
+    return "no publisher's hash is known: written down when first fetched"
 
 def get_command(
     argv:list,            # what stands behind `itm_data get`

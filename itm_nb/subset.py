@@ -47,7 +47,8 @@ def _save_lines(path, lines): write_atomic(path, ''.join(f'{l}\n' for l in lines
 def _own(path, folder, follow):
     "A file of the folder, or one that its user's own link leads to"
     try: return path if follow or not os.path.lexists(path) else in_folder(path, folder)
-    except DataError as e: raise DataError(e.where, e.found, e.wanted, 'Put the file itself there; if the link is yours: --follow-links.') from None
+    except DataError as e:
+        raise DataError(e.where, e.found, e.wanted, 'Put the file itself there; if the link is yours: --follow-links.') from None
 
 def _cut_scan(folder, to, sizes, seed, follow)->dict:
     "Write the parts of a SCAN folder, smaller; {part: what was kept, as the old folder has it}"

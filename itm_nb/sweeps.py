@@ -29,7 +29,6 @@ from pathlib import Path
 from .bytes import stamped_lines
 from .commands import Parser, check_place, number
 from .parameters import check_places
-from .read_safely import checked_name
 from .runs import (
     BUSY, INPUTS, PLACES, RESUMABLE, SetupError, _near, about_folder, command, done, finished, identity, in_turn, parameters, project,
     read_yaml, resolve, run_id, source_hash, template)
@@ -77,9 +76,13 @@ def read_sweep(
     if profile: spec = _with_profile(path, spec, dict(spec['profiles'][profile] or {}))
     _check_parts(path, spec)
     if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
-    for n in (*names, *spec['profiles']): checked_name(n, path.name, 'the run', blanks=True)
+    for n in (*names, *spec['profiles']): _checked(n, path.name, 'the run', blanks=True)
     if not allow_code: _only_ours(path, spec)
     return spec
+
+def _checked(*given, **how):
+    from itm_nb.read_safely import checked_name        # here, because the help of a command is wanted at once
+    return checked_name(*given, **how)
 
 def _only_ours(path, spec):
     "Refuse methods and notebooks that are not the package's, and places: a file that was read may not choose them"
@@ -90,7 +93,7 @@ def _only_ours(path, spec):
         code = k in ('method', 'before') and ':' in str(v) and _foreign(str(v)) or k in ('template', 'report') and str(v).endswith('.ipynb')
         if code: raise SetupError(f"{path.name}: {k} names {str(v)[:80]!r}, code of one's own; wanted a name of the package. "
                                   'If you trust this file: itm_sweep --allow-code')
-        if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place; wanted none in a sweep. Give places on the command line')
+        if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place, which no sweep chooses; places are given by -p')
 
 def _flat(x):
     "(name, value) of settings, lists of values taken apart"
@@ -572,7 +575,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--memory', type=number(float, 1), help='MiB for all runs together (default: what the machine has)')
     p.add_argument('--gpu-memory', type=number(float, 1), help='MiB of the accelerator for all runs together (default: what it has)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='folder, cache, models, workers, device')
-    p.add_argument('--allow-code', action='store_true', help="the file may name methods and notebooks of one's own: it is trusted like a program")
+    p.add_argument('--allow-code', action='store_true', help="the file may name methods and notebooks of one's own: it is trusted")
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
     p.add_argument('--status', action='store_true', help='say what is finished, failed, blocked, and stop')
     p.add_argument('--stale', action='store_true', help='list what was made by other source than the present, and stop')
@@ -589,7 +592,7 @@ def itm_sweep(argv=None)->int:
     _check_given(a)
     path = sweep_file(a.sweep); spec = read_sweep(path, a.profile, a.allow_code); a.told = spec['report']
     a.name, a.places = path.stem + (f'_{a.profile}' if a.profile else ''), dict(a.p) | dict(progress=False)
-    checked_name(a.name, 'itm_sweep', 'the name of the sweep')
+    _checked(a.name, 'itm_sweep', 'the name of the sweep')
     tried = searches(spec, a.name, Path(a.runs), a.places); a.chosen = choose(spec, tried)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); look = a.dry_run or a.status or a.stale
     _check_inputs(tried + todo)
@@ -625,7 +628,8 @@ def _has_data(todo):
 
 def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
-    more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code; begin = partial(launch, more=more); a.start, n = begin, _jobs()
+    more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code
+    begin = partial(launch, more=more); a.start, n = begin, _jobs()
     if a.engine == 'ray':
         from itm_nb.ray_engine import starter
         a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)

@@ -89,7 +89,8 @@ def open_pieces(
     if not any((folder/n).is_file() for n in ('vocab.txt', 'vocab.json', 'spiece.model', 'tokenizer.model')):
         raise DataError(folder, 'no tokeniser', wanted, remedy)
     from transformers import AutoTokenizer
-    try: rules = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True).backend_tokenizer.to_str()
+    safe = dict(local_files_only=True, use_fast=True, trust_remote_code=False)        # left open, it would ask
+    try: rules = AutoTokenizer.from_pretrained(str(folder), **safe).backend_tokenizer.to_str()
     except Exception as e:                              # each of the many classes fails in its own way
         raise DataError(folder, f'a tokeniser that cannot be read ({str(e)[:80]})', wanted, remedy) from None
     return Pieces(rules, longest, folder)

@@ -57,6 +57,15 @@ def _spelt(config, plain, where):
         raise DataError(where, f'setting {k!r} of {plain.model_type}', 'one of its settings' + (f', perhaps {near[0]!r}' if near else ''))
     for half in {'vision_config', 'text_config'} & config.keys(): _spelt(config[half], getattr(plain, half), where)
 
+# settings that name programs or files elsewhere; `attn_implementation` may name a kernel on the Hub, which would be fetched and run
+_PROGRAMS = {'auto_map', 'custom_pipelines', 'use_pretrained_backbone', 'quantization_config',
+             *(f'{a}{x}_implementation{b}' for a in ('', '_') for x in ('attn', 'experts') for b in ('', '_internal'))}
+
+def _inert(config):
+    "A description without what would be run or fetched, at any depth"
+    if isinstance(config, list): return [_inert(x) for x in config]
+    return {k: _inert(v) for k, v in config.items() if k not in _PROGRAMS} if isinstance(config, dict) else config
+
 def _known(config, where, strict=True):
     "The settings of a network as `transformers` understands them"
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -65,8 +74,8 @@ def _known(config, where, strict=True):
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 3)
         raise DataError(where, f'model_type {kind!r}', f'a type of network that transformers knows, e.g. {near or ["vit", "bert", "clip"]}')
     with _quiet():
-        if strict: _spelt(config, CONFIG_MAPPING[kind](), where)
-        try: return AutoConfig.for_model(**{k: v for k, v in config.items() if k != 'auto_map'})
+        if strict: _spelt(_inert(config), CONFIG_MAPPING[kind](), where)
+        try: return AutoConfig.for_model(**_inert(config))
         except Exception as e:                       # every kind of network checks its settings in its own way
             raise DataError(where, f'settings that {kind} refuses ({str(e)[:120]})', 'the description of a network') from None
 

@@ -308,7 +308,8 @@ def _verdict_row(r):
     x = lambda k: '' if math.isnan(r[k]) else f'{r[k]:+z.2f}' if abs(r[k]) >= .1 or not r[k] else f'{r[k]:+.2g}'     # skills are small
     ends = f" [{x('lo')}, {x('hi')}]" if x('lo') else ''
     need = f"{r['needed']:.0f}" if r['word'] == 'unresolved' and math.isfinite(r['needed']) else ''
-    cells = [f"{r['test']} {r['set']}", f"{escape_markup(r['contrast'])} ({escape_markup(r['metric'])}, delta {r['delta']:g})", x('d') + ends, x('lo_adj'),
+    what = escape_markup(f"{r['contrast']} ({r['metric']}, delta {r['delta']:g})")
+    cells = [escape_markup(f"{r['test']} {r['set']}"), what, x('d') + ends, x('lo_adj'),
              '' if math.isnan(r['p_holm']) else f"{r['p_holm']:.3f}", r['n'], need, r['collapsed'], r['word']]
     return '| ' + ' | '.join(map(str, cells)) + ' |'
 
