@@ -17,7 +17,7 @@ from itm_nb.released import itm_convert
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = dict(itm_run=runs.itm_run, itm_sweep=sweeps.itm_sweep, itm_data=runs.itm_data, itm_readme=runs.itm_readme, itm_convert=itm_convert)
-REMEDY = re.compile(r'wanted|did you mean|there are|see itm_|\b(give|correct|rename|name|choose|takes|set|finish|use|install|change|remove|say|save|move|make|complete|leave|run|convert)\b', re.I)
+REMEDY = re.compile(r'wanted|did you mean|there are|see itm_|\b(given?|correct|rename|name|choose|takes|set|finish|use|install|change|remove|say|save|move|make|complete|leave|run|convert)\b', re.I)
 SWEEP = 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\n'
 
 
