@@ -397,8 +397,8 @@ def start(
     typed=None,          # names of parameters that the user wrote, who may name code; None: all of them
 )->tuple:                # (exit code, run folder)
     "Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is finished"
+    check_text(given, given if typed is None else typed)                    # before anything of it is looked up
     nb = template(name); known = parameters(nb); values = resolve(known, given); check_places(known, values)
-    check_text(values, values if typed is None else typed)
     if values.get('folds') and known['folds'].rule: fold_file(values['folds'])
     me = run_id(nb.stem, values)
     out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/me)

@@ -179,7 +179,7 @@ def test_the_remedy_is_named_and_works(a_run, canary, tmp_path):
 @pytest.mark.parametrize('text', ['own.py:f', "vsepp,on=os:system(command='touch {c}')"])
 def test_training_asks_for_leave(text, canary, tmp_path):
     cfg = train.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method=text.format(c=canary))
-    refused(train.fit, cfg, tmp_path/'run', progress=False); refused(train.fit, train.replace(cfg, method='vsepp', before=cfg.method, warmup=1), tmp_path/'run', progress=False)
+    refused(train.fit, cfg, tmp_path/'run', progress=False); refused(train.fit, train.replace(cfg, method='vsepp', before=cfg.method, warmup=1, epochs=2), tmp_path/'run', progress=False)
 
 
 def test_a_method_of_ones_own_is_gone_on_with_by_its_user(tmp_path, monkeypatch):
