@@ -59,7 +59,7 @@ def lookups(tree):
     return found
 
 
-MODULES = sorted(p for p in (ROOT/'itm_nb').glob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+MODULES = sorted(p for p in (ROOT/'itm_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 PAGES = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
 
 
