@@ -81,6 +81,8 @@ class Config:
     heads:int=4                # of its attention
     boxes:bool=False           # does it see where regions are?
     before:str='vse0'          # method of the `warmup` epochs
+    image_parts:str=''         # image tower out of parts, see `parts`: 'vector', 'whole_windows' or e.g. 'regions:16:mean'; '': the tower above
+    text_parts:str=''          # text tower out of parts: 'heads', 'heads_words' or e.g. 'net:-1:mean+bag'; '': the tower above
 
     def __post_init__(self): _check(self)
 
@@ -107,6 +109,9 @@ def _fit_together(cfg):
         (cfg.similarity in ('cross', *_OF_SETS) and cfg.image in VSRN, f'VSRN makes one vector; {cfg.similarity} wants regions'),
         (cfg.captioner and cfg.image not in VSRN, 'the captioner reads the regions of VSRN'),
         (cfg.boxes and not streams, f'{cfg.similarity} does not see where regions are'),
+        ((cfg.image_parts or cfg.text_parts) and streams, f'{cfg.similarity} has no text tower: parts are for towers'),
+        (cfg.image_parts and cfg.image in VSRN, 'VSRN is an image tower of its own: leave image_parts empty'),
+        ('net' in cfg.text_parts.split(':')[0] and not cfg.text_model, 'text_parts of a network ask for one: name a text_model'),
         (cfg.similarity.startswith('bfan') and cfg.agg, 'BFAN takes the mean over the queries')):
         if wrong: raise ValueError(f'{said}; change one of the settings')
 

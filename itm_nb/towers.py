@@ -166,6 +166,7 @@ def freeze_parts(
         for k, p in net.named_parameters():
             if depth[k] <= top: p.requires_grad_(False)
     still = lambda m: [p.requires_grad for p in m.parameters()]
+    if still(net) and not any(still(net)): return [net]
     return kept + [m for m in net.modules() if still(m) and not any(still(m))]
 
 # %% ../nbs/03_towers.ipynb #96999248
@@ -177,6 +178,8 @@ def _train(self, mode:bool=True):
 
 class VisionTower(nn.Module):
     "Pixels to one vector per image, by a vision network of `transformers`"
+    kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
+
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
         dim:int,                # length of the vector that comes out
@@ -206,7 +209,11 @@ class VisionTower(nn.Module):
         skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
         return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
 
-    def _run(self, feats): return self.net(pixel_values=normalise(feats, self.mean, self.std), **self.stretch)
+    def computed(self, feats:Tensor):   # (B, S, S, 3) -> what a network of `transformers` gives
+        "The network itself"
+        return self.net(pixel_values=normalise(feats, self.mean, self.std), **self.stretch)
+
+    def _run(self, feats): return self.kept.run(self, feats) if self.kept and self.kept.serves((feats,)) else self.computed(feats)
 
     train = _train
 
@@ -220,6 +227,7 @@ class VisionTower(nn.Module):
 
     def forward(self, feats:Tensor, num:Tensor=None)->Tensor:   # (B, S, S, 3), ignored -> (B, dim)
         "One vector for every image"
+        if self.kept and (x := self.kept.vector(self, feats)) is not None: return self.joint(x)
         out = self._run(feats)
         if self.kind == 'pooler': return self.joint(out.pooler_output.flatten(1))
         if self.kind == 'cls': return self.joint(out.last_hidden_state[:,0])
@@ -241,6 +249,8 @@ def longest(
 
 class TextTower(nn.Module):
     "Tokens to one vector per sentence, by a text network of `transformers`"
+    kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
+
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
         dim:int,                # length of the vector that comes out
@@ -260,12 +270,15 @@ class TextTower(nn.Module):
 
     train = _train
 
-    def _run(self, tokens, lengths):
+    def computed(self, tokens:Tensor, lengths:Tensor):   # (B, L), (B,) -> what a network of `transformers` gives
+        "The network itself"
         if not self.training: tokens = F.pad(tokens, (0, max(0, self.even-tokens.shape[1])))
         mask = real(lengths, tokens.shape[1]); ids = tokens.masked_fill(~mask, self.pad)
         if self.most and tokens.shape[1] > self.most: raise ValueError(f'{tokens.shape[1]} tokens, but this network reads {self.most}')
         if self.fill: return self.net(input_ids=F.pad(ids, (0, self.fill-ids.shape[1]), value=self.pad))
         return self.net(input_ids=ids, attention_mask=mask.long())
+
+    def _run(self, *inputs): return self.kept.run(self, *inputs) if self.kept else self.computed(*inputs)
 
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
         "A vector for every token"
@@ -273,6 +286,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
         "One vector for every sentence"
+        if self.kept and (x := self.kept.vector(self, tokens, lengths)) is not None: return self.joint(x)
         out = self._run(tokens, lengths); x = out.last_hidden_state
         if self.kind == 'pooler': return self.joint(out.pooler_output)
         if self.kind == 'cls': return self.joint(x[:,0])
@@ -318,7 +332,8 @@ def parts(
 )->tuple:              # (B, P, dim) vectors of the parts, (B, P) which are real
     "What cross-attention compares words with: regions, or patches, which are all real"
     x = tower.states(feats)
-    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if isinstance(tower, VisionTower) else real(num, x.shape[1])
+    patches = isinstance(getattr(tower, 'inner', tower), VisionTower)
+    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if patches else real(num, x.shape[1])
 
 TOWERS = dict(vision=VisionTower, text=TextTower)
 
