@@ -131,7 +131,7 @@ class Watch:
         if not torch.is_grad_enabled(): return
         sums, least = tally(*given, **kw); sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
         self.sums, self.least, self.run = (x.to(sums.device) for x in (self.sums, self.least, self.run))
-        self.sums, self.least, self.run = self.sums + sums, torch.minimum(self.least, least), self.run + sums[[2,1]]
+        self.sums, self.least, self.run = self.sums + sums, torch.minimum(self.least, least), self.run + sums[1:3].flip(0)
 
     def mean(self, w:Tensor)->Tensor:   # (B,) -> (B,)
         "Every weight the mean of all so far"
@@ -139,7 +139,8 @@ class Watch:
 
     def monitor(self)->dict: return monitors(self.sums, self.least)
     def state_dict(self)->dict: return dict(sums=self.sums, least=self.least, run=self.run)
-    def load_state_dict(self, d:dict): self.sums, self.least, self.run = (d[k].clone() for k in ('sums', 'least', 'run'))
+    def load_state_dict(self, d:dict):
+        self.sums, self.least, self.run = (d[k].clone().to(self.run.device) for k in ('sums', 'least', 'run'))
 
 # %% ../nbs/10_aoq.ipynb #9c2a0308
 def _one(n, k, fill):
@@ -291,6 +292,11 @@ def _draws(train, tied, share, folder, random, refresh=0, model=None):
     lists, *h = lists_of(folder, train.split, share) if folder or not refresh else ({}, *depth(len(img_of), len(train.split), share))
     return lambda purpose: Draw(lists, img_of, *h, tied, purpose), (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ()
 
+def _stopped(on, pool, switches, s)->bool:
+    "Is the weight detached: as said; else as the preset has it for the batch's hardest, and always for any other online negative"
+    if 'detach' in switches: return switches['detach']
+    return s['detach'] or pool is not None or on not in ('hardest', hardest)
+
 def aoq(
     stage:str='adap',            # one of `STAGES`
     preset:str='corrected',      # name in `PRESETS`
@@ -304,14 +310,14 @@ def aoq(
     placebo:str='',              # name in `PLACEBOS`
     refresh:int=0,               # the model mines anew every so many epochs; 0: never, as in the paper
     m_off:float=0., alpha:float=.3, beta:float=1.5,
-    **switches                   # of the preset
+    **switches                   # of the preset; `detach` unsaid: also where the online negative is not the batch's hardest
 )->tuple:                        # ({name: Source}, {name: Term}): what a `Method` is made of
     "The adaptive offline quintuplet loss, or one of the steps that lead to it"
     _known(stage, placebo); watch, s = Watch(), switches_of(preset, **switches)
+    detach = _stopped(on, pool, switches, s) or placebo == 'detached'
     pool = pool or (but_own if s['same_image'] else in_batch)
     sources = dict(on=Source(pool, on if callable(on) else ONLINE[on]))
-    term = aoq_term(stage, 'on', 'off', s['clamp'], s['detach'] or placebo == 'detached', s['reduce'], margin, m_off, alpha, beta,
-                    placebo, watch)
+    term = aoq_term(stage, 'on', 'off', s['clamp'], detach, s['reduce'], margin, m_off, alpha, beta, placebo, watch)
     if stage == 'online': return sources, dict(aoq=term)
     draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None

@@ -65,26 +65,31 @@ def opened(
     folder='',           # of its data, where they are not embedded
     like:Opened=None,    # ask about the data of this run instead: its split, in the words of `run`
     device:str='cpu',
+    allow_code:bool=False,   # may the run's method be code of one's own? Then it is imported and called: only for runs of your own
 )->Opened:
-    "Open a finished run"
+    "Open a finished run; its method's name was read, so it resolves names of the package only"
+    from itm_nb.train import check_run
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
+    check_run(run)
     settings, given = read_json(at)['state']['config'], _given(run)
     own = json.dumps({k: settings[k] for k in _DATA if k in settings}, sort_keys=True)
     data = like.data if like else _corpus(own, str(folder), given.get('folds', ''), given.get('fold', -1))
     part = like.part if like else part
     model, vocab = from_pretrained(run/'best', device), load(run/'best'/'vocab.json')
     batches = data.batches(data.split(part), vocab, device)
-    return Opened(run, settings, model, vocab, data, part, batches, _pool(run, settings, model, vocab, batches))
+    return Opened(run, settings, model, vocab, data, part, batches, _pool(run, settings, model, vocab, batches, allow_code))
 
-def _pool(run, settings, model, vocab, batches):
+def _pool(run, settings, model, vocab, batches, allow_code):
     "The generator of a run: that of its method, else one with the usual settings; None where nobody can write"
     from itm_nb.methods import named, _split
     mine = [p for p in _split(settings['method'], '|') if p.partition('(')[0] == 'tags']
     if not mine and not hasattr(model, 'stream'): return None
     if not mine: return Synthetic(captions_of(batches, model, vocab))
-    made = named(mine[0], train=batches, vocab=vocab, model=model, generator=_given(run).get('generator', ''), seed=settings['seed'])
-    return made.sources['syn'].pool.__self__
+    given = dict(train=batches, vocab=vocab, model=model, generator=_given(run).get('generator', ''), seed=settings['seed'])
+    pool = getattr(named(mine[0], allow_code, **given).sources['syn'].pool, '__self__', None)
+    if isinstance(pool, Synthetic): return pool
+    raise DataError(run, f'a method {mine[0][:60]!r} that writes in a way of its own', 'the generator of tags', 'Ask a run of tags.')
 
 def some_captions(
     o:Opened,

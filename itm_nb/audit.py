@@ -22,9 +22,11 @@ from scipy import sparse
 from scipy.special import gammaln
 from torch import Tensor
 
+from .commands import Parser, check_place, number
 from .data import DataError, purpose_key, read_json, uniform, words, write_atomic
 from .folds import Judgements, read_judgements
 from .metrics import chance, galleries, sensitivity, summary
+from .read_safely import checked_name, escape_markup
 from .samplers import Candidates
 
 # %% ../nbs/06a_audit.ipynb #c3836d2d
@@ -385,14 +387,14 @@ def read_audits(
         lines = rec['audit'] if isinstance(rec['audit'], list) else [None]
         if not all(isinstance(r, dict) and {'side', 'sampler', 'rule'} <= r.keys() for r in lines):
             raise DataError(p, 'lines that are not those of an audit', 'side, sampler and rule in each')
-        out.append(rec)
+        checked_name(rec['sweep'], p, 'the sweep'); out.append(rec)
     return out
 
 # %% ../nbs/06a_audit.ipynb #740e90a3
 def _cells(r, rule, exact)->list:
     "A line of an audit for reading"
     ends = lambda k: f"{r[k]:.1f} [{r[f'{k}_lo']:.1f}, {r[f'{k}_hi']:.1f}]"
-    cells = [r['sampler'], f"{r['hardness']:.3f}", f"{r['violating']:.0f}", f"{r['top1']:.0f}"]
+    cells = [escape_markup(r['sampler']), f"{r['hardness']:.3f}", f"{r['violating']:.0f}", f"{r['top1']:.0f}"]
     if not rule: return cells
     return cells + ([ends('lower')] if exact else [f"{r['judged']:.0f}", ends('lower'), ends('judged_only'), f"{r['upper']:.1f}"])
 
@@ -421,9 +423,10 @@ def run_vectors(
     from itm_nb.data import Batches, Vocabulary
     from itm_nb.models import from_pretrained
     from itm_nb.runs import fold_file
-    from itm_nb.train import config, corpus, embed, in_fold
+    from itm_nb.train import check_run, config, corpus, embed, in_fold
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
+    check_run(run)
     settings = read_json(at)['state']['config']; data = corpus(config(settings), folder)
     given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
     if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])      # the photographs it has not seen
@@ -500,14 +503,15 @@ def audit_command(
     argv:list,      # what stands behind `itm_data audit`
 )->str:             # what to print
     "Audit samplers on the vectors of a run, or on vectors of your own"
-    import argparse
-    p = argparse.ArgumentParser(prog='itm_data audit', description=audit_command.__doc__)
+    p = Parser(prog='itm_data audit', description=audit_command.__doc__)
     p.add_argument('--run', help='folder of a finished run'); p.add_argument('--vectors', help='npz with img, txt, img_of')
-    p.add_argument('--folder', default='', help="the run's data, in the SCAN layout"); p.add_argument('--part', default='test')
+    p.add_argument('--folder', default='', help="the run's data, in the SCAN layout"); p.add_argument('--part', default='test', choices=('train', 'val', 'test'))
     p.add_argument('--judgements', default='', help='npz of judgements (default: judgements.npz of the folder)')
     p.add_argument('--csv', help='write all lines there'); p.add_argument('--record', help='folder for the record of the audit')
-    p.add_argument('--suspects', help='write suspected false negatives there, as csv'); p.add_argument('--top', type=int, default=1000)
+    p.add_argument('--suspects', help='write suspected false negatives there, as csv'); p.add_argument('--top', type=number(int, 1), default=1000)
     a = p.parse_args(argv)
+    for k in ('csv', 'suspects', 'record'):
+        if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')
     if bool(a.run) == bool(a.vectors): raise DataError('itm_data audit', 'neither or both of --run and --vectors', 'one of them')
     if a.vectors: img, txt, own = _given_vectors(a.vectors); rows, control, ids = audit(img, txt, own), {}, None
     else:

@@ -19,6 +19,7 @@ from .data import DataError, Split, fingerprint
 from .figures import style
 from .metrics import Ranks, paired
 from .models import from_pretrained
+from .read_safely import checked_name, escape_mathtext
 from .records import _read, stored_ranks
 from .report import COLUMNS, per_photo, value
 from .runs import about_folder, fold_file, project
@@ -39,7 +40,7 @@ class Finished:
 def _places(given, runs)->tuple:
     "The file of the record and the folder of the run that a name means; None where there is none"
     p = Path(given)
-    if p.is_dir(): return _first([p.parent/'records'/f"{about_folder(p)['id']}.json"]), p
+    if p.is_dir(): return _first([p.parent/'records'/f"{checked_name(about_folder(p)['id'], p/'run.json', 'the id')}.json"]), p
     known = p.suffix == '.json'; name = p.name.split('.')[0] if known else p.name                # ID.json or ID.SWEEP.json
     ran = [x for at in {Path(runs).resolve(), project()/'runs'} for x in sorted(at.glob(f'*/{name}')) if (x/'DONE').is_file()]
     beside = [p.parent.parent/name] if known and p.parent.name == 'records' else []
@@ -125,7 +126,8 @@ def scatter(
             t = table[table.way == way]; at = t.groupby(['a', 'b']).size().reset_index(name='n'); top = 1 + max(at.a.max(), at.b.max())
             ax.scatter(1 + at.b, 1 + at.a, s=8*np.sqrt(at.n), alpha=.5, lw=0)
             ax.plot([1, top], [1, top], color='.4', lw=.8)
-            ax.set(xscale='log', yscale='log', xlabel=f'place in {names[1]}', ylabel=f'place in {names[0]}', aspect='equal')
+            ax.set(xscale='log', yscale='log', aspect='equal')
+            ax.set_xlabel(escape_mathtext(f'place in {names[1]}')); ax.set_ylabel(escape_mathtext(f'place in {names[0]}'))
             ax.set_title(f'{title}: {t.gain.gt(0).mean():.0%} gained, {t.gain.lt(0).mean():.0%} lost', loc='left')
     return fig
 

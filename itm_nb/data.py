@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SPECIALS', 'DataError', 'purpose_key', 'uniform', 'generator', 'Split', 'regular_file', 'read_json',
-           'check_finite', 'caption_ids', 'read_scan', 'check_parts', 'concat', 'words', 'write_atomic', 'padded',
-           'Vocabulary', 'fingerprint', 'Batches', 'fetched', 'order', 'describe', 'Finding', 'check_folder']
+           'check_finite', 'caption_ids', 'first_captions', 'read_scan', 'check_parts', 'concat', 'words',
+           'run_together', 'write_atomic', 'padded', 'Vocabulary', 'fingerprint', 'upload', 'on_host', 'Batches',
+           'fetched', 'order', 'describe', 'Finding', 'check_folder']
 
 # %% ../nbs/00_data.ipynb #8350edaa
 import hashlib
@@ -61,7 +62,7 @@ def uniform(
     epoch:int=0,
 )->Tensor:             # (B, n) float64 in [0, 1)
     "Counter-based uniform numbers: row `i` depends on `ids[i]`, purpose, seed, epoch and the column, on nothing else"
-    base = torch.tensor(purpose_key(purpose, seed, epoch), dtype=torch.int64, device=ids.device)
+    base = purpose_key(purpose, seed, epoch)                    # a number of Python: nothing is uploaded
     col = torch.arange(n, device=ids.device) * -7046029254386353131
     key = _mix(_mix(ids.long() + base)[:,None] + col)
     return ((key >> 11) & ((1 << 53) - 1)).double() / 2**53
@@ -242,6 +243,12 @@ def check_finite(
             row = bad[0] + at.start if rows is None else rows[bad[0]]
             raise DataError(where, f'NaN or infinity in row {row}', 'finite features', 'Extract this image again, or leave it out.')
 
+def _run(x):
+    "How many feature rows in a row are one image's: equal runs throughout, or 1"
+    run = next((k for k in range(1, min(len(x), 11)) if not np.array_equal(x[0], x[k])), 1)
+    even = len(x) % run == 0 and all(np.array_equal(x[i], x[i+run-1]) for i in _spread(len(x)//run) * run)
+    return run if even else 1
+
 def _check_repeats(x, rows, img_of, where, sample=256):
     "Rows said to belong to one image are equal; rows said to belong to different images are not equal throughout"
     if len(x) > len(rows):
@@ -251,8 +258,7 @@ def _check_repeats(x, rows, img_of, where, sample=256):
             raise DataError(where, f'row {i} differs from row {rows[img_of[i]]}, which has the same image id', 'equal rows for one image',
                             'The ids or the features belong to another file: take both from the same place.')
     elif len(img_of) == len(x) > 1:
-        run = next((k for k in range(1, min(len(x), 11)) if not np.array_equal(x[0], x[k])), 1)
-        if run > 1 and len(x) % run == 0 and all(np.array_equal(x[i], x[i+run-1]) for i in _spread(len(x)//run) * run):
+        if (run := _run(x)) > 1:
             raise DataError(where, f'feature rows that repeat {run} times, but every row has its own image id', 'one id for one image',
                             'In the ids file, give all sentences of an image the same id.')
 
@@ -295,9 +301,31 @@ def caption_ids(
     k = np.empty_like(at); k[at] = np.arange(len(at)) - np.repeat(np.cumsum(per) - per, per)
     return img_ids[img_of] * max(5, per.max()) + k
 
-# %% ../nbs/00_data.ipynb #c9f5be01
+# %% ../nbs/00_data.ipynb #0f87a872
 PARTS = {'train': ('train',), 'val': ('dev', 'val'), 'test': ('test',), 'testall': ('testall',)}    # our name -> names in files
 
+def _parts_named(parts, where)->set:
+    "Our names of the parts in a list joined by commas; `test` means `testall` too"
+    named = {{'dev': 'val'}.get(p.strip(), p.strip()) for p in parts.split(',')} if isinstance(parts, str) and parts else set(PARTS)
+    if isinstance(parts, str) and named <= set(PARTS): return named | ({'testall'} if 'test' in named else set())
+    raise DataError(where, f'captions_of_split={parts!r}', f'parts joined by commas, of {", ".join(PARTS)}', 'Correct captions_of_split.')
+
+def first_captions(
+    split:Split,
+    max_captions:int=0,         # keep the first so many sentences of each image; 0: all
+    captions_of_split:str='',   # in these parts only, joined by commas; '': in all
+)->Split:                       # sentences keep their ids; DataError for a negative number or a part that nobody knows
+    "The first sentences of every image, in the order of the data"
+    n, parts = max_captions, _parts_named(captions_of_split, split.source)
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
+        raise DataError(split.source, f'max_captions={n!r}', 'a whole number from 0 (all)', 'Correct max_captions.')
+    if not n or split.name not in parts or np.bincount(split.img_of).max() <= n: return split
+    at = np.argsort(split.img_of, kind='stable'); of = split.img_of[at]
+    place = np.empty_like(at); place[at] = np.arange(len(at)) - np.searchsorted(of, of)
+    keep = np.flatnonzero(place < n)
+    return replace(split, captions=[split.captions[j] for j in keep], img_of=split.img_of[keep], cap_ids=split.cap_ids[keep])
+
+# %% ../nbs/00_data.ipynb #c9f5be01
 def _scan_files(folder, part):
     "The files of one part of a SCAN folder: {kind: path}"
     folder, part = Path(folder), {'dev': 'val'}.get(part, part)
@@ -307,21 +335,36 @@ def _scan_files(folder, part):
     here = [s for s, f in files.items() if any(map(os.path.lexists, f.values()))]
     if len(here) > 1: raise DataError(folder, f'both {here[0]}_* and {here[1]}_*', 'one validation part', 'Move one of them away.')
     stem = (here or PARTS[part])[0]
-    missing = [files[stem][k].name for k in ('ims.npy', 'caps.txt', 'ids.txt') if not os.path.lexists(files[stem][k])]
+    missing = [files[stem][k].name for k in ('ims.npy', 'caps.txt') if not os.path.lexists(files[stem][k])]
     if missing:
-        raise DataError(folder, f'no {", ".join(missing)}', f'{stem}_ims.npy, {stem}_caps.txt and {stem}_ids.txt',
-                        'Copy the missing files there; an ids file has the number of the image, a line per image or per sentence.')
+        raise DataError(folder, f'no {", ".join(missing)}', f'{stem}_ims.npy, {stem}_caps.txt and perhaps {stem}_ids.txt',
+                        'Copy the missing files there.')
     return files[stem]
+
+def _counted(x, n_caps, part, path):
+    "(N,) ids of images that have none: counted, from another number in every part; repeated rows are one image"
+    n = len(x) // (_run(x) if len(x) == n_caps else 1)
+    if n_caps % n:
+        raise DataError(path.with_name(path.name.replace('_ids.', '_caps.')), f'{n_caps} sentences for {n} images and no {path.name}',
+                        'equally many sentences for every image, or ids',
+                        f'Check the number of lines, or write {path.name} with the number of the image for every sentence.')
+    warnings.warn(f'{path}: not there; {n} images are counted, {n_caps//n} sentences each')
+    return list(PARTS).index({'dev': 'val'}.get(part, part)) * 10**8 + np.arange(n)
 
 def read_scan(
     folder,          # folder in the SCAN layout
     part:str,        # 'train', 'val' (or 'dev'), 'test', or 'testall' (COCO 5K)
     dims:int=None,   # keep the first so many feature dimensions
     regions=None,    # keep these region columns: a slice, or increasing integers; a count of real regions follows
+    columns:str='', separator:str='',     # of a table; this layout has none, so anything but '' is refused
+    max_captions:int=0, captions_of_split:str='',     # see `first_captions`
 )->Split:            # features memory-mapped where nothing had to be converted
-    "Read one part of a data set in the layout of SCAN's precomputed features"
+    "Read one part of a data set in the layout of SCAN's precomputed features; a DataError says what is wrong"
+    if columns or separator:
+        raise DataError(folder, 'settings of a table (columns, separator)', 'none: SCAN\'s layout has no table', 'Leave them out.')
     files = _scan_files(folder, part); ims = files['ims.npy']
-    captions, ids, x = _lines(files['caps.txt'], 'a sentence'), _integers(files['ids.txt']), _features(ims, dims)
+    captions, x = _lines(files['caps.txt'], 'a sentence'), _features(ims, dims)
+    ids = _integers(files['ids.txt']) if os.path.lexists(files['ids.txt']) else _counted(x, len(captions), part, files['ids.txt'])
     rows, img_of, img_ids = _owners(len(x), len(captions), ids, files['ids.txt'])
     check_finite(x, ims, _spread(len(x))); _check_repeats(x, rows, img_of, ims)
     num, boxes = _counts(files['num.npy'], x), _boxes(files['boxes.npy'], x)
@@ -331,8 +374,9 @@ def read_scan(
     if (num == 0).any():
         raise DataError(ims, f'image {img_ids[num == 0][0]} has none of the regions {regions!r}', 'a real region in every image',
                         'Keep a column that every image has, such as the first.')
-    return Split({'dev': 'val'}.get(part, part), keep(x), num, captions, img_of, img_ids, caption_ids(img_of, img_ids),
-                 boxes if boxes is None else keep(boxes), source=str(ims).removesuffix('_ims.npy'))
+    s = Split({'dev': 'val'}.get(part, part), keep(x), num, captions, img_of, img_ids, caption_ids(img_of, img_ids),
+              boxes if boxes is None else keep(boxes), source=str(ims).removesuffix('_ims.npy'))
+    return first_captions(s, max_captions, captions_of_split)
 
 # %% ../nbs/00_data.ipynb #3045e4c5
 def _counts(path, x):
@@ -351,10 +395,15 @@ def _boxes(path, x):
     if not os.path.lexists(path): return None
     b = _npy(path, lambda a: a.dtype.kind == 'f' and a.shape == (*x.shape[:2], 4), f'{(*x.shape[:2], 4)} floating-point numbers',
              'Save one box for each region, in the order of the features.')
-    some = b[_spread(len(b))]
-    if not ((some >= -.01) & (some <= 1.01)).all():                 # NaN fails here too
-        raise DataError(path, f'box coordinates from {some.min()} to {some.max()}', 'x1, y1, x2, y2 between 0 and 1',
-                        'Divide x by the width and y by the height of the image.')
+    for at in _blocks(b):                                           # all of them: a broken box is seldom in a sample
+        some = b[at]
+        if not ((some >= -.01) & (some <= 1.01)).all():             # NaN fails here too
+            raise DataError(path, f'box coordinates from {some.min()} to {some.max()}', 'x1, y1, x2, y2 between 0 and 1',
+                            'Divide x by the width and y by the height of the image.')
+        bad = np.flatnonzero((some[..., 2:] < some[..., :2]).any((1, 2)))
+        if len(bad):
+            raise DataError(path, f'a box in row {at.start + bad[0]} that ends before it begins', 'x1 <= x2 and y1 <= y2',
+                            'Save corners x1, y1, x2, y2, neither x, y, width, height nor corners in another order.')
     return b
 
 # %% ../nbs/00_data.ipynb #ce2aadf8
@@ -397,8 +446,26 @@ def concat(
 def words(
     sentence:str,
 )->list:           # of words
-    "Lower case, apostrophes dropped, any other character that is neither letter nor digit a blank; ';' stays a word"
-    return re.findall(r'[^\W_]+|;', re.sub("['’]", '', unicodedata.normalize('NFC', sentence).lower()))
+    "Lower case, apostrophes dropped, marks kept with their letters, any other character that is no digit a blank; ';' stays a word"
+    text = re.sub("['’]", '', unicodedata.normalize('NFC', sentence).lower())
+    return re.findall(r'[^\W_]+|;', text) if text.isascii() else _marked_words(text)
+
+def _marked_words(text):
+    "The words of a text beyond ASCII: a mark (Unicode M) belongs to the letter before it, soft hyphens and joiners to nobody"
+    out, inside = [], False
+    for c in re.sub('[\u00ad\u200c\u200d]', '', text):
+        inside = c.isalnum() or inside and unicodedata.category(c)[0] == 'M'
+        out.append(c if inside else ' ; ' if c == ';' else ' ')
+    return ''.join(out).split()
+
+_NO_BLANKS = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{6,}')
+
+def run_together(
+    sentences:Sequence[str],
+)->float:                      # 0..1
+    "Share of sentences with a stretch of 6 letters or more in a script that puts no blanks between words (Chinese, Japanese, Thai, ...)"
+    some = [sentences[i] for i in _spread(len(sentences), 1000)] if len(sentences) else []
+    return sum(bool(_NO_BLANKS.search(s)) for s in some) / max(1, len(some))
 
 def write_atomic(
     path,          # file to make or replace
@@ -443,7 +510,10 @@ class Vocabulary:
         sentences:Sequence[str],   # of the training part only
         min_count:int=1,           # words seen less often are left out
     ):
-        "Count the words of the sentences"
+        "Count the words of the sentences; a warning where they are no words but whole sentences"
+        if (share := run_together(sentences)) > .5:
+            warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each would be one long word; '
+                          "take word pieces instead (tokens='pieces')")
         count = Counter(w for s in sentences for w in words(s))
         return cls(SPECIALS + tuple(w for w, n in sorted(count.items(), key=lambda x: (-x[1], x[0])) if n >= min_count))
 
@@ -516,6 +586,27 @@ def _boxes_on(device, split, wanted)->Tensor:
 
 def _places(b, at)->dict: return {} if b.boxes is None else dict(boxes=b.boxes[at])
 
+def upload(
+    x:Tensor,     # on the host
+    device,
+)->Tensor:        # on the device
+    "Send small things to the device without holding the host up (from pinned memory, where there is such a thing)"
+    device = torch.device(device)
+    if device.type == 'cpu': return x
+    return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
+
+def on_host(
+    x:Tensor,     # lengths, masks or ids, on any device
+)->Tensor:        # the same on the host
+    "What the host knows of a tensor; one that did not come from `Batches` is fetched, which waits for the device"
+    known = getattr(x, 'host', None)
+    return x if x.device.type == 'cpu' else x.cpu() if known is None else known
+
+def _known(x:Tensor, make)->Tensor:   # make: () -> the same on the host
+    "Keep beside a tensor of the device what the host knew before it was uploaded"
+    if x.device.type != 'cpu': x.host = torch.as_tensor(make())
+    return x
+
 class Batches:
     "A split on the device: `take` gives training batches, `images` and `texts` give chunks for evaluation"
     def __init__(self,
@@ -532,7 +623,7 @@ class Batches:
         self.pixels, self.change, self.workers, self.coming, self.boxes = pixels, change, workers, {}, _boxes_on(device, split, boxes)
         self.pool = ThreadPoolExecutor(workers, 'loader', torch.set_num_threads, (torch.get_num_threads(),)) if workers else None
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
-        self.mask = (torch.arange(R) < torch.tensor(np.minimum(split.num, R))[:,None]).to(device)      # a picture counts as one region
+        self._mask = torch.arange(R) < torch.tensor(np.minimum(split.num, R))[:,None]; self.mask = self._mask.to(device)   # a picture: one
         tokens, lengths = vocab.encode(split.captions)
         self.tokens, self.lengths, self._lengths = tokens.to(device), lengths.numpy(), lengths.to(device)
         self.img_of, self.img_ids, self.cap_ids = (torch.tensor(np.array(a), dtype=torch.int64, device=device)
@@ -543,17 +634,17 @@ class Batches:
         idx,           # image indices on the CPU: a slice or (B,) integers
     )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R): which regions are real; boxes (B, R, 4)
         "Region features or pictures of some images"
-        at = idx if isinstance(idx, slice) else torch.as_tensor(idx).to(self.device, non_blocking=True)
+        at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
         feats = self.feats[at].float() if self.feats is not None else _look(self, np.arange(len(self.split))[idx]).to(self.device)
-        return dict(feats=feats, mask=self.mask[at], **_places(self, at))
+        return dict(feats=feats, mask=_known(self.mask[at], lambda: self._mask[idx]), **_places(self, at))
 
     def texts(self,
         idx,           # caption indices on the CPU: a slice or (B,) integers
     )->dict:           # tokens (B, l), l the longest of these sentences; lengths (B,) on the device
         "Some sentences, cut to the longest"
-        at = idx if isinstance(idx, slice) else torch.as_tensor(idx).to(self.device, non_blocking=True)
+        at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
         l = int(self.lengths[idx if isinstance(idx, slice) else np.asarray(idx)].max(initial=0))
-        return dict(tokens=self.tokens[at, :l], lengths=self._lengths[at])
+        return dict(tokens=self.tokens[at, :l], lengths=_known(self._lengths[at], lambda: self.lengths[idx]))
 
     def take(self,
         cap:Tensor,         # (B,) caption indices, on the CPU
@@ -562,10 +653,11 @@ class Batches:
         ahead=(),           # (captions, epoch) of the batches that follow: loaded meanwhile where there are workers
     )->dict:                # on the device: cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids; and what was extra
         "A batch of matching pairs"
-        at = cap.to(self.device, non_blocking=True); img = self.img_of[at]
+        at = upload(cap, self.device); img = self.img_of[at]; s = self.split
+        mask, cap_ids = _known(self.mask[img], lambda: self._mask[s.img_of[cap]]), _known(self.cap_ids[at], lambda: s.cap_ids[cap])
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        return dict(cap=at, img=img, feats=feats, mask=self.mask[img], **_places(self, img), **self.texts(cap),
-                    cap_ids=self.cap_ids[at], img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+        return dict(cap=at, img=img, feats=feats, mask=mask, **_places(self, img), **self.texts(cap),
+                    cap_ids=cap_ids, img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
 
 def fetched(
     batches:Batches,
@@ -575,15 +667,15 @@ def fetched(
     "Images or sentences that come with a batch because a source of negatives asked for them"
     kind, s = name.partition('.')[0], batches.split
     if kind == 'tokens':
-        tokens = torch.as_tensor(ids).to(batches.device)
+        tokens = upload(torch.as_tensor(ids), batches.device)
         return dict(tokens=tokens, lengths=(tokens != 0).sum(1))
     if kind not in batches.sorted: raise DataError(name, f'kind {kind!r}', "'image', 'text' or 'tokens' before the dot")
     ids, known, order = np.asarray(ids), s.img_ids if kind == 'image' else s.cap_ids, batches.sorted[kind]
     at = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known)-1)]
     odd = ids[known[at] != ids]
     if len(odd): raise DataError(s.source, f'{kind} id {odd[0]} as {name!r}', f'an id of the {s.name} split', 'Make the list anew.')
-    idx = torch.as_tensor(at); images = batches.img_of[idx.to(batches.device)] if kind == 'text' else idx.to(batches.device)
-    found = batches.images(idx) if kind == 'image' else batches.texts(idx) | dict(cap_ids=batches.cap_ids[idx.to(batches.device)])
+    idx = torch.as_tensor(at); there = upload(idx, batches.device); images = batches.img_of[there] if kind == 'text' else there
+    found = batches.images(idx) if kind == 'image' else batches.texts(idx) | dict(cap_ids=batches.cap_ids[there])
     return found | dict(img_ids=batches.img_ids[images])
 
 def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) image indices; (B,) caption indices in training -> on the host
@@ -644,6 +736,12 @@ class Finding:
     part:str     # 'train', 'val', ..., or '' for the whole folder
     text:str
 
+def _said_of_captions(s):
+    "(level, whether, text) of what a user may want to set for the sentences of a split"
+    share, most = run_together(s.captions), int(np.bincount(s.img_of).max())
+    return [('warning', share > .5, f'{100*share:.0f} % of the sentences have no blanks between their words: take word pieces (tokens=pieces)'),
+            ('info', most > 5, f'up to {most} sentences an image; papers rank the first five: max_captions=5, captions_of_split=test')]
+
 def _check_part(folder, part, full, read):
     "Findings about one part, and the split if it can be read"
     out = []
@@ -658,6 +756,7 @@ def _check_part(folder, part, full, read):
     zero, d = sum(not np.any(x) for x in s.feats[_spread(len(s))]), describe(s, 0)
     said = [('warning', zero, f'{zero} of the {len(_spread(len(s)))} images looked at have features that are all zero'),
             ('warning', d['sentences_without_a_word'], f'{d["sentences_without_a_word"]} sentences without a word'),
+            *_said_of_captions(s),
             ('info', d['sentences_of_several_images'], f'{d["sentences_of_several_images"]} sentences are used for several images'),
             ('info', not d['boxes'], 'no boxes')]
     return s, out + [Finding(level, part, text) for level, true, text in said if true]

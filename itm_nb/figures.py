@@ -19,6 +19,7 @@ from IPython.display import Image
 from PIL import Image as pixels
 
 from .data import DataError
+from .read_safely import escape_mathtext
 from .report import interval, label, pick, value
 
 # %% ../nbs/17_figures.ipynb #2d4efad4
@@ -44,7 +45,7 @@ def _panels(
     fig, axes = plt.subplots(1, len(names), figsize=(width*len(names), height), squeeze=False, layout='constrained')
     plt.close(fig)                                               # shown by being returned, once
     fig.set_label('runs: ' + ' '.join(sorted(r['id'] for r in records)))
-    for ax, name in zip(axes[0], names): ax.set_title(name, loc='left')
+    for ax, name in zip(axes[0], names): ax.set_title(escape_mathtext(name), loc='left')
     return fig, [(ax, [r for r in records if r['data']['label'] == n]) for ax, n in zip(axes[0], names)]
 
 def _legend(fig, axes):
@@ -64,7 +65,7 @@ def _chosen(records, rows):
 # %% ../nbs/17_figures.ipynb #6aff1c45
 def _control(ax, name, x, y):
     "A dashed line where a control lies, or a note at the edge beyond which it lies"
-    lo, hi = ax.get_xlim(); words = dict(fontsize=7, color='.4', va='center')
+    name = escape_mathtext(name); lo, hi = ax.get_xlim(); words = dict(fontsize=7, color='.4', va='center')
     if lo <= x <= hi:
         ax.axvline(x, color='.55', ls='--', lw=1, zorder=0); ax.text(x, y, f' {name}', **words)
         return
@@ -108,7 +109,8 @@ def dots(
             ax.margins(x=.08); ax.autoscale_view(); ax.set_xlim(ax.get_xlim())
             for j, (name, rs) in enumerate(extra.items()):
                 if rs := known(here, rs): _control(ax, name, np.mean([value(r, metric) for r in rs]), rows + j - .25)
-            ax.set(yticks=range(rows), yticklabels=list(chosen), xlabel=label(metric), ylim=(rows + len(extra) - .5, -.5))
+            ax.set_yticks(range(rows), list(map(escape_mathtext, chosen)))
+            ax.set(xlabel=label(metric), ylim=(rows + len(extra) - .5, -.5))
             ax.tick_params(axis='y', length=0)
     return fig
 
@@ -134,9 +136,11 @@ def curves(
             for i, (row, rs) in enumerate(chosen.items()):
                 at = _by_epoch([r for r in here if r in rs], curve)
                 if not at: continue
-                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), label=f'{row} ({max(map(len, at.values()))})')
+                name = escape_mathtext(f'{row} ({max(map(len, at.values()))})')
+                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), label=name)
                 ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], color=_color(i), alpha=.2, lw=0)
-            ax.set(xlabel='epoch', ylabel=dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, curve))
+            words = dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, curve)
+            ax.set(xlabel='epoch', ylabel=escape_mathtext(words))
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         _legend(fig, [ax for ax, _ in panels])
     return fig
@@ -164,7 +168,7 @@ def recall_curve(
             for i, (row, rs) in enumerate(chosen.items()):
                 known = [r for r in runs if r in rs]
                 found = [np.mean([value(r, f'{d}.r{k}') for r in known]) for k in ks] if known else []
-                if known: ax.plot(ks, found, color=_color(i), label=f'{row} ({len(known)})')
+                if known: ax.plot(ks, found, color=_color(i), label=f'{escape_mathtext(row)} ({len(known)})')
             ax.plot(ks, _chance_at(runs[0], d, ks), color='.5', ls=':', label='chance')
             ax.set(xscale='log', xlabel='K, answers looked at', ylim=(0, 100)); ax.set_title(title, loc='left')
             ax.set_xticks(shown := [k for k in (1, 5, 10, 50, 100) if k <= ks[-1]], shown); ax.minorticks_off()
@@ -191,7 +195,8 @@ def searched(
             for i, (row, rs) in enumerate(chosen.items()):
                 for s in _trials([r for r in here if r in rs]):
                     failed = f", {s['val'].count(None)} failed" if None in s['val'] else ''
-                    ax.plot(range(1, len(s['best_of'])+1), s['best_of'], color=_color(i), label=f"{row} ({len(s['val'])} tried{failed})")
+                    name = escape_mathtext(f"{row} ({len(s['val'])} tried{failed})")
+                    ax.plot(range(1, len(s['best_of'])+1), s['best_of'], color=_color(i), label=name)
                     ax.scatter([1]*(len(s['val'])-s['val'].count(None)), _worked(s), s=8, color=_color(i), alpha=.5, lw=0)
             seen = [v for s in _trials(here) for v in (*_worked(s), s['best_of'][-1])]; gap = max(.05*(max(seen) - min(seen)), .5)
             ax.set(xlabel='n, trials', ylabel='validation rSum of the best of n', ylim=(min(seen) - gap, max(seen) + gap)); ax.legend()
@@ -213,7 +218,8 @@ def above_floor(
                 ax.barh(y, 1.96*line[k], height=.26 + .2*i, color=str(.62 + .15*i), zorder=-i, label=name if y == 0 else None)
             x = np.sort(steps.step[steps.test == line['test']].to_numpy())
             ax.scatter(x, y + .09*(np.arange(len(x)) % 3 - 1), s=16, color=_color(0), lw=0, label='published step' if y == 0 else None)
-        ax.set(yticks=range(len(floor)), yticklabels=list(floor.test), ylim=(len(floor)-.5, -.5), xlabel='difference of rSum')
+        ax.set_yticks(range(len(floor)), list(map(escape_mathtext, floor.test)))
+        ax.set(ylim=(len(floor)-.5, -.5), xlabel='difference of rSum')
         ax.legend(loc='center right')
     return fig
 

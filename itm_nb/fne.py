@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'PRIOR', 'moments', 'merge', 'variances', 'observed', 'log_odds', 'posterior', 'floor_of', 'weights',
            'spare', 'filled', 'Statistics', 'above', 'fne_pick', 'fne_parts', 'true_share', 'fne', 'only_own',
-           'fne_warmup', 'bank_source', 'refined']
+           'fne_warmup', 'bank_source', 'refined', 'aoq_fne']
 
 # %% ../nbs/11_fne.ipynb #855e3cac
 import inspect
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .aoq import aoq
 from .losses import Term, triplet_term
 from .memory import Bank, refuse
+from .offline import SHARE
 from .samplers import Candidates, Picked, Source, Step, View, draw_at, hardest, honest as honest_pool, in_batch
 from .scenes import true_pairs
 
@@ -185,7 +187,7 @@ class Statistics:
         return dict(accepted=n, pos_mean=mp, pos_sd=sd(qp, n), neg_mean=mn, neg_sd=sd(qn, k))
 
     def state_dict(self)->dict: return dict(moments=self.moments, epoch=torch.tensor(self.epoch))
-    def load_state_dict(self, d:dict): self.moments, self.epoch = d['moments'].double(), int(d['epoch'])
+    def load_state_dict(self, d:dict): self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
 
 # %% ../nbs/11_fne.ipynb #4b29a159
 def above(
@@ -346,3 +348,23 @@ def refined(
 )->Source:
     "The same candidates, drawn by FNE's weights"
     return replace(source, pick=fne_pick(statistics, **kw), keeps=(*source.keeps, statistics))
+
+# %% ../nbs/11_fne.ipynb #a0f0e002
+def aoq_fne(
+    pool:str='memory',         # where FNE draws the online negative: 'memory' (and batch), or 'batch'
+    detach:bool=True,          # no gradient through AOQ's weight; False exploits it, see above
+    preset:str='corrected',    # of both
+    stage:str='adap',          # of `aoq`
+    share:float=SHARE,         # of `aoq`
+    margin:float=.2,
+    seed:int=0,
+    lists:str='',              # folder of a finished run of `mine`
+    train=None,                # Batches of the training split
+    model=None,                # in training
+    world=None,                # the drawn world, for a known prior and for an oracle
+    **kw                       # queue, tau, floor, ...: of `fne`
+)->tuple:                      # ({'on': Source, 'off': Source}, {'aoq': Term})
+    "AOQ whose online negative is drawn by FNE"
+    drawn = bank_source(pool, margin, seed, model, world, preset=preset, **kw)
+    sources, terms = aoq(stage, preset, share, lists=lists, train=train, model=model, margin=margin, detach=detach)
+    return sources | dict(on=drawn), terms

@@ -10,7 +10,7 @@ __all__ = ['word_classes', 'chunk', 'pack', 'members', 'unit_law', 'draw_units',
 # %% ../nbs/09_generator.ipynb #f96f51f3
 import unicodedata
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Callable, Sequence
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import truth
 from .cross_encoder import wide
-from .data import DataError, Split, Vocabulary, uniform, words
+from .data import DataError, Split, Vocabulary, on_host, uniform, upload, words
 from .samplers import Candidates, Source, View, searching, sight, top
 from .tokens import ENDS
 
@@ -150,7 +150,7 @@ class Lexicon:
 
     def key(self, tokens:Tensor)->Tensor:   # (.., L) -> (..)
         "One number per sentence; the same spelling has the same number"
-        key, factor = self.table.to(tokens.device)[tokens].unbind(-1)
+        key, factor = upload(self.table, tokens.device)[tokens].unbind(-1)
         behind = factor.flip(-1).cumprod(-1).flip(-1)                              # of this word and all behind it
         return (key*torch.cat([behind[..., 1:], torch.ones_like(behind[..., :1])], -1)).sum(-1)
 
@@ -345,20 +345,20 @@ class Writer:
 def refill(
     model,             # with `tokens` and a `stream`
     regions:Tensor,    # (B, R, D)
-    tokens:Tensor,     # (B, L) captions
+    tokens:Tensor,     # (B, L) captions, on the host
     copies:Tensor,     # (B, K, L) masked
     hit:Tensor,        # (B, K, L), on the host
 )->tuple:              # (n,) flat places in (B, K, L), (n, V) logits there
     "Logits at all masked places, bucket by bucket"
     (B, K, L), at, out = copies.shape, [], []
-    lengths = (tokens != 0).sum(1).cpu() if tokens.is_cuda else (tokens != 0).sum(1)
+    lengths, send = (tokens.cpu() != 0).sum(1), partial(upload, device=copies.device)
     for rows, long in buckets(lengths):
-        h, r = hit[rows,:,:long].flatten(0, 1), rows.to(copies.device)           # on the host: nothing waits for the device
+        h, r = hit[rows,:,:long].flatten(0, 1), send(rows)           # on the host: nothing waits for the device
         l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]
         c, j = h.gather(1, l).nonzero(as_tuple=True)
-        states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1), l.to(r.device))
-        out.append(model.stream.guess(states[c.to(r.device), j.to(r.device)])); at.append((rows[c//K]*K + c%K)*L + l[c,j])
-    return torch.cat(at).to(copies.device), torch.cat(out)
+        states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1), send(l))
+        out.append(model.stream.guess(states[send(c), send(j)])); at.append((rows[c//K]*K + c%K)*L + l[c,j])
+    return send(torch.cat(at)), torch.cat(out)
 
 def lesson(
     place:Tensor, logits:Tensor,   # from `refill`
@@ -425,7 +425,7 @@ class Tally:
 
     def load_state_dict(self, d:dict):
         "Go on from there"
-        self.n, (self.batch, self.epoch) = d['n'].double(), d['batch'].tolist()
+        self.n, (self.batch, self.epoch) = d['n'].double().to(self.n.device), d['batch'].tolist()
         self.said = {int(k[5:]): v for k, v in d.items() if k.startswith('said.')}
 
 # %% ../nbs/09_generator.ipynb #268b97f3
@@ -461,12 +461,12 @@ class Synthetic:
     def pool(self, view:View)->Candidates:   # None for the direction that has none
         "Write, drop, score"
         if not view.i2t: return None
-        s = view.step; device = s.img.device; cap = s.cap.cpu(); at = self.known.at(cap); tokens = self.known.tokens[at]
+        s = view.step; device = s.img.device; cap = on_host(s.cap); at = self.known.at(cap); tokens = self.known.tokens[at]
         tokens = tokens[:,:int((tokens != 0).sum(1).max())]
         copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed, s.epoch, self.share)
-        own, there, copies, wanted = (x.to(device) for x in (self.known.own(at), tokens, copies, hit))
-        place, logits, also = _lessons(self, s, tokens if not s.img.is_cuda else there, there, copies, hit)
-        made = _draw(self, cap.to(device), place, logits, copies, wanted, s)
+        own, there, copies, wanted = (upload(x, device) for x in (self.known.own(at), tokens, copies, hit))
+        place, logits, also = _lessons(self, s, tokens, there, copies, hit)
+        made = _draw(self, s.cap, place, logits, copies, wanted, s)
         legal, minus, why = _legal(self, made, own, there)
         if self.knows: why['true of it'] = _true(self, s, made, legal); legal = legal & ~why['true of it']
         long = (tokens != 0).sum(1); score = _score(self, s, made, legal, long) - minus
@@ -497,7 +497,7 @@ def _lessons(g, s, tokens, there, copies, hit):
             return place, z, lesson(place, z, there, copies.shape) if learns else None
     also, w, writes = {}, g.writer, g.words == 'model' and g.draws > 0
     if g.learns: place, z, also['mlm'] = read(s.model)
-    if not writes: return hit.flatten().nonzero()[:,0].to(there.device), None, also
+    if not writes: return upload(hit.flatten().nonzero()[:,0], there.device), None, also
     if w is None and g.learns and 'writer' not in g.misled: return place, z.detach(), also
     place, z, taught = read(w.model if w else s.model, 'writer' in g.misled, w is not None and not w.static)
     return place, z.detach(), also | (dict(taught=taught) if taught is not None else {})
@@ -507,7 +507,7 @@ def _draw(g, cap, place, logits, copies, hit, s):
     (B, K, L), S, lex = copies.shape, g.draws, g.known.lexicon
     ids = ((cap[:,None]*K + torch.arange(K, device=cap.device))[...,None]*S + torch.arange(S, device=cap.device)).flatten()
     u = uniform(ids, 'refill', L, s.seed, s.epoch).view(B*K, S, L)[place//L,:,place % L]
-    ordinary = lex.ordinary.to(cap.device); never = None if g.special or logits is None else lex.special.to(cap.device)
+    ordinary = upload(lex.ordinary, cap.device); never = None if g.special or logits is None else upload(lex.special, cap.device)
     new = ordinary[(u*len(ordinary)).long()] if logits is None else draw_words(refill_law(wide(logits), g.temperature, never), u)
     drawn = copies.new_zeros(B*K*L, S).index_copy(0, place, new)
     return fill(copies, hit, drawn.view(B, K, L, S).permute(0, 1, 3, 2))
@@ -527,23 +527,24 @@ def _true(g, s, made, legal):
 
 def _score(g, s, made, legal, lengths):
     "Scores of what is legal, bucket by bucket; -inf elsewhere"
-    score, N = torch.full(legal.shape, -torch.inf, device=made.device), made.shape[1]
+    score, N, there = torch.full(legal.shape, -torch.inf, device=made.device), made.shape[1], upload(lengths, made.device)
     clean = legal.sum(1).tolist()                                              # the one wait for the device
     with searching(s.model):
         for rows, long in buckets(lengths):
-            n, r = sum(clean[i] for i in rows.tolist()), rows.to(made.device)
+            n, r = sum(clean[i] for i in rows.tolist()), upload(rows, made.device)
             k = legal[r].flatten().byte().argsort(descending=True, stable=True)[:n]
             for b, j in zip(r[k//max(N, 1)].split(g.rows), (k % max(N, 1)).split(g.rows)):
                 txt = made[b,j,:long]
-                if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, lengths.to(b.device)[b])).to(score)
+                if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, there[b])).to(score)
     return score
 
 def _read(g, s, e, lengths):
     "Scores of sentences (B, k, L) and, where heads ask, their states with the regions, bucket by bucket"
     (B, k, L), m, seen = e.shape, s.model, _seen(s, s.model, 'heads' in g.misled) if g.heads else None; score, states, rows = [], [], []
+    there = upload(lengths, e.device)
     for row, long in buckets(lengths):
-        r = row.to(e.device); of = r.repeat_interleave(k); flat = e[r,:,:long].flatten(0, 1); rows.append(r)
-        score.append(m.pairs(s.images[of], m.text(flat, lengths.to(e.device)[of])).view(-1, k))
+        r = upload(row, e.device); of = r.repeat_interleave(k); flat = e[r,:,:long].flatten(0, 1); rows.append(r)
+        score.append(m.pairs(s.images[of], m.text(flat, there[of])).view(-1, k))
         if g.heads: states.append(F.pad(m.tokens(seen[of], flat).view(len(r), k, long, -1), (0, 0, 0, L - long)))
     back = torch.cat(rows).argsort()
     return torch.cat(score)[back], torch.cat(states)[back] if g.heads else None
@@ -568,7 +569,7 @@ def _masked_places(hit, most, exact):
 
 def _corrections(model, states, hit, tokens, most):
     "Cost of the original words at masked places, and whether they are the first guess: the vocabulary at no other places"
-    place = _masked_places(hit, most, not hit.is_cuda); there = hit.flatten()[place]
+    place = _masked_places(hit, most, hit.device.type == 'cpu'); there = hit.flatten()[place]
     true = tokens[:,None].expand(hit.shape).flatten()[place]
     z = wide(model.stream.correct(states.flatten(0, 2).index_select(0, place)))
     nll = torch.where(there, F.cross_entropy(z, true, reduction='none'), 0.)

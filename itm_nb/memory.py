@@ -56,13 +56,17 @@ class Ring:
         self.size, self.start, self.seed, self.at, self.written, self.images = size, start, seed, 0, 0, None
 
     def make(self, like:Tensor):   # (B, D)
-        "Room for vectors of this length, type and device, if there is none yet"
-        if self.images is not None: return
+        "Room for vectors of this length, type and device, if there is none yet; what was loaded goes where the batch is"
+        if self.images is not None:
+            self.images, self.texts, self.ids, self.caps = (x.to(like.device) for x in self._all)
+            return
         g = generator(self.seed, 'memory')
         fresh = lambda: nn.functional.normalize(torch.randn(self.size, like.shape[1], generator=g), dim=1).to(like)
         self.images, self.texts = (fresh() if self.start == 'random' else like.new_zeros(self.size, like.shape[1]) for _ in range(2))
         self.ids, self.caps = (torch.full((self.size,), n, device=like.device) for n in (-100, -1))
 
+    @property
+    def _all(self)->tuple: return self.images, self.texts, self.ids, self.caps
     @property
     def used(self)->int: return self.size if self.start == 'random' else self.written     # so many places, from the first, are candidates
 
@@ -82,7 +86,8 @@ class Ring:
     def load_state_dict(self, d:dict):
         if not d: return
         if len(d['ids']) != self.size: raise ValueError(f"a memory of {len(d['ids'])} places; wanted {self.size}")
-        self.images, self.texts, self.ids, self.caps = (d[k].clone() for k in ('images', 'texts', 'ids', 'caps'))
+        here = None if self.images is None else self.images.device      # before the first batch nobody knows; then `make` sees to it
+        self.images, self.texts, self.ids, self.caps = (d[k].clone().to(here) for k in ('images', 'texts', 'ids', 'caps'))
         self.at, self.written = d['place'].tolist()
 
 # %% ../nbs/08_memory.ipynb #b50eb335
@@ -121,9 +126,10 @@ class Bank:
         new, old = self.vectors(view.step)[view.i2t], (self.ring.texts if view.i2t else self.ring.images)[:self.ring.used]
         own = new[view.step.first:view.step.first+len(view.anchor)]
         same = view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
+        who = view.step.get((id(self), 'who'), lambda: _who(view.step, self.ring))       # now: after the step other vectors have their places
         score = _bar(_scores(view, new, old), same)
         return Candidates(score, ~same, view.pairs(view.anchor, own), lambda idx: {'': _again(view, new, old, idx)},
-                          about=lambda: _who(view.step, self.ring) | {'same image': same})
+                          about=lambda: who | {'same image': same})
 
     def monitor(self)->dict: return dict(memory=float(self.ring.used))      # how many places are candidates
 

@@ -21,18 +21,20 @@ from .train import Stopped, config, corpus, fit, in_fold
 def train_together(
     values:dict,       # all parameters of the train template
     run:Path,          # run folder
+    allow_code:bool=False,   # may the method be one's own code?
 ):
     "The training of the `train` template, in every process of a group"
     cfg = config({k: v for k, v in values.items() if k not in OF_A_RUN})
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
     if values['folds']: data = in_fold(data, fold_file(values['folds']), values['fold'])
     more = {k: values[k] for k in ('lists', 'generator') if k in values}
-    fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'], carry=values['carry'], **more)
+    fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'], carry=values['carry'],
+        allow_code=allow_code, **more)
 
 def main(argv=None)->int:
-    "What each process does: `python -m itm_nb.processes FILE RUN`, started by `accelerate launch`"
-    file, run = sys.argv[1:] if argv is None else argv
-    try: train_together(json.loads(Path(file).read_text('utf-8')), Path(run))
+    "What each process does: `python -m itm_nb.processes FILE RUN [--allow-code]`, started by `accelerate launch`"
+    file, run, *code = sys.argv[1:] if argv is None else argv
+    try: train_together(json.loads(Path(file).read_text('utf-8')), Path(run), code == ['--allow-code'])
     except Stopped: pass                       # the one that asked knows; the launcher would take any other code than 0 for a crash
     return 0
 
@@ -72,7 +74,8 @@ def several(
         if n < 2 or not {'method', 'epochs', 'batch', 'init'} <= known.keys(): return execute(notebook, values, out, bar)
         if values['batch'] % n: raise SetupError(f'batch {values["batch"]} cannot be shared by {n} processes')
         file = out/'processes.json'; file.write_text(json.dumps(values))
-        command = [*launcher(n, values['device']), '-m', 'itm_nb.processes', str(file), str(out)]
+        command = [*launcher(n, values['device']), '-m', 'itm_nb.processes', str(file), str(out),
+                   *(['--allow-code'] if ':' in values['method'] + values.get('before', '') else [])]     # `itm_run` has looked at it
         code = _go(command, out, values.get('threads', 1)); file.unlink()
         if code == RESUMABLE: return code
         if code: return _failed(out, why := f'training in {n} processes ended with {code}', f'{why}; see {out/"processes.log"}')

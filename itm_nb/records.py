@@ -20,6 +20,7 @@ from scipy.special import ndtr
 
 from .data import DataError, purpose_key
 from .metrics import Matches, Ranks, by_gallery, match_summary, mean_summary
+from .read_safely import LINE, NAME
 
 # %% ../nbs/15_records.ipynb #e091b817
 def pack(
@@ -162,7 +163,7 @@ def mismatches(
     return [f"record {rec['id']}: {k} is stored as {have.get(k)!r}, its ranks give {v!r}" for k, v in want.items() if have.get(k) != v]
 
 # %% ../nbs/15_records.ipynb #16e86342
-_percent, _text, _count = dict(type='number', minimum=0, maximum=100), dict(type='string'), dict(type='integer', minimum=1)
+_percent, _text, _count = dict(type='number', minimum=0, maximum=100), dict(type='string', pattern=LINE), dict(type='integer', minimum=1)
 _packed = dict(type='string', pattern='^[A-Za-z0-9+/]+={0,2}$', description='base64 of a zlib stream of bytes, one number each')
 
 def _object(required, more={}, **kw):
@@ -184,7 +185,8 @@ _data = _object(dict(
     name=_text, label=dict(_text, description='in words, for tables'), fingerprint=_text, split=_text,
     train=dict(type='integer', minimum=0, description='photos in the training split'), images=dict(_count, description='photos tested'),
     captions=dict(_count, description='sentences tested'),
-    gallery=dict(type='array', minItems=1, items=_count, description='photos in each gallery')))
+    gallery=dict(type='array', minItems=1, items=_count, description='photos in each gallery')),
+    dict(unasked=dict(_count, description='further photos in the galleries that belong to no sentence: searched, no queries')))
 _ranks = _object(dict(
     clip=dict(type='integer', enum=list(_CLIPS), description='a rank of so much means so much or more'), i2t=_packed, t2i=_packed,
     captions=dict(anyOf=[_count, _packed], description='sentences of every photo, or of each'),
@@ -200,12 +202,13 @@ _per = _object({}, dict(map_r=_packed))
 _title = {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'The record of one run of itm_nb (schema 1)'}
 
 SCHEMA = _title | _object(
-    dict(schema=dict(type='integer', enum=[1]), id=_id, sweep=_text,
+    dict(schema=dict(type='integer', enum=[1]), id=_id,
+         sweep=dict(type='string', pattern=NAME, description='becomes part of file names'),
          method=dict(_text, description='name of the method, or of the control: oracle, chance'),
          kind=dict(type='string', enum=['run', 'control', 'foreign', 'ensemble'],
                    description='a control needs no ranks; foreign: scores or ranks made elsewhere; ensemble: averaged scores of runs'),
          seed=dict(type='integer'),
-         preset=dict(type=['string', 'null'], description='e.g. faithful or corrected'), block=_block, data=_data,
+         preset=dict(type=['string', 'null'], pattern=LINE, description='e.g. faithful or corrected'), block=_block, data=_data,
          config=dict(type='object', description='resolved settings, flat'), commit=_text,
          source=dict(_text, description="hash of the package's source"), versions=_of(_text), device=_text, threads=_count,
          metrics=_metrics),
@@ -233,7 +236,7 @@ def _fault(x, rule, at='record')->tuple:
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(x, k) for k in kinds): return f'{at} = {str(x)[:40]!r}', ' or '.join(kinds)
     if 'enum' in rule and x not in rule['enum']: return f'{at} = {str(x)[:40]!r}', f"one of {rule['enum']}"
-    if isinstance(x, str) and not re.search(rule.get('pattern', ''), x): return f'{at} = {x[:40]!r}', rule['pattern']
+    if isinstance(x, str) and 'pattern' in rule and not re.fullmatch(rule['pattern'][1:-1], x): return f'{at} = {x[:40]!r}', rule['pattern']
     if _is(x, 'number') and not low <= x <= high: return f'{at} = {x!r}', f'{low} to {high}'
     inside = list(enumerate(x)) if isinstance(x, list) else list(x.items()) if isinstance(x, dict) else []
     if isinstance(x, list) and len(x) < rule.get('minItems', 0): return f'{at} is empty', 'something in it'

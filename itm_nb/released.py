@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .commands import Parser, SetupError, check_place, command
 from .cross_encoder import UNITER, from_uniter, to_uniter
 from .data import DataError, read_json, regular_file, write_atomic
 from .models import from_pretrained, model_of, save_pretrained
 from .pixels import SCALES
-from .runs import SetupError, command, sha256_of
+from .runs import sha256_of
 from .tokens import ENDS, Pieces, open_pieces
 from .vsrn import to_released
 
@@ -256,7 +257,9 @@ def give(
     if beside['memory']: states[0] |= _bank_out(beside['memory'], names)
     if not note: return states
     same = lambda k: k.removeprefix(note['before'])
-    return [{k: s[same(k)].to(getattr(torch, t)) for k, t in keys} for s, keys in zip(states, note['keys'])]
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    types = {str(x).removeprefix('torch.'): x for x in (*known, torch.bool)}
+    return [{k: s[same(k)].to(types[t]) for k, t in keys} for s, keys in zip(states, note['keys'])]
 
 # %% ../nbs/15b_released.ipynb #ec205453
 _QUEUE = ('image_queue', 'text_queue', 'idx_queue', 'queue_ptr')
@@ -417,7 +420,7 @@ def restore(
 @command
 def itm_convert(argv=None)->int:
     "A checkpoint of the authors as a folder of ours, or back; nothing in the file is run"
-    p = argparse.ArgumentParser(prog='itm_convert', description=itm_convert.__doc__)
+    p = Parser(prog='itm_convert', description=itm_convert.__doc__)
     p.add_argument('file', help='the authors\' .pth, .pth.tar or .pt; with --to-released, a folder')
     p.add_argument('--as', dest='kind', default='', metavar='RELEASE', help=', '.join(RELEASES))
     p.add_argument('--vocab', default='', help='vocabulary of the release: word2idx in JSON, vocab.txt, or a folder with a tokeniser')

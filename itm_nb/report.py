@@ -16,6 +16,7 @@ import pandas as pd
 
 from .data import DataError
 from .metrics import bootstrap, corrected_t
+from .read_safely import escape_markup
 from .records import made_up_record, mismatches, pack, read_records, record, recompute, stored_ranks, unpack, write_record
 
 # %% ../nbs/16_report.ipynb #f9375c1a
@@ -232,13 +233,13 @@ def markdown(
     tab:pd.DataFrame,     # from `table` or `differences`
 )->str:                   # a table per data set
     "A table for reading"
-    out, metrics = [], list(dict.fromkeys(tab.metric))
+    out, metrics = [], list(dict.fromkeys(tab.metric)); heads = [escape_markup(label(m)) for m in metrics]
     for data, part in tab.groupby('data', sort=False):
         title = data + (f", minus {part['base'].iloc[0]}" if 'base' in part else '')
-        out += [f'**{title}**', '', '| | ' + ' | '.join(map(label, metrics)) + ' | runs |', '|---|' + '---:|'*(len(metrics)+1)]
+        out += [f'**{escape_markup(title)}**', '', '| | ' + ' | '.join(heads) + ' | runs |', '|---|' + '---:|'*(len(metrics)+1)]
         for row, lines in part.groupby('row', sort=False):
             cells = {r['metric']: _cell(r) for r in lines.to_dict('records')}
-            out.append(f'| {row} | ' + ' | '.join(cells.get(m, '') for m in metrics) + f' | {_runs(lines)} |')
+            out.append(f'| {escape_markup(row)} | ' + ' | '.join(cells.get(m, '') for m in metrics) + f' | {_runs(lines)} |')
         out.append('')
     return '\n'.join([*out, f"Percent: {_NOTE['d' if 'd' in tab else 'source' if 'source' in tab else 'mean']}.", ''])
 
@@ -263,10 +264,10 @@ def latex(
 )->str:                   # LaTeX, needs the package booktabs
     "A table for a paper"
     out, metrics = [], list(dict.fromkeys(tab.metric))
-    line = lambda cells: ' & '.join(str(c).translate(_TEX) for c in cells) + r' \\'
+    line = lambda cells: ' & '.join(' '.join(str(c).split()).translate(_TEX) for c in cells) + r' \\'
     for data, part in tab.groupby('data', sort=False):
         title = data + (f", minus {part['base'].iloc[0]}" if 'base' in part else '')
-        out += [f'% {title}', r'\begin{tabular}{l' + 'r'*(len(metrics)+1) + '}', r'\toprule']
+        out += [' '.join(f'% {title}'.split()), r'\begin{tabular}{l' + 'r'*(len(metrics)+1) + '}', r'\toprule']
         out += [line(['', *map(label, metrics), 'runs']), r'\midrule']
         for row, lines in part.groupby('row', sort=False):
             cells = {r['metric']: _cell(dict(sd=math.nan, lo=math.nan) | r) for r in lines.to_dict('records')}

@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .data import uniform
+from .data import on_host, uniform
 from .language import seven
 from .similarity import devices, gather
 
@@ -49,7 +49,9 @@ def sight(
     b:dict,      # what a loader gives: feats, mask, and boxes where they are asked for
 )->tuple:        # what a model's `image` takes
     "Features or pictures, how many regions are real, and the seven numbers of each box"
-    return (b['feats'], b['mask'].sum(1)) + ((seven(b['boxes']),) if 'boxes' in b else ())
+    num = b['mask'].sum(1)
+    if num.device.type != 'cpu': num.host = on_host(b['mask']).sum(1)
+    return (b['feats'], num) + ((seven(b['boxes']),) if 'boxes' in b else ())
 
 class Step:
     "Everything of one batch, made once, shared by all sources, both directions and all terms"

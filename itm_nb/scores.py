@@ -65,6 +65,7 @@ class Asked:
     gallery:np.ndarray       # (N,) from 0; None: one
     data:dict                # for the record
     rows:np.ndarray=None     # (N,) row of each photo; None: in their order
+    asked:np.ndarray=None    # (N,) bool, photos that a sentence belongs to; None: all
 
 def asked(
     values:dict,       # parameters of the evaluate template
@@ -77,11 +78,21 @@ def asked(
     if own is not None: own = np.unique(own, return_inverse=True)[1].ravel()
     if not values['img_of']: return _of_data(values, N, M, data(), ids, own)
     img_of = _numbers(values['img_of'], M, 'photos of sentences'); there = np.unique(img_of)
-    if there[0] < 0 or there[-1] >= N or len(there) < N:
-        raise DataError(values['img_of'], f'photos {there[0]} to {there[-1]}, {len(there)} of them', f'every row of the scores, 0 to {N-1}')
+    if there[0] < 0 or there[-1] >= N:
+        raise DataError(values['img_of'], f'photos {there[0]} to {there[-1]}', f'rows of the scores, 0 to {N-1}', 'Count rows from 0.')
     what = b''.join(x.tobytes() for x in (img_of, ids, own) if x is not None)
+    if own is not None and len(empty := np.setdiff1d(own, own[there])):
+        raise DataError(values['gallery'], f'{len(empty)} galleries in which no sentence searches', 'a question in every gallery', 'Leave them out.')
+    rest = N - len(there); what += f'of {N}'.encode() * (rest > 0)
     print_ = hashlib.sha256(what).hexdigest()[:16]; label = values['name'] or 'scores from elsewhere'
-    return Asked(img_of, own, dict(name='foreign', label=label, fingerprint=print_, split='test', train=0))
+    data = dict(name='foreign', label=label, fingerprint=print_, split='test', train=0)
+    return Asked(img_of, own, data | _unasked(rest, N), asked=np.isin(np.arange(N), there) if rest else None)
+
+def _unasked(rest:int, N:int)->dict:
+    "What a record says of photos that no sentence belongs to, where there are some"
+    if not rest: return {}
+    print(f'{rest} of {N} photos belong to no sentence: they are searched, but are no queries themselves')
+    return dict(unasked=rest)
 
 def _of_data(values, N, M, corpus, ids, own)->Asked:
     "The test part of a data set"
@@ -102,15 +113,22 @@ def _of_data(values, N, M, corpus, ids, own)->Asked:
 def rank_matrix(
     scores,            # (N, M) array, images in rows; a memory-map is read block by block
     a:Asked,
-)->Ranks:
-    "Ranks of both directions, each query in its own gallery"
+)->Ranks:              # of photos that are asked for, and of all sentences
+    "Ranks of both directions, each query in its own gallery; photos that nobody asks for are searched with the others"
     at = np.arange(scores.shape[0]) if a.rows is None else a.rows
     def part(i, j, own):
         def block(r, c):
             S = np.asarray(scores[np.ix_(at[i[r]], j[c if isinstance(c, slice) else c.numpy()])])
-            return torch.from_numpy(S if S.dtype == np.float64 else S.astype(np.float32))
-        return ranks_blocks(block, len(i), len(j), own)
-    return in_galleries(part, a.img_of, np.zeros(len(at), np.int64) if a.gallery is None else a.gallery)
+            return torch.from_numpy(S.astype(np.float64 if S.dtype.itemsize > 4 else np.float32))
+        return ranks_blocks(block, len(i), len(j), own, unasked=a.asked is not None)
+    r = in_galleries(part, a.img_of, np.zeros(len(at), np.int64) if a.gallery is None else a.gallery)
+    return r if a.asked is None else Ranks(r.i2t[a.asked], r.t2i)
+
+def _of_asked(a:Asked)->tuple:
+    "(M,) photo of each sentence, (N,) gallery of each photo, both among the photos that are asked for"
+    if a.asked is None: return a.img_of, a.gallery
+    gallery = None if a.gallery is None else np.unique(a.gallery[a.asked], return_inverse=True)[1].ravel()
+    return (a.asked.cumsum() - 1)[a.img_of], gallery
 
 def foreign(
     values:dict,       # parameters of the evaluate template; scores: an npy or npz file
@@ -119,13 +137,17 @@ def foreign(
 )->dict:               # the record, of kind 'foreign'
     "Bring scores or ranks that were made elsewhere into the records"
     path = Path(values['scores'])
-    if path.suffix == '.npz': r = _ranks(path); a = asked(values, len(r.i2t), len(r.t2i), data)
+    if path.suffix == '.npz':
+        r = _ranks(path); a = asked(values, len(r.i2t), len(r.t2i), data)
+        if a.asked is not None:
+            raise DataError(values['img_of'], f'{a.data["unasked"]} photos without a sentence', f'every row of i2t, 0 to {len(r.i2t)-1}',
+                            'Ranks are of queries: leave out photos that nobody asks for.')
     else:
         S = _array(path, 'scores', lambda x: x.ndim == 2 and x.dtype.kind == 'f', 'a matrix of real numbers, photos x sentences')
         a = asked(values, *S.shape, data); r = rank_matrix(S, a)
     if path.suffix == '.npz' and a.rows is not None: r = Ranks(r.i2t[a.rows], r.t2i)
-    name = values['arm'] or path.stem
-    return _write(run, r, record(about(values, 'evaluate', name), a.data, r, a.img_of, a.gallery, kind='foreign'))
+    name = values['arm'] or path.stem; img_of, gallery = _of_asked(a)
+    return _write(run, r, record(about(values, 'evaluate', name), a.data, r, img_of, gallery, kind='foreign'))
 
 def _write(run, ranks, rec)->dict:
     "Ranks into the run folder, the record beside it"

@@ -25,10 +25,11 @@ from . import tokens
 from .data import Batches, DataError, Split, Vocabulary, words
 from .figures import style
 from .models import from_pretrained
+from .read_safely import escape_mathtext
 from .readers import recognise
 from .samplers import sight
 from .scenes import draw, parse, show, truth
-from .train import Corpus, config, corpus, embed, load_checkpoint
+from .train import Corpus, check_run, config, corpus, embed, load_checkpoint
 
 # %% ../nbs/18_search.ipynb #4a42af91
 def top_k(
@@ -122,7 +123,7 @@ def open_run(
     models='',         # folder of networks; '': models
 )->Shelf:
     "A shelf of a trained model"
-    run = Path(run); found = load_checkpoint(run/'last')
+    run = Path(run); check_run(run); found = load_checkpoint(run/'last')
     if not (run/'best'/'config.json').is_file() or found is None:
         raise DataError(run, 'no trained model', 'the folder of a finished run', 'Train one: itm_run train; it says where it lies.')
     cfg = config(found[1]['config']); given = Path(folder or '.')
@@ -309,7 +310,8 @@ def bars(
 ):
     "A readable bar for every word, the first on top"
     y = np.arange(len(said)); ax.barh(y, gains, color=colours or '#4c72b0', height=.7); ax.axvline(0, color='.4', lw=.8)
-    ax.set(yticks=y, yticklabels=said, xlabel='score lost without the word', ylim=(len(said)-.5, -.5)); ax.tick_params(axis='y', length=0)
+    ax.set_yticks(y, list(map(escape_mathtext, said))); ax.tick_params(axis='y', length=0)
+    ax.set(xlabel='score lost without the word', ylim=(len(said)-.5, -.5))
 
 # %% ../nbs/18_search.ipynb #02722e04
 def answering(
@@ -349,5 +351,5 @@ def gallery(
     pictures = [picture(s, i) for i in found.image]
     if None in pictures: return None
     last = found.holds if 'holds' in found else found.sentence
-    fig = show(pictures, [fill(f'{x:.2f}  {w}', 34) for x, w in zip(found.score, last)], columns); plt.close(fig)
+    fig = show(pictures, [escape_mathtext(fill(f'{x:.2f}  {w}', 34)) for x, w in zip(found.score, last)], columns); plt.close(fig)
     return fig

@@ -6,7 +6,6 @@
 __all__ = ['SOURCES', 'MAKERS', 'download', 'unpack', 'File', 'Source', 'get', 'verify', 'get_command']
 
 # %% ../nbs/00_sources.ipynb #f7deefb5
-import argparse
 import errno
 import fcntl
 import fnmatch
@@ -20,11 +19,13 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from tqdm import tqdm
 
 from .bytes import sha256_of
+from .commands import Parser, check_place
 from .data import DataError, regular_file, write_atomic
 from .read_safely import inside
 
@@ -37,7 +38,7 @@ class _Again(Exception): "A failure that may pass: worth another try"
 def _reply(url, start, version, wait):
     "The server's answer to a request for everything from byte `start` on"
     ask = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-', 'If-Range': version} if start else {})
-    try: r = requests.get(url, headers=ask, stream=True, timeout=wait)
+    try: r = _followed(url, ask, wait)
     except requests.RequestException as e:
         if isinstance(e, (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)):
             raise DataError(url, 'no address', 'http:// or https://', 'Correct it.') from None
@@ -46,6 +47,18 @@ def _reply(url, start, version, wait):
     r.close()
     if r.status_code >= 500 or r.status_code in (408, 429): raise _Again(f'the server says {r.status_code}')
     raise DataError(url, f'the server says {r.status_code} {r.reason}', 'the file', 'Look whether it has moved.')
+
+def _followed(url, ask, wait, most=10):
+    "The answer at the end of a chain of redirects, all by the scheme of the first address"
+    at = url
+    for _ in range(most):
+        r = requests.get(at, headers=ask, stream=True, timeout=wait, allow_redirects=False)
+        if not r.is_redirect: return r
+        r.close(); to = urljoin(at, r.headers['location'])
+        if (scheme := urlsplit(to).scheme) != urlsplit(url).scheme:
+            raise DataError(url, f'sent on to {scheme}: ({to[:100]})', f'{urlsplit(url).scheme} all the way', 'Do not use this address.')
+        at = to
+    raise DataError(url, f'sent on more than {most} times', 'the file', 'Look whether it has moved.')
 
 def _version(r):
     "What tells one version of a file from another; a weak ETag does not"
@@ -192,7 +205,7 @@ def _write_members(archive, members):
 class File:
     "One file of a source"
     urls:tuple             # addresses of the same file
-    sha256:str=''          # '': not known; written down when it is first fetched
+    sha256:str=''          # as its publisher states it; '': none is stated, so it is written down when it is first fetched
     take:tuple=()          # archives: patterns of what to unpack; (): the archive itself is wanted
     flat:bool=False        # archives: leave out the folders inside
 
@@ -214,6 +227,7 @@ class Source:
 _KAGGLE = 'kaggle datasets download kuanghueilee/scan-features'
 _FLICKR = 'research and education only; the photos belong to their authors'
 _COCO = 'annotations CC BY 4.0; photos under terms of Flickr'
+_COCO_STORE = 'https://s3.amazonaws.com/images.cocodataset.org'       # its own name, images.cocodataset.org, has no certificate
 _STAND, _CXC = 'https://cs.stanford.edu/people/karpathy/deepimagesent', 'https://github.com/google-research-datasets/Crisscrossed-Captions'
 _BLOB = 'https://convaisharables.blob.core.windows.net/uniter/pretrained'
 def _net(repo, what, licence='as its page states'): return Source(what, licence, hub=repo, kind='model')
@@ -230,7 +244,7 @@ SOURCES = {
     'coco': Source('COCO 2014, Karpathy parts: 123,287 photos, five captions each, about 19 GB', _COCO,
                    hub='undefined443/coco-karpathy-wds', make='shards'),
     'coco-photos': Source('COCO 2014 photos, about 19 GB, and annotations', _COCO, tuple(
-        File((f'http://images.cocodataset.org/{x}.zip',), take=('*',)) for x in
+        File((f'{_COCO_STORE}/{x}.zip',), take=('*',)) for x in
         ('zips/train2014', 'zips/val2014', 'annotations/annotations_trainval2014')), make='images'),
     'scan-features': Source('36 x 2048 region features of Flickr30K and COCO in the SCAN layout, captions, about 36 GB',
                             'photos of Flickr30K and COCO: their terms', steps=(
@@ -392,20 +406,28 @@ def verify(
 # %% ../nbs/00_sources.ipynb #6c9a82a8
 def _list(sources)->list:
     "A line for every source"
-    return [f'{k:24} {s.what} ({s.licence})' for k, s in sources.items()]
+    return [f'{k:24} {s.what} ({s.licence}); {_checked(s)}' for k, s in sources.items()]
+
+def _checked(s)->str:
+    "What a source is compared with"
+    if s.hub: return 'hashes of the Hub, by its library'
+    if not s.files: return 'nothing is fetched' if not s.package else 'files of an installed package'
+    known = sum(bool(f.sha256) for f in s.files)
+    if known: return f"the publisher's SHA-256, {known} of {len(s.files)} files"
+    return "no publisher's hash is known: written down when first fetched"
 
 def get_command(
     argv:list,            # what stands behind `itm_data get`
     sources:dict=None,    # None: SOURCES
 )->tuple:                 # (lines, exit code)
     "`itm_data get NAME [FOLDER]`; without a name: what there is"
-    p = argparse.ArgumentParser(prog='itm_data get', description='Fetch data or weights; a broken transfer goes on where it stopped')
+    p = Parser(prog='itm_data get', description='Fetch data or weights; a broken transfer goes on where it stopped')
     p.add_argument('name', nargs='?', default='', help='a name of the list that `itm_data get` alone shows')
     p.add_argument('folder', nargs='?', default='', help='where to (default: data/NAME)')
     p.add_argument('--verify', action='store_true', help='compare what is there with what was noted when it was fetched')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     a = p.parse_args(argv); known = SOURCES if sources is None else sources
     if not a.name: return _list(known), 0
-    folder = Path(a.folder or Path('data')/a.name)
+    folder = check_place(a.folder or Path('data')/a.name, 'folder')
     if not a.verify: return get(a.name, folder, known, progress=not a.quiet), 0
     found = verify(folder); return [f'{said:24} {name}' for name, said in found], int(any(said != 'right' for _, said in found))

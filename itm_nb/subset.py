@@ -6,7 +6,6 @@
 __all__ = ['chosen', 'subset', 'subset_command']
 
 # %% ../nbs/00_subset.ipynb #41e8d6ce
-import argparse
 import json
 import os
 import shutil
@@ -15,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .commands import Parser, check_place, number
 from .data import PARTS, DataError, _scan_files, read_json, read_scan, regular_file, uniform, write_atomic
 from .folds import _indices, _npz_table
+from .read_safely import in_folder
 from .readers import _one, _part, check_layout, open_layout, recognise
 
 # %% ../nbs/00_subset.ipynb #ab6bf95d
@@ -43,11 +44,18 @@ def _save_rows(path, x, rows, block=64 << 20):
 
 def _save_lines(path, lines): write_atomic(path, ''.join(f'{l}\n' for l in lines).encode())
 
-def _cut_scan(folder, to, sizes, seed)->dict:
+def _own(path, folder, follow):
+    "A file of the folder, or one that its user's own link leads to"
+    try: return path if follow or not os.path.lexists(path) else in_folder(path, folder)
+    except DataError as e:
+        raise DataError(e.where, e.found, e.wanted, 'Put the file itself there; if the link is yours: --follow-links.') from None
+
+def _cut_scan(folder, to, sizes, seed, follow)->dict:
     "Write the parts of a SCAN folder, smaller; {part: what was kept, as the old folder has it}"
     kept = {}
     for part in (p for p in PARTS if p in sizes):
-        files, s = _scan_files(folder, part), read_scan(folder, part); rows = chosen(s.img_ids, sizes[part], part, seed)
+        files = _scan_files(folder, part); [_own(p, folder, follow) for p in files.values()]; s = read_scan(folder, part)
+        rows = chosen(s.img_ids, sizes[part], part, seed)
         kept[part] = new = s.subset(rows); here = {k: to/p.name for k, p in files.items()}
         _save_rows(here['ims.npy'], s.feats, rows)
         if os.path.lexists(files['num.npy']): _save_rows(here['num.npy'], s.num, rows)
@@ -56,24 +64,25 @@ def _cut_scan(folder, to, sizes, seed)->dict:
     return kept
 
 # %% ../nbs/00_subset.ipynb #433adf41
-def _cut_karpathy(folder, to, sizes, seed)->dict:
+def _cut_karpathy(folder, to, sizes, seed, follow)->dict:
     "Write a Karpathy folder, smaller; {part: what was kept, as the old folder has it}"
-    path = _one(folder, 'dataset*.json'); d, kept, keep = read_json(path), {}, []
+    path = _own(_one(folder, 'dataset*.json'), folder, follow); d, kept, keep = read_json(path), {}, []
     for part in (p for p in PARTS if p in sizes):
         s = open_layout(folder, part, 'karpathy'); rows = chosen(s.img_ids, sizes[part], part, seed)
         own = [i for i, x in enumerate(d['images']) if _part(x['split'], path) == part]; keep += [own[r] for r in rows]
         kept[part] = s.subset(rows)
         for f in kept[part].files:
-            at = to/Path(f).relative_to(folder); at.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(regular_file(f), at)
+            at = to/Path(f).relative_to(folder); at.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(regular_file(_own(f, folder, follow)), at)
     write_atomic(to/path.name, json.dumps(d | dict(images=[d['images'][i] for i in sorted(keep)]), ensure_ascii=False).encode())
     return kept
 
 _CUTS = dict(scan=_cut_scan, karpathy=_cut_karpathy)
 
 # %% ../nbs/00_subset.ipynb #e9d89d7a
-def _cut_judgements(folder, to, layout, kept)->int:
+def _cut_judgements(folder, to, layout, kept, follow)->int:
     "Write the judgements of kept pairs, by their new ids; how many there are"
-    if not os.path.lexists(path := folder/'judgements.npz'): return 0
+    if not os.path.lexists(path := _own(folder/'judgements.npz', folder, follow)): return 0
     parts = [p for p in kept if p != 'testall' or 'test' not in kept]; now = [open_layout(to, p, layout) for p in parts]
     ids = {k: [np.concatenate([getattr(s, k) for s in x]) for x in ([kept[p] for p in parts], now)] for k in ('img_ids', 'cap_ids')}
     out = {}
@@ -92,6 +101,7 @@ def subset(
     seed:int=None,     # of the sample; None: the first n
     sizes:dict={},     # {part: another number of images}
     layout:str='',     # '': from the files
+    follow_links:bool=False,   # copy what links out of the folder lead to? Only where they are yours
 )->dict:               # images of each part, and `judged`: judgements that went along
     "Write a smaller folder of the same layout; it passes `itm_data check`, or nothing is written"
     folder, to = Path(folder), Path(to); layout = layout or recognise(folder)
@@ -102,8 +112,8 @@ def subset(
     new = to.with_name(f'.{to.name}.{os.getpid()}.tmp')
     try:
         new.mkdir(parents=True)
-        kept = _CUTS[layout](folder, new, {p: sizes.get(p, n) for p in known}, seed)
-        said = {p: len(s) for p, s in kept.items()}; judged = _cut_judgements(folder, new, layout, kept)
+        kept = _CUTS[layout](folder, new, {p: sizes.get(p, n) for p in known}, seed, follow_links)
+        said = {p: len(s) for p, s in kept.items()}; judged = _cut_judgements(folder, new, layout, kept, follow_links)
         write_atomic(new/'subset.json', json.dumps(dict(of=folder.resolve().name, seed=seed, images=said, judged=judged)).encode())
         wrong = [f.text for f in check_layout(new, layout) if f.level == 'error']
         if wrong: raise DataError(folder, wrong[0], 'a folder without errors', 'Run itm_data check on it.')
@@ -117,12 +127,13 @@ def subset_command(
     argv:list,         # what stands behind `itm_data subset`
 )->list:               # of lines
     "`itm_data subset FOLDER TO`"
-    p = argparse.ArgumentParser(prog='itm_data subset', description='Write a smaller data folder of the same layout')
+    p = Parser(prog='itm_data subset', description='Write a smaller data folder of the same layout')
     p.add_argument('folder', help="SCAN's layout, or Karpathy's JSON beside images/"); p.add_argument('to', help='folder to make')
-    p.add_argument('-n', type=int, default=100, help='images of every part (default: 100)')
-    p.add_argument('--seed', type=int, default=None, help='of a sample (default: the first images)')
+    p.add_argument('-n', type=number(int, 1), default=100, help='images of every part (default: 100)')
+    p.add_argument('--seed', type=number(int), default=None, help='of a sample (default: the first images)')
     p.add_argument('--layout', default='', help='default: found out')
-    for part in PARTS: p.add_argument(f'--{part}', type=int, default=None, metavar='N', help='images of this part')
-    a = p.parse_args(argv); sizes = {part: x for part in PARTS if (x := getattr(a, part)) is not None}
-    said = subset(a.folder, a.to, a.n, a.seed, sizes, a.layout); judged = said.pop('judged')
+    p.add_argument('--follow-links', action='store_true', help='copy what links out of the folder lead to: they are yours')
+    for part in PARTS: p.add_argument(f'--{part}', type=number(int, 1), default=None, metavar='N', help='images of this part')
+    a = p.parse_args(argv); check_place(a.to, 'to'); sizes = {part: x for part in PARTS if (x := getattr(a, part)) is not None}
+    said = subset(a.folder, a.to, a.n, a.seed, sizes, a.layout, a.follow_links); judged = said.pop('judged')
     return [*(f'{part}: {x} images' for part, x in said.items()), *([f'{judged} judgements'] if judged else []), f'they lie in {a.to}']

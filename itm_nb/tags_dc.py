@@ -240,8 +240,8 @@ def warm_linear(
     base:float,         # largest step size
     warmup:int,         # steps of rising
     steps:int,          # of the whole run
-    least:float=1e-8,
+    least:float=1e-8,   # where the line is at zero or below it
 )->float:
     "Step size that rises and falls linearly (UNITER, TAGS)"
     share = step/warmup if step < warmup else max(0., (steps-step)/(steps-warmup))
-    return max(base*share, least)
+    return base*share if share > 0 else least

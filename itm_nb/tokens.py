@@ -15,10 +15,14 @@ from .data import DataError, Vocabulary, padded, read_json, regular_file, write_
 # %% ../nbs/00_tokens.ipynb #168c8544
 ENDS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')      # the first five pieces, as BERT has them
 
+_ACCENTS = r'(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{Mn}+'    # marks without which a word is still the same word
+
 def _cleaning():
-    "Lower case, accents dropped; words and punctuation apart"
-    from tokenizers import normalizers, pre_tokenizers
-    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    "Lower case, accents dropped, vowel signs of other scripts kept; words, punctuation and Chinese characters apart"
+    from tokenizers import Regex, normalizers, pre_tokenizers
+    steps = (normalizers.BertNormalizer(lowercase=True, strip_accents=False), normalizers.NFD(),
+             normalizers.Replace(Regex(_ACCENTS), ''), normalizers.NFC())
+    return normalizers.Sequence(list(steps)), pre_tokenizers.BertPreTokenizer()
 
 def _learn(sentences, size)->dict:   # piece -> number
     "Train WordPiece. The trainer numbers letters inside words in the order of a random hash, which decides ties: so we number them first"
@@ -89,7 +93,8 @@ def open_pieces(
     if not any((folder/n).is_file() for n in ('vocab.txt', 'vocab.json', 'spiece.model', 'tokenizer.model')):
         raise DataError(folder, 'no tokeniser', wanted, remedy)
     from transformers import AutoTokenizer
-    try: rules = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True).backend_tokenizer.to_str()
+    safe = dict(local_files_only=True, use_fast=True, trust_remote_code=False)        # left open, it would ask
+    try: rules = AutoTokenizer.from_pretrained(str(folder), **safe).backend_tokenizer.to_str()
     except Exception as e:                              # each of the many classes fails in its own way
         raise DataError(folder, f'a tokeniser that cannot be read ({str(e)[:80]})', wanted, remedy) from None
     return Pieces(rules, longest, folder)

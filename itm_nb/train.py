@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'PICK', 'Corpus', 'corpus', 'in_fold', 'networks', 'vocabulary', 'build', 'optimiser', 'learning_rate',
-           'remembering', 'measure', 'Training', 'tell', 'share', 'Encoder', 'train_step', 'prepare', 'embed',
-           'rank_encoded', 'scores_of', 'rank_split', 'save_checkpoint', 'load_checkpoint', 'resume', 'warm_start',
-           'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks', 'save_ranks', 'load_ranks', 'fit',
-           'evaluate']
+           'remembering', 'measure', 'Training', 'tell', 'share', 'Encoder', 'train_step', 'NotFinite', 'refuse_nan',
+           'prepare', 'embed', 'rank_encoded', 'scores_of', 'rank_split', 'save_checkpoint', 'load_checkpoint',
+           'resume', 'check_run', 'warm_start', 'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks',
+           'save_ranks', 'load_ranks', 'fit', 'evaluate']
 
 # %% ../nbs/14_train.ipynb #27704cd1
 import fcntl
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import tokens
-from .bytes import sha256_of
+from .bytes import broken, sha256_of, stamped, stamped_lines, sync
 from .config import CHOICES, VSRN, Config, config
 from .cross_attention import SCORES
 from .data import Batches, DataError, Split, Vocabulary, fingerprint, order, purpose_key, read_scan, write_atomic
@@ -51,7 +51,7 @@ from .samplers import Step, sight
 from .models import from_pretrained, model_of, save_pretrained
 from .parts import FORMS, describe_image, describe_text, network_of
 from .similarity import Model, are_vectors, devices, join
-from .towers import VisionTower, describe, fill, find, groups, longest, temperature, weights_print
+from .towers import VisionTower, describe, fill, find, groups, longest, suited, temperature, weights_print
 
 # %% ../nbs/14_train.ipynb #bda65e38
 @dataclass
@@ -102,10 +102,11 @@ def corpus(
         world = kept(cache or Path('runs')/'worlds', cfg.preset, cfg.rho, cfg.seed if cfg.world < 0 else cfg.world)
         return Corpus(cfg.name or f'scenes {cfg.preset}, rho {cfg.rho:g} %', world.split, world, **places)
     if not folder: raise DataError('folder', 'no data folder', 'the folder of a data set', 'Give one: -p folder PATH.')
+    more = {k: v for k in ('columns', 'separator', 'max_captions', 'captions_of_split') if (v := getattr(cfg, k))}     # of the readers
     if cfg.data == 'images':
         from itm_nb.readers import open_layout
-        read = lambda part: open_layout(folder, part, cfg.layout)
-    else: read = lambda part: read_scan(folder, part, dims=cfg.dims or None, regions=_columns(cfg.regions))
+        read = lambda part: open_layout(folder, part, cfg.layout, **more)
+    else: read = lambda part: read_scan(folder, part, dims=cfg.dims or None, regions=_columns(cfg.regions), **more)
     return Corpus(cfg.name or Path(folder).name, read, **places)
 
 # %% ../nbs/14_train.ipynb #c5be07f1
@@ -127,7 +128,8 @@ def networks(
     models='',       # folder of networks; '': models
 )->tuple:            # Network that sees, Network that reads; None where the towers are our own
     "The networks of a configuration"
-    return tuple(find(name, models) if name else None for name in (cfg.vision, cfg.text_model))
+    sides = (('vision', cfg.vision), ('text', cfg.text_model))
+    return tuple(suited(find(name, models), side) if name else None for side, name in sides)
 
 def _reading(source)->dict: return source.config.get('text_config', source.config)     # of a pair, the half that reads
 
@@ -293,7 +295,10 @@ class Training:
     meter:Tensor = None              # sums of loss, gradient norm, clipped steps, and their number since the last log line
     log_bytes:int = 0
     pick_bytes:int = 0
+    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))    # over log and picks so far
+    best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     code:str = ''                    # hash of the method's source where it is not the package's own
+    recent:list = field(default_factory=list)     # (step, learning rate, costs, gradient norm) since it was last asked whether they are finite
 
     @cached_property
     def core(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
@@ -403,8 +408,29 @@ def train_step(
     norm = t.accelerator.clip_grad_norm_(t.core.parameters(), cfg.clip or torch.inf)
     t.opt.step()
     tell(t.owners(), 'after_step', step)
+    t.recent.append((t.step, learning_rate(cfg, t.step, t.steps), parts, norm))
     t.meter += torch.stack([sum(parts.values()), norm, (norm > (cfg.clip or torch.inf)).float(), torch.ones_like(norm)])
     return parts
+
+# %% ../nbs/14_train.ipynb #1699cf37
+class NotFinite(ArithmeticError): "A loss or a gradient that is not a finite number; training stops at once"
+
+def refuse_nan(
+    t:Training,
+):
+    "Raise `NotFinite` for the first step since the last call whose costs or gradient are not finite: step, method, term, learning rate"
+    recent, t.recent = t.recent, []
+    for step, rate, parts, norm in recent:
+        odd = [k for k, v in (parts | {'the gradient': norm}).items() if not v.isfinite()]
+        if not odd: continue
+        epoch = step//t.per_epoch; name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.before
+        said = ', '.join(f'{k} is {float((parts | {"the gradient": norm})[k])}' for k in odd)
+        raise NotFinite(f'step {step+1} of {t.steps} (epoch {epoch+1}), method {name}: {said}, at learning rate {rate:.3g}; '
+                        'give a lower lr, a clip, or look at the data and the method')
+
+def _waits(t:Training, *there)->bool:
+    "Is the device waited for in this step anyway? A CPU always is"
+    return any(there) or t.accelerator.device.type == 'cpu'
 
 # %% ../nbs/14_train.ipynb #ce834a32
 def _own_temperature(cfg, models)->float:
@@ -424,9 +450,10 @@ def prepare(
     device:str='cpu',        # 'cpu', or 'auto' for the accelerator where there is one
     lists='',                # folder of mined lists, for methods that use them
     generator='',            # folder of the run whose model writes sentences, likewise
+    allow_code:bool=False,   # may the method be one's own code? Never where its name was read from a file
 )->Training:
     "Data on the device, a fresh model, its optimiser and the schedule of methods"
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads); networks(cfg, data.models)       # an impossible network is refused before data are opened
     accelerator = Accelerator(cpu=device == 'cpu', mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
@@ -438,7 +465,7 @@ def prepare(
     opt = accelerator.prepare(optimiser(cfg, model))      # not the model: `_sum_devices` does what a wrapper would, for all heads
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models), model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator))
-    phases = schedule(cfg.method, cfg.warmup, cfg.before, **settings)
+    phases = schedule(cfg.method, cfg.warmup, cfg.before, allow_code, **settings)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
 
@@ -508,10 +535,18 @@ def save_checkpoint(
     folder = Path(folder); new, old = folder.with_name('new.tmp'), folder.with_name('previous')
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new/'tensors.safetensors')
-    with open(new/'tensors.safetensors', 'rb') as f: os.fsync(f.fileno())
+    sync(new/'tensors.safetensors')
     write_atomic(new/'state.json', json.dumps(dict(seal=_seal(state, new/'tensors.safetensors'), state=state), sort_keys=True).encode())
     if folder.exists(): shutil.rmtree(old, ignore_errors=True); os.replace(folder, old)
-    os.replace(new, folder)
+    os.replace(new, folder); sync(folder.parent)
+
+def _whole(at)->tuple:   # (tensors, state)
+    "A checkpoint, if its seal holds; else a ValueError"
+    try:
+        found = json.loads((at/'state.json').read_text('utf-8'))
+        if found['seal'] != _seal(found['state'], at/'tensors.safetensors'): raise ValueError('the seal does not match')
+        return load_file(at/'tensors.safetensors'), found['state']
+    except (OSError, KeyError, TypeError) as e: raise ValueError(str(e)) from None
 
 def load_checkpoint(
     folder,
@@ -520,11 +555,8 @@ def load_checkpoint(
     folder = Path(folder)
     for at in (folder, folder.with_name('previous')):
         if not at.is_dir(): continue
-        try:
-            found = json.loads((at/'state.json').read_text('utf-8'))
-            if found['seal'] != _seal(found['state'], at/'tensors.safetensors'): raise ValueError('the seal does not match')
-            return load_file(at/'tensors.safetensors'), found['state']
-        except (OSError, ValueError, KeyError, TypeError) as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
+        try: return _whole(at)
+        except ValueError as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
     return None
 
 # %% ../nbs/14_train.ipynb #762eaedf
@@ -534,6 +566,7 @@ def _pack(t:Training)->tuple:   # (tensors, state)
     for i, s in t.opt.state_dict()['state'].items(): tensors |= {f'opt.{i}.{k}': v for k, v in s.items()}
     for i, o in enumerate(_keepers(t)): tensors |= {f'owner.{i}.{k}': v for k, v in o.state_dict().items()}
     return tensors, dict(step=t.step, best=list(t.best), history=t.history, log_bytes=t.log_bytes, pick_bytes=t.pick_bytes,
+                         sealed={k: h.hexdigest() for k, h in t.running.items()} | dict(best=t.best_files),
                          config=asdict(t.cfg), prints=t.prints, code=t.code)
 
 def _keepers(t:Training)->list: return [o for o in t.owners() if hasattr(o, 'state_dict')]
@@ -552,26 +585,127 @@ def _unpack(t:Training, tensors:dict, state:dict):
     t.meter = tensors['meter'].to(t.meter.device)
     t.step, t.best, t.history = state['step'], tuple(state['best']), state['history']
     t.log_bytes, t.pick_bytes = state['log_bytes'], state['pick_bytes']
+    t.best_files = state.get('sealed', {}).get('best', {})
 
-def resume(
-    t:Training,
-    run:Path,      # run folder
-)->bool:           # was there anything to go on from?
-    "Go on from the newest whole checkpoint; the log is cut to it. Another configuration or other data is refused"
-    found = load_checkpoint(run/'last')
-    if found is None:
-        if leads(): (run/'log.jsonl').write_bytes(b''); (run/'picks.bin').write_bytes(b'')
-        return False
-    tensors, state = found
+# %% ../nbs/14_train.ipynb #510b7791
+def _prefix(
+    path,         # of a file that grows
+    n:int,        # bytes
+):                # a running SHA-256 of its first n bytes
+    "What a file held when it was n bytes long"
+    running, left = hashlib.sha256(), n
+    if not n: return running
+    with open(path, 'rb') as f:
+        while left and (raw := f.read(min(left, 1 << 20))): running.update(raw); left -= len(raw)
+    if left: raise ValueError(f'{path.name} is {left} bytes short')
+    return running
+
+def _best_at(
+    run:Path,
+    files:dict,    # name -> SHA-256
+)->Path:
+    "Where the best model lies that a checkpoint knows"
+    for at in (run/'best', run/'best.new', run/'previous'/'best'):
+        if all((at/n).is_file() and sha256_of(at/n) == hash_ for n, hash_ in files.items()): return at
+    lost = next((n for n in files if not (run/'best'/n).is_file()), '')
+    raise ValueError(f'best/{lost} is missing' if lost else 'best/ holds another model')
+
+def _beside(
+    run:Path,
+    state:dict,    # of a whole checkpoint
+)->dict:           # running hashes of the log and the picks
+    "Does the rest of a run folder stand as a checkpoint knows it? ValueError with the file's name where it does not"
+    sealed = state.get('sealed', {}); out = {}                  # nothing is sealed in checkpoints of earlier versions: there lengths must do
+    for key, name, n in (('log', 'log.jsonl', state['log_bytes']), ('picks', 'picks.bin', state['pick_bytes'])):
+        try: out[key] = _prefix(run/name, n)
+        except OSError: raise ValueError(f'{name} is missing') from None
+        if sealed and out[key].hexdigest() != sealed[key]: raise ValueError(f'{name} holds other bytes than it did')
+    if not sealed and state['best'][1] >= 0 and not (run/'best').is_dir(): raise ValueError('best/ is missing')
+    if sealed: _best_at(run, sealed['best'])
+    return out
+
+# %% ../nbs/14_train.ipynb #fb7f5453
+def _same(t:Training, run, state):
+    "Refuse a checkpoint of another run"
     same = [(name, state.get(k), want) for name, k, want in
             (('settings', 'config', asdict(t.cfg)), ('data', 'prints', t.prints), ('source of its method', 'code', t.code))]
     for name, have, want in same:
         if have == want: continue
         raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}', 'Use another run folder, or remove this one.')
-    _unpack(t, tensors, state)
-    if leads():
-        (run/'picks.bin').touch(); os.truncate(run/'log.jsonl', t.log_bytes); os.truncate(run/'picks.bin', t.pick_bytes)
+
+def _trusted(t:Training, run:Path)->tuple:    # (folder, tensors, state, running hashes), or None
+    "The newest checkpoint that can be gone on from; nothing is changed"
+    for at in (run/'last', run/'previous'):
+        if not at.is_dir(): continue
+        try: tensors, state = _whole(at)
+        except ValueError as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})'); continue
+        _same(t, run, state)
+        try: return at, tensors, state, _beside(run, state)
+        except ValueError as e: warnings.warn(f'{at.name}: checkpoint passed over ({e})')
+    return None
+
+# %% ../nbs/14_train.ipynb #41e59d74
+def _put_best(run:Path):
+    "The checkpoint that knows it is in place: the new best model takes its own; the one before goes to the checkpoint before"
+    if not (run/'best.new').is_dir(): return
+    old = run/'previous'/'best'; shutil.rmtree(old, ignore_errors=True)
+    if (run/'best').is_dir() and (run/'previous').is_dir(): os.replace(run/'best', old)
+    shutil.rmtree(run/'best', ignore_errors=True)
+    os.replace(run/'best.new', run/'best'); sync(run)
+
+def _take_best(run:Path, files:dict):
+    "Put the best model that a checkpoint knows into its place, and remove any other"
+    at = _best_at(run, files) if files else None
+    if at == run/'best.new': return _put_best(run)
+    if at != run/'best': shutil.rmtree(run/'best', ignore_errors=True)
+    if at == run/'previous'/'best': os.replace(at, run/'best')
+    shutil.rmtree(run/'best.new', ignore_errors=True)
+
+def _settle(
+    run:Path,
+    at:Path,       # the checkpoint that is gone on from; None: there is none
+    state:dict,
+):
+    "Make a run folder what a checkpoint knows, or empty"
+    _whole_lines(run/'timing.jsonl')
+    if at is None:
+        for name in ('last', 'previous', 'new.tmp', 'best.new', 'best'): shutil.rmtree(run/name, ignore_errors=True)
+        (run/'log.jsonl').write_bytes(b''); (run/'picks.bin').write_bytes(b''); return
+    if at.name == 'previous': shutil.rmtree(run/'last', ignore_errors=True)
+    if 'sealed' in state: _take_best(run, state['sealed']['best'])
+    if at.name == 'previous': shutil.rmtree(at/'best', ignore_errors=True); os.replace(at, run/'last')
+    for name, n in (('log.jsonl', state['log_bytes']), ('picks.bin', state['pick_bytes'])):
+        (run/name).touch(); os.truncate(run/name, n)
+
+def _whole_lines(path):
+    "Drop the lines of the clock that a kill has cut or somebody has changed"
+    lines = ''.join(map(stamped, stamped_lines(path))).encode()
+    if path.is_file() and path.read_bytes() != lines:
+        warnings.warn(f'{path.name}: lines that are not whole were dropped'); write_atomic(path, lines)
+
+# %% ../nbs/14_train.ipynb #a9dd4052
+def resume(
+    t:Training,
+    run:Path,      # run folder
+)->bool:           # was there anything to go on from?
+    "Go on from the newest checkpoint that can be trusted; the rest is made what it was then. Other settings or data are refused"
+    at, tensors, state, running = _trusted(t, run) or (None,)*4
+    t.accelerator.wait_for_everyone()          # of several processes all have looked before the first one changes anything
+    if leads(): _settle(run, at, state)
+    t.accelerator.wait_for_everyone()
+    if at is None: return False
+    _unpack(t, tensors, state); t.running = running
     return True
+
+def check_run(
+    run,           # run folder, finished or not
+):
+    "Refuse a run whose files are not what it left: by its list where it is finished, else by its last checkpoint"
+    run = Path(run); why = broken(run) if (run/'DONE').is_file() else ''
+    if not (run/'DONE').is_file() and (run/'last').is_dir():
+        try: _beside(run, _whole(run/'last')[1])
+        except ValueError as e: why = str(e)
+    if why: raise DataError(run, why, 'the files as the run left them', 'Run it again: what cannot be trusted is made anew.')
 
 # %% ../nbs/14_train.ipynb #45f03227
 def _same_words(a, b)->bool:
@@ -586,7 +720,7 @@ def warm_start(
     carry:bool=False,    # the last weights with the optimiser's moments; else the best weights alone
 ):
     "Begin with the weights of another run; owners of state begin empty"
-    folder = Path(folder); remedy = 'The run that is started from needs the same data and model.'
+    check_run(folder); folder = Path(folder); remedy = 'The run that is started from needs the same data and model.'
     if not _same_words(tokens.load(folder/'best'/'vocab.json'), t.vocab):
         raise DataError(folder, 'a run with another vocabulary', 'the words of this training split', remedy)
     found = load_checkpoint(folder/'last') if carry else None
@@ -636,7 +770,8 @@ LOG_EVERY = 50     # steps between two lines of the log
 def _say(t:Training, run:Path, **line):
     "Append a line to the log: nothing of the clock, so it is the same on every machine and after every resume"
     if not leads(): return
-    with open(run/'log.jsonl', 'ab') as f: f.write((json.dumps(line)+'\n').encode()); f.flush(); t.log_bytes = f.tell()
+    raw = (json.dumps(line)+'\n').encode(); t.running['log'].update(raw)
+    with open(run/'log.jsonl', 'ab') as f: f.write(raw); f.flush(); t.log_bytes = f.tell()
 
 def _log(t:Training, run:Path, epoch:int, clock:list):
     "One line of means since the last, and one of the clock; the only place that waits for the device"
@@ -646,8 +781,8 @@ def _log(t:Training, run:Path, epoch:int, clock:list):
     now = time.perf_counter(); seconds, clock[0] = now-clock[0], now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     with open(run/'timing.jsonl', 'a') as f:
-        line = dict(step=t.step, steps=t.steps, seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak))
-        f.write(json.dumps(line)+'\n')
+        f.write(stamped(dict(step=t.step, since=t.step - int(n), steps=t.steps, seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch,
+                             peak_mib=round(peak))))
 
 PICK = np.dtype([(k, '<i8') for k in ('step', 'epoch', 'image', 'caption', 'other_image', 'other_caption')]      # ids; -1: unknown
                 + [('score', '<f4'), ('positive', '<f4'), ('side', 'S3'), ('source', 'S16')])
@@ -670,6 +805,7 @@ def _note(t:Training, run:Path, epoch:int, seen:list):
     "Append picks to the log of picks: a sample, in the steps that are logged"
     raw = b''.join(_rows(t, epoch, *x).tobytes() for x in seen)
     if not leads(): return
+    t.running['picks'].update(raw)
     with open(run/'picks.bin', 'ab') as f: f.write(raw); f.flush(); t.pick_bytes = f.tell()
 
 def load_picks(
@@ -687,7 +823,20 @@ def _validate(t:Training, run:Path, epoch:int):
     _say(t, run, step=t.step, epoch=epoch, val=m, **(dict(monitor=told) if told else {}))
     if m['rsum'] > t.best[0]:
         t.best = (m['rsum'], epoch)
-        if leads(): save_pretrained(t.core, run/'best'); t.vocab.save(run/'best'/'vocab.json')
+        if leads(): _new_best(t, run/'best.new')
+
+def _new_best(t:Training, at:Path):
+    "The best model so far, on the disk; it takes its place when the checkpoint that knows it has been written"
+    shutil.rmtree(at, ignore_errors=True)
+    save_pretrained(t.core, at); t.vocab.save(at/'vocab.json')
+    for p in (*at.iterdir(), at): sync(p)
+    t.best_files = {p.name: sha256_of(p) for p in sorted(at.iterdir())}
+
+def _keep(t:Training, run:Path):
+    "A checkpoint: what it stands on reaches the disk first"
+    for name in ('log.jsonl', 'picks.bin'):
+        if (run/name).is_file(): sync(run/name)
+    save_checkpoint(run/'last', *_pack(t)); _put_best(run)
 
 def _halt(t:Training, stop:list, due:bool)->bool:
     "Has this process been asked to stop - or, of several, any of them? Those ask each other only where they wait anyway"
@@ -706,7 +855,8 @@ def save_ranks(path, r:Ranks):
     "Ranks as a file; written whole or not at all"
     if not leads(): return
     tmp = Path(path).with_name('ranks.tmp.npz')
-    np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32')); os.replace(tmp, path)
+    np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32')); sync(tmp)
+    os.replace(tmp, path); sync(tmp.parent)
 
 def load_ranks(path)->Ranks:
     "Ranks from a file"
@@ -726,11 +876,12 @@ def fit(
     carry:bool=False,          # with `init`: go on with its optimiser too
     lists='',                  # folder of mined lists, for methods that use them
     generator='',              # folder of the run whose model writes sentences, likewise
+    allow_code:bool=False,     # may the method be one's own code? Never where its name was read from a file
 )->Training:                   # holding the best model
     "Train to the end, from where the last checkpoint left off"
     run = Path(run)
     with locked(run) if leads() else nullcontext(), stop_signal() as stop:
-        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator)
+        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code)
         if not resume(t, run) and init: warm_start(t, init, carry)
         clock = [time.perf_counter()]
         bar = tqdm(total=t.steps, initial=t.step, disable=not progress or not leads(), mininterval=1., desc=cfg.method, unit='step')
@@ -741,11 +892,12 @@ def fit(
             ends, due = i == t.per_epoch-1, (t.step+1) % LOG_EVERY == 0; seen = [] if ends or due else None
             train_step(t, caps, epoch, seen); t.step += 1; bar.update()
             if on_step: on_step(t.step)
+            if _waits(t, stop, ends, due, t.step % every == 0): refuse_nan(t)
             if seen is not None: _note(t, run, epoch, seen)
             halt = _halt(t, stop, ends or due)
             if ends or due: _log(t, run, epoch, clock)
             if ends: _validate(t, run, epoch)
-            if (ends or halt or t.step % every == 0) and leads(): save_checkpoint(run/'last', *_pack(t))
+            if (ends or halt or t.step % every == 0) and leads(): _keep(t, run)
             if halt: raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
         bar.close()
         return _finished(t, run)
@@ -758,7 +910,7 @@ def evaluate(
     device='cpu',
 )->tuple:                  # (Ranks, Split, Batches)
     "Ranks of a split by the best model of a run, written to `ranks_<part>.npz`"
-    run = Path(run)
+    run = Path(run); check_run(run)
     vocab, model = tokens.load(run/'best'/'vocab.json'), from_pretrained(run/'best', device)
     data = remembering(model, data, vocab, (part,))
     batches = data.batches(data.split(part), vocab, device)

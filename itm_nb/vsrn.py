@@ -12,11 +12,10 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from . import encoders, towers
-from .data import DataError
-from .encoders import GRUTower, RegionTower, Words, real
+from .data import DataError, on_host, upload
+from .encoders import GRUTower, RegionTower, Words, real, run_gru
 
 # %% ../nbs/03_vsrn.ipynb #81278003
 class Reasoning(nn.Module):
@@ -41,7 +40,9 @@ class Reasoning(nn.Module):
         some = keep.unsqueeze(-1)
         related = self.theta(v) @ (self.phi(v)*some).mT / keep.sum(1).view(-1, 1, 1)
         u = self.W(related @ self.g(v))
-        if self.norm: u = torch.zeros_like(u).masked_scatter(some, self.norm(u[keep]))
+        if self.norm:
+            at = upload(on_host(keep).flatten().nonzero()[:,0], v.device); flat = u.flatten(0, 1)
+            u = torch.zeros_like(flat).index_copy(0, at, self.norm(flat.index_select(0, at))).view_as(u)
         return v + u*some
 
 # %% ../nbs/03_vsrn.ipynb #8a8eb3e0
@@ -75,6 +76,7 @@ class VSRNTower(nn.Module):
     def states(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
         "The regions after reasoning: what the GRU and the captioner read; zero where not real"
         keep = real(num, feats.shape[1])
+        if keep.device.type != 'cpu': keep.host = real(on_host(num), feats.shape[1])
         v = self.linear(self.drop(feats)).masked_fill(~keep.unsqueeze(-1), 0.)
         if self.early_norm: v = region_norm(v, self.over)
         for block in self.blocks.values(): v = block(v, keep)
@@ -95,8 +97,8 @@ def last_state(
     lengths:Tensor,     # (B,) how many are real
 )->Tensor:              # (B, dim)
     "The state after the last real element"
-    if (lengths == x.shape[1]).all(): return gru(x)[1][0]
-    return gru(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))[1][0]
+    if (on_host(lengths) == x.shape[1]).all(): return gru(x)[1][0]
+    return run_gru(gru, x, lengths)[1][0]
 
 # %% ../nbs/03_vsrn.ipynb #fe35dc1d
 class LastTower(nn.Module):

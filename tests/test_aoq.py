@@ -13,7 +13,8 @@ import torch
 
 from itm_nb.aoq import PRESETS, STAGES, aoq, kept, lists_of
 from itm_nb.data import SPECIALS, Batches, DataError, Split, Vocabulary, fingerprint
-from itm_nb.methods import Method, costs, explain, fetches, schedule
+from itm_nb.fne import bank_source
+from itm_nb.methods import Method, costs, explain, fetches, named, schedule
 from itm_nb.offline import SHARE, Draw, Lists, depth, load_lists, mine_model, save_lists
 from itm_nb.runs import OF_A_RUN, finish
 from itm_nb.samplers import Source, Step, View, in_batch, semi_hard, top
@@ -176,6 +177,54 @@ def test_any_pick_may_be_the_online_negative(tmp_path):
     assert one(a, train, S) == one(b, train, S) != one(d, train, S) == one(c, train, S); assert abs(one(e, train, S) - one(d, train, S)) < 1e-12
 
 
+# ---------------------------------------------------------------- the gradient through the weight, and the mixture with FNE
+
+class Vectors:
+    "A dual model of free vectors, one for each image and each sentence"
+    def __init__(self, v, t): self.v, self.t = v, t
+    def image(self, feats, num): return self.v[feats.reshape(len(feats), -1)[:,0].long()]
+    def text(self, tokens, lengths): return self.t[tokens[:,1] - len(SPECIALS)]
+    def pairs(self, img, txt): return (img*txt).sum(1)
+    def matrix(self, img, txt): return img @ txt.T
+    def at(self, anchor, other, idx, i2t=True): return torch.einsum('bd,bkd->bk', anchor, other[idx])
+
+
+def pulled(method, tmp_path):
+    "(loss, gradient in image and sentence vectors) of a method, in a batch in which online negatives are drawn far below the offline ones"
+    g = torch.Generator().manual_seed(3); v, t = (torch.nn.functional.normalize(torch.randn(n, 4, generator=g).double(), dim=1).requires_grad_() for n in (N, M))
+    train = train_of(); save(tmp_path, v @ t.T, train.split, (4, 2)); made = named(method, lists=str(tmp_path), train=train, seed=0)
+    step = step_of(train, Vectors(v, t), made, torch.tensor([0, 3, 5, 9, 11, 13])); loss = sum(costs(made, step).values())
+    return loss.item(), torch.cat([x.flatten() for x in torch.autograd.grad(loss, (v, t))])
+
+
+OLD, DRAW = 'aoq({}share=0.25),on=itm_nb.fne:bank_source({})', "pool='batch', floor='none'"
+
+def test_the_mixture_is_detached_and_the_old_string_means_what_it_meant(tmp_path):
+    "One loss; the gradient of aoq_fne is that of the detached weight, that of the committed string the other"
+    old, said, kept_, new, asked = (pulled(m, tmp_path) for m in (OLD.format('', DRAW), OLD.format('detach=True, ', DRAW), OLD.format('detach=False, ', DRAW), f'aoq_fne(share=0.25, {DRAW})',
+                                                                  f'aoq_fne(share=0.25, detach=False, {DRAW})'))
+    assert old[0] == said[0] == kept_[0] == new[0] == asked[0] > 0
+    assert torch.equal(old[1], kept_[1]) and torch.equal(old[1], asked[1]) and torch.equal(new[1], said[1]) and (old[1] - new[1]).abs().max() > .01
+
+
+@pytest.mark.parametrize('how, detached', [('', False), ("on='hardest', ", False), ("on='uniform', ", True), ("on='semi_hard', ", True), ("on='uniform', detach=False, ", False), ('detach=True, ', True),
+                                           ("preset='faithful', ", False), ("preset='faithful', on='uniform', ", True), ("placebo='detached', ", True), ("placebo='detached', detach=False, ", True)])
+def test_the_weight_is_detached_wherever_the_online_negative_is_not_the_hardest(how, detached, tmp_path):
+    "Against the same setting with `detach` said: equal to the one, not to the other"
+    plain = how.replace('detach=False, ', '').replace('detach=True, ', '').replace("placebo='detached', ", '')
+    got, yes, no = (pulled(f'aoq({x}share=0.25)', tmp_path)[1] for x in (how, plain + 'detach=True, ', plain + 'detach=False, '))
+    assert torch.equal(got, yes if detached else no) and not torch.equal(yes, no)
+
+
+def test_the_mixture_of_another_pool_and_of_a_pick_of_ones_own(tmp_path):
+    train = train_of(); save(tmp_path, table(), train.split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25)
+    def force(**more):
+        off = torch.tensor([.5], requires_grad=True); one_ = torch.ones(1, 1).bool(); p = torch.tensor([.6])
+        n = {'on': torch.tensor([[.45]]), 'on.ok': one_, 'on.pos': p, 'off': off[:,None], 'off.ok': one_, 'off.pos': p}; aoq(**kw, **more)[1]['aoq'](n).backward(); return off.grad.item()
+    assert force() == pytest.approx(-.05/.3, abs=1e-6) == force(pool=in_batch, detach=False)
+    assert force(pool=in_batch) == force(on=top(2)) == force(pool=bank_source(queue=8).pool) == 0
+
+
 # ---------------------------------------------------------------- from a finished run to lists to training
 
 TINY = Config(preset='tiny', text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=0, epochs=2, batch=64, method='vse0', dropout=0., lr=5e-3)
@@ -203,7 +252,7 @@ def test_mined_lists_are_those_of_brute_force(mined):
 @pytest.mark.parametrize('name, change', [
     ('dual', {}), ('faithful', dict(method="aoq(preset='faithful', share=0.02)")), ('scan', dict(similarity='scan_t2i')), ('bfan', dict(similarity='bfan_equal')),
     ('cross', dict(similarity='cross', layers=1, heads=2, batch=128)), ('vsrn', dict(image='vsrn', text='gru_last', captioner=8, method='aoq(share=0.02)|caption()')),
-    ('fne', dict(method="aoq(share=0.02),on=itm_nb.fne:bank_source()")),
+    ('fne', dict(method="aoq(share=0.02),on=itm_nb.fne:bank_source()")), ('fne detached', dict(method='aoq_fne(share=0.02, queue=64)')),
     ('late', dict(method="aoq(placebo='constant', share=0.02)", warmup=1))])
 def test_every_kind_of_model_trains_on_mined_lists(name, change, mined, tmp_path):
     t = fit(replace(TINY, **dict(method='aoq(share=0.02)', epochs=1 + (name == 'late')) | change), tmp_path/name, progress=False, lists=str(mined[0]))

@@ -71,7 +71,22 @@ def scan(at):
         (at/f'{part}_ids.txt').write_text(''.join(f'{a + i}\n' for i in range(4)))
         (at/f'{part}_caps.txt').write_text(''.join(f'sentence {k} of {a + i}\n' for i in range(4) for k in range(2)))
 
-SOUND = dict(karpathy=karpathy, albef=albef, captions=captions, jsonl=jsonl, boxes=boxes, scan=scan)
+def imagefolder(at):
+    for p in ('train', 'val', 'test'):
+        d = at/dict(val='validation').get(p, p); d.mkdir()
+        for i in range(8):
+            if PART[i] == p: draw(d/f'p{i}.png', i)
+        with open(d/'metadata.csv', 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows([('file_name', 'caption'), *(r[:2] for r in rows() if r[2] == p)])
+
+def kaggle(at):
+    for i in range(8): draw(at/'Images'/f'p{i}.png', i)
+    with open(at/'captions.txt', 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows([('image', 'caption'), *(r[:2] for r in rows())])
+
+def flickr30k(at):
+    for i in range(8): draw(at/'flickr30k_images'/f'p{i}.png', i)
+    (at/'results.csv').write_text('image_name| comment_number| comment\n' + ''.join(f'p{i}.png| {k}| {c}\n' for i in range(8) for k, c in enumerate(CAPS[i])))
+
+SOUND = dict(karpathy=karpathy, albef=albef, captions=captions, jsonl=jsonl, boxes=boxes, scan=scan, imagefolder=imagefolder, kaggle=kaggle, flickr30k=flickr30k)
 
 def make(at, kind): at.mkdir(parents=True, exist_ok=True); SOUND[kind](at); return at
 
@@ -171,14 +186,22 @@ BROKEN = {
     'entry without image': ('albef', tree(A, lambda d: d[1].pop('image') and None), A, 'file name'),
     'entry without caption': ('albef', tree(A, lambda d: d[1].pop('caption') and None), A, "the caption 'None'"),
     'caption list holding a number': ('albef', tree('a_val.json', lambda d: d[0].update(caption=['a', 1])), 'a_val.json', "the caption '1'"),
-    'an image in train and val': ('albef', tree('a_val.json', lambda d: d[0].update(image='images/p0.png')), 'set', 'p0.png in train and in val'),
+    'an image in train and val': ('albef', tree('a_val.json', lambda d: d[0].update(image='images/p0.png')), 'a_val.json', 'p0.png in train and in val'),
+    'image_id is NaN': ('albef', tree(A, lambda d: d[1].update(image_id=float('nan'))), A, "image_id 'nan'"),
+    'image_id of two images': ('albef', tree(A, lambda d: [x.update(image_id='coco_1') for x in d] and None), A, "image_id 'coco_1' of images/p1.png"),
+    'image_id is a list': ('albef', tree(A, lambda d: d[1].update(image_id=[1])), A, "image_id '[1]'"),
     'no val list': ('albef', lambda at: (at/'a_val.json').unlink(), 'set', '0 files'),
     'albef path up': ('albef', tree(A, lambda d: d[1].update(image='x/../../y.png')), A, 'leaves the folder'),
     'albef caption list empty': ('albef', tree('a_val.json', lambda d: d[0].update(caption=[])), 'a_val.json', 'no caption'),
     'another column': ('captions', edit(C, 'caption', 'comment'), C, 'the columns file, comment, split'),
     'a misspelt split': ('captions', edit(C, 'split', 'spilt'), C, 'the columns file, caption, spilt'),
     'a column twice': ('captions', edit(C, 'split', 'caption'), C, 'the columns file, caption, caption'),
-    'semicolons': ('captions', raw(C, lambda b: b.replace(b',', b';')), C, 'the columns file;caption;split'),
+    'semicolons in the first line alone': ('captions', edit(C, 'file,caption,split', 'file;caption;split'), C, 'fields instead of 3'),
+    'colons': ('captions', raw(C, lambda b: b.replace(b',', b':')), C, 'the columns file:caption:split'),
+    'a column that may say the parts': ('captions', edit(C, 'split', 'subset'), C, 'subset may say the parts'),
+    'damaged pixels of a PNG': ('karpathy', raw('images/p2.png', lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:]), 'p2.png', 'damaged data'),
+    'npz: a box from right to left': ('boxes', arrays(norm_bb=lambda x: x[:, [2, 1, 0, 3]]), 'p1.npz', 'ends before it begins'),
+    'npz: a box from bottom to top': ('boxes', arrays(norm_bb=lambda x: x[:, [0, 3, 2, 1]]), 'p1.npz', 'ends before it begins'),
     'a field too many': ('captions', edit(C, ',train', ',train,x'), C, 'fields instead of 3'),
     'an open quote': ('captions', raw(C, lambda b: b + b'p7.png,"open,test\n'), C, 'broken csv'),
     'a field of a megabyte': ('captions', edit(C, 'sentence 1', 'x'*10**6), C, 'broken csv'),
@@ -214,6 +237,15 @@ BROKEN = {
     'npz: no box at all': ('boxes', arrays(features=lambda x: x[:0], conf=lambda x: x[:0], norm_bb=lambda x: x[:0]), 'p1.npz', '(0, 6)'),
     'nothing known': ('karpathy', lambda at: (at/K).rename(at/'notes.txt'), 'set', '0 layouts'),
     'two layouts': ('karpathy', lambda at: write_json(at/'a_train.json', []), 'set', '2 layouts karpathy, albef'),
+    'hf: a part nobody knows': ('imagefolder', lambda at: (at/'validation').rename(at/'holdout'), 'metadata.csv', "the part 'holdout'"),
+    'hf: two tables in a part': ('imagefolder', lambda at: (at/'train'/'metadata.jsonl').write_text('{}'), 'train', '4 tables'),
+    'hf: a table above the others': ('imagefolder', lambda at: shutil.copy(at/'train'/'metadata.csv', at), 'set', '4 tables'),
+    'hf: no test': ('imagefolder', lambda at: shutil.rmtree(at/'test'), 'metadata.csv', 'no image in test'),
+    'kaggle: two folders of pictures': ('kaggle', lambda at: shutil.copytree(at/'Images', at/'Copies'), 'captions.txt', 'p0.png in Copies and in Images'),
+    'kaggle: no header': ('kaggle', edit('captions.txt', 'image,caption\n', ''), 'captions.txt', 'the columns p0.png'),
+    'flickr30k: two bars missing': ('flickr30k', edit('results.csv', 'p1.png| 1| ', 'p1.png 1 '), 'results.csv', '1 fields instead of 3'),
+    'flickr30k: a bar missing elsewhere': ('flickr30k', edit('results.csv', 'p1.png| 1| ', 'p1.png one| '), 'results.csv', '2 fields instead of 3'),
+    'flickr30k: a bar in a caption': ('flickr30k', edit('results.csv', 'picture 1, sentence 1', 'picture | 1'), 'results.csv', '4 fields instead of 3'),
 }
 
 
@@ -235,7 +267,7 @@ def test_broken(tmp_path, case):
     assert time.process_time() - start < 5 and state(at) == before and not (at/'fired').exists()
 
 
-def test_there_are_enough_kinds(): assert len(BROKEN) >= 60 and {b[0] for b in BROKEN.values()} == set(SOUND) - {'scan'}   # SCAN's: test_data.py
+def test_there_are_enough_kinds(): assert len(BROKEN) >= 100 and {b[0] for b in BROKEN.values()} == set(SOUND) - {'scan'}   # SCAN's: test_data.py
 
 
 @pytest.mark.parametrize('case', ['NUL in a name', 'npz: objects'])
@@ -281,6 +313,11 @@ def sound(at, **kw):
     assert [len(s[p]) for p in s] == [4, 2, 2] and [c for p in s for c in s[p].captions] == sum(CAPS, [])
     data.check_parts(s); return s
 
+def thumbed(path):
+    "A JPEG whose first segment holds a whole JPEG of its own"
+    im, small = Image.open(path), io.BytesIO(); im.resize((8, 6)).convert('RGB').save(small, 'JPEG'); big = io.BytesIO(); im.convert('RGB').save(big, 'JPEG')
+    inside, b = b'Exif\0\0' + small.getvalue(), big.getvalue(); path.write_bytes(b[:2] + b'\xff\xe1' + (len(inside) + 2).to_bytes(2, 'big') + inside + b[2:])
+
 def redraw(**kw): return lambda at: draw(at/'p1.png', 1, **kw)
 def as_mode(mode, name='p1.png', **kw): return lambda at: Image.open(at/'p1.png').convert(mode).save(at/name, **kw)
 
@@ -324,7 +361,22 @@ ODD = {
     'no ids in JSON': ('karpathy', tree(K, lambda d: [x.pop('imgid') for x in d['images']] and None)),
     'filepath': ('karpathy', lambda at: ((at/'images').rename(at/'val2014'), (at/'images').mkdir(), (at/'val2014').rename(at/'images'/'val2014'),
                  tree(K, lambda d: [x.update(filepath='val2014') for x in d['images']] and None)(at))),
-    'an image id per entry': ('albef', tree(A, lambda d: [x.update(image_id='coco_1') for x in d] and None)),
+    'an image id per entry': ('albef', tree(A, lambda d: [x.update(image_id='coco_' + x['image']) for x in d] and None)),
+    'numbers as image ids': ('albef', tree(A, lambda d: [x.update(image_id=int(x['image'][8])) for x in d] and None)),
+    'an empty image id': ('albef', tree(A, lambda d: [x.update(image_id=None) for x in d] and None)),
+    'more columns': ('captions', raw(C, lambda b: b.replace(b'split\n', b'split,width,licence\n').replace(b'train\n', b'train,640,cc\n').replace(b'val\n', b'val,640,cc\n').replace(b'test\n', b'test,640,cc\n'))),
+    'a column without a name': ('captions', lambda at: csv.writer(open(at/C, 'w', newline='')).writerows([('', 'file', 'caption', 'split'), *((k, *r) for k, r in enumerate(rows()))])),
+    'image for file': ('captions', edit(C, 'file', 'image')),
+    'file_name for file': ('captions', edit(C, 'file', 'file_name')),
+    'semicolons': ('captions', lambda at: csv.writer(open(at/C, 'w', newline=''), delimiter=';').writerows([('file', 'caption', 'split'), *rows()])),
+    'tabs': ('captions', lambda at: (at/C).write_text('file\tcaption\tsplit\n' + ''.join('\t'.join(r) + '\n' for r in rows()))),
+    'bars with blanks': ('captions', lambda at: (at/C).write_text('file| caption| split\n' + ''.join('| '.join(r) + '\n' for r in rows()))),
+    'jsonl with more keys': ('jsonl', lambda at: (at/'captions.jsonl').write_text(''.join(json.dumps(dict(file=f, caption=c, split=p, id=7)) + '\n' for f, c, p in rows()))),
+    'other tables about': ('karpathy', lambda at: [(at/n).write_text('run,score\n1,2\n') for n in ('results.csv', 'captions.txt')]),
+    'a film behind a PNG': ('captions', raw('p1.png', lambda b: b + bytes(200_000))),
+    'a JPEG with a film': ('captions', lambda at: (as_mode('RGB', format='JPEG')(at), raw('p1.png', lambda b: b + bytes(200_000))(at))),
+    'a phone JPEG with a small picture inside': ('captions', lambda at: thumbed(at/'p1.png')),
+    'a TIFF of whole numbers': ('captions', lambda at: Image.fromarray(np.asarray(Image.open(at/'p1.png').convert('L')).astype('int32')).save(at/'p1.png', format='TIFF')),
     'lists in train': ('albef', lambda at: write_json(at/A, [dict(image=f'images/p{i}.png', caption=CAPS[i]) for i in range(4)])),
 }
 
@@ -383,7 +435,7 @@ def test_known_sizes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('kind', SOUND)
 def test_subset_concat_fingerprint(tmp_path, kind):
-    at = make(tmp_path/'set', kind); assert recognise(at) == dict(jsonl='captions').get(kind, kind) and recognise(at) in LAYOUTS
+    at = make(tmp_path/'set', kind); assert recognise(at) == LAYOUT(kind) and recognise(at) in LAYOUTS
     s = read_all(at); t = s['train'].subset([2, 0]); assert len(t) == 2 and t.img_ids.tolist() == s['train'].img_ids[[2, 0]].tolist()
     if kind != 'boxes': assert len(data.concat(list(s.values()))) == sum(map(len, s.values()))
     moved = tmp_path/'moved'; shutil.copytree(at, moved); f = data.fingerprint(s['train']); assert f == data.fingerprint(read_all(moved)['train'])
@@ -408,7 +460,7 @@ def test_fuzzed_bytes(tmp_path, kind, name):
         with contextlib.suppress(DataError), warnings.catch_warnings(): warnings.simplefilter('ignore'); open_layout(at, 'train', LAYOUT(kind))
     fuzz()
 
-def LAYOUT(kind): return dict(jsonl='captions').get(kind, kind)
+def LAYOUT(kind): return dict(jsonl='captions', kaggle='captions', flickr30k='captions').get(kind, kind)
 
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3)
                         | st.dictionaries(st.sampled_from(['images', 'filename', 'split', 'sentences', 'raw', 'sentid', 'imgid', 'image', 'caption', 'file']),
@@ -432,6 +484,71 @@ def test_fuzzed_structure(tmp_path, kind, name):
         else: write_json(at/name, put(json.loads(sane), path, value))
         with contextlib.suppress(DataError), warnings.catch_warnings(): warnings.simplefilter('ignore'); open_layout(at, 'train', LAYOUT(kind))
     fuzz()
+
+
+# ---- the table of everything: what is broken is refused by name, what is odd is read, and there is no third thing
+
+TABLE = dict(captions=C, jsonl='captions.jsonl', kaggle='captions.txt', flickr30k='results.csv', imagefolder='train/metadata.csv')
+LISTS = dict(karpathy=K, albef=A)
+PICTURE = dict(captions='p1.png', jsonl='p1.png', kaggle='Images/p1.png', flickr30k='flickr30k_images/p1.png', imagefolder='train/p1.png', karpathy='images/p1.png', albef='images/p1.png')
+
+def everywhere():
+    "name -> (layout, damage, file in the message): the same damages in every layout"
+    out, say = {}, 'picture 0, sentence 1'
+    for kind, f in TABLE.items() | LISTS.items():
+        fit = dict(zero=lambda b: b'', NUL=lambda b: b.replace(b'sentence 1', b'sen\0tence', 1), latin=lambda b: b.replace(b'sentence 1', b'caf\xe9', 1),
+                   cut=lambda b: b.rstrip()[:-2] + b'\xe4', page=lambda b: b'<html><body>404</body></html>', UTF16=lambda b: b.decode().encode('utf-16'), png=lambda b: b'\x89PNG\r\n\x1a\n' + b)
+        out |= {f'{kind}: {k}': (kind, raw(f, g), f) for k, g in fit.items()}
+        shown = {k: f'{k}/p0.png' for k in ('..', '/etc', 'a/../..', 'C:')} | dict(gone='nobody.png')
+        old = 'images/p0.png' if kind == 'albef' else 'p0.png'
+        out |= {f'{kind}: the name {new}': (kind, edit(f, old, new), new if k == 'gone' else f) for k, new in shown.items()}
+        out |= {f'{kind}: {k} caption': (kind, edit(f, say, c), f) for k, c in dict(long='x'*20_000, unprintable_none='').items()}
+    for kind, f in PICTURE.items():
+        harm = dict(empty=lambda b: b'', cut=lambda b: b[:-30], pixels=lambda b: b[:70] + bytes([b[70] ^ 255]) + b[71:], page=lambda b: b'<html>', length=lambda b: b[:33] + b'\x7f' + b[34:])
+        out |= {f'{kind}: a picture, {k}': (kind, raw(f, g), f) for k, g in harm.items()}
+        out |= {f'{kind}: a picture is {k}': (kind, instead(f, g), f) for k, g in dict(a_folder=lambda p: p.mkdir(), a_pipe=os.mkfifo, gone=lambda p: None).items()}
+    odd = dict(number=7, null=None, text='a', list=[1], truth=True)
+    for k, x in odd.items():
+        out |= {f'karpathy: a member that is a {k}': ('karpathy', tree(K, lambda d, x=x: d['images'].__setitem__(1, x)), K),
+                f'karpathy: a sentence that is a {k}': ('karpathy', tree(K, lambda d, x=x: d['images'][1]['sentences'].__setitem__(0, x)), K),
+                f'albef: a member that is a {k}': ('albef', tree(A, lambda d, x=x: d.__setitem__(1, x)), A),
+                f'karpathy: split is a {k}': ('karpathy', tree(K, image(1, split=x)), K), f'karpathy: filename is a {k}': ('karpathy', tree(K, image(1, filename=x if k != 'text' else '')), K)}
+    for k, x in (odd | dict(dictionary={'a': 1}, fraction=.5)).items():
+        if k in ('text', 'list'): continue
+        put = lambda d, key, x: (at := d.split('\n'), at.__setitem__(1, json.dumps(json.loads(at[1]) | {key: x})), '\n'.join(at))[-1]
+        for key in ('caption', 'split', 'file'):
+            out[f'jsonl: {key} is a {k}'] = ('jsonl', raw('captions.jsonl', lambda b, x=x, key=key, put=put: put(b.decode(), key, x).encode()), 'captions.jsonl')
+        out[f'karpathy: raw is a {k}'] = ('karpathy', tree(K, sent(1, raw=x)), K); out[f'albef: caption is a {k}'] = ('albef', tree(A, lambda d, x=x: d[1].update(caption=x)), A)
+    for kind in ('captions', 'kaggle', 'imagefolder'):
+        head = (TABLE[kind], {'captions': 'split', 'kaggle': 'caption', 'imagefolder': 'caption'}[kind])
+        out |= {f'{kind}: a row with a field {k}': (kind, edit(TABLE[kind], 'p0.png,"picture 0, sentence 0"', new), TABLE[kind]) for k, new in dict(more='p0.png,x,c', less='p0.png').items()}
+        out[f'{kind}: a header with a field more'] = (kind, edit(head[0], head[1], head[1] + ',width'), TABLE[kind])
+    return out
+
+def outcome(at, broken, file=None, words=''):
+    "What came of reading a folder, in words of the table"
+    try: read_all(at) if broken else sound(at)
+    except AssertionError: return 'read wrongly'
+    except DataError as e:
+        if not broken: return f'refused though sound: {e}'
+        clear = Path(e.where).name == Path(file).name and words in str(e) and e.wanted and len(e.remedy) >= 8
+        return 'refused clearly' if clear else f'refused unclearly: {e}'
+    except BaseException as e: return f'a raw {type(e).__name__}: {e}'
+    return 'accepted though broken' if broken else 'accepted rightly'
+
+def test_the_table_of_all_kinds(tmp_path, capsys):
+    "At least 260 broken and odd folders: refused clearly, or accepted rightly; everything else 0"
+    import test_data
+    cases = {k: (kind, d, True, f, w) for k, (kind, d, f, w) in BROKEN.items()} | {k: (kind, d, True, f, '') for k, (kind, d, f) in everywhere().items()}
+    cases |= {f'odd: {k}': (kind, d, False) for k, (kind, d) in ODD.items()}
+    cases |= {f'scan: {k}': ('wide', d, True, f, w) for k, (d, f, w, _) in test_data.BAD.items()}
+    for kind in SOUND: make(tmp_path/kind, kind)
+    test_data.write_scan(tmp_path/'wide'); said = {}
+    for n, (name, (kind, damage, *want)) in enumerate(cases.items()):
+        at = tmp_path/str(n)/'set'; shutil.copytree(tmp_path/kind, at); damage(at); said[name] = outcome(at, *want); shutil.rmtree(at.parent)
+    good = ('refused clearly', 'accepted rightly'); count = {k: list(said.values()).count(k) for k in good}
+    with capsys.disabled(): print(f'\n{len(said)} kinds of folders: {count["refused clearly"]} refused clearly, {count["accepted rightly"]} accepted rightly, everything else {len(said) - sum(count.values())}')
+    assert len(said) >= 260 and not {k: v for k, v in said.items() if v not in good}
 
 
 def test_a_picture_without_end_of_any_kind(tmp_path):

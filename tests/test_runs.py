@@ -118,15 +118,6 @@ def test_sweep_files_resolve():
     ten = sweeps.read_sweep(sweeps.sweep_file('fne_flickr8k'), 'gpu')['blocks']; assert len(ten) == 10 and ten[:5] == sweeps.read_sweep(sweeps.sweep_file('fne_flickr8k'))['blocks']
 
 
-def test_readme_is_made_from_the_index():
-    text = (ROOT/'README.md').read_text()
-    assert text.startswith('<!-- made from nbs/index.ipynb') and 'pip install -e . && itm_sweep scenes' in text
-    assert "pip install -e '.[dev]' && nbdev_test && pytest" in text
-    import re
-    for link in re.findall(r'\]\(([^)#]+)\)', text):
-        if not link.startswith('http'): assert (ROOT/link).exists(), link
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('preset', ['tiny', 'small', 'full'])
 def test_the_drawn_world_is_accepted(preset, tmp_path):

@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Answer)
         self.files, self.drops, self.status, self.asked = {'/f.bin': DATA}, [], [], []
-        self.ranges, self.tags, self.slow = True, True, 0.
+        self.ranges, self.tags, self.slow, self.moved = True, True, 0., {}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def url(self, path): return f'http://127.0.0.1:{self.server_port}{path}'
@@ -47,6 +47,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         s = self.server; data = s.files.get(self.path); s.asked.append(self.headers.get('Range')); start = 0
+        if self.path in s.moved: self.send_response(302); self.send_header('Location', s.moved[self.path]); self.send_header('Content-Length', '0'); self.end_headers(); return
         if s.status or data is None: self.send_error(s.status.pop(0) if s.status else 404); return
         tag = f'"{hashlib.md5(data).hexdigest()}"'; want = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or '')
         if want and s.ranges and self.headers.get('If-Range') == tag:
@@ -130,6 +131,31 @@ def test_statuses(server, tmp_path):
     assert all(x in str(e.value) for x in ('/a: the server says 404', '/b: the server says 404', ':9/c: no connection'))
     assert download([server.url('/a'), server.url('/f.bin')], tmp_path/'f.bin', pause=.01).read_bytes() == DATA
     with pytest.raises(DataError, match='no address'): download('nonsense', tmp_path/'g', tries=1)
+
+
+def test_sent_on_by_the_same_scheme_and_no_other(server, tmp_path):
+    "A redirect is followed, also a relative one; one to another scheme, or one without an end, is refused, and nothing is there"
+    server.moved = {'/a': server.url('/b'), '/b': '/f.bin', '/round': '/round'} | {f'/{s}': f'{s}://127.0.0.1:{server.server_port}/f.bin' for s in ('https', 'ftp')} | {'/file': 'file:///etc/hostname', '/data': 'data:,x', '/late': '/file'}
+    assert take(server, tmp_path, '/a', sha256=SHA).read_bytes() == DATA; (tmp_path/'f.bin').unlink()
+    for path in ('/https', '/ftp', '/file', '/data', '/late'):
+        with pytest.raises(DataError, match='sent on to') as e: take(server, tmp_path, path)
+        assert '\n' not in str(e.value) and not (tmp_path/'f.bin').exists()
+    with pytest.raises(DataError, match='more than 10 times'): take(server, tmp_path, '/round')
+
+
+def test_a_broken_line_behind_a_redirect_is_gone_on_with(server, tmp_path):
+    server.moved = {'/a': '/f.bin'}; server.drops = [300_000]
+    assert take(server, tmp_path, '/a', sha256=SHA).read_bytes() == DATA and server.asked[-1] is not None
+
+
+def test_every_address_is_https_and_every_known_hash_is_whole():
+    "What no publisher states is said in the list that people see, and is never made up"
+    from itm_nb.sources import get_command
+    files = [(k, f) for k, s in SOURCES.items() for f in s.files]; assert len(files) >= 9
+    assert all(u.startswith('https://') for _, f in files for u in f.urls) and all(re.fullmatch('([0-9a-f]{64})?', f.sha256) for _, f in files)
+    said = {l.split()[0]: l for l in get_command([])[0]}
+    assert all(("no publisher's hash is known" in said[k]) == (not f.sha256) for k, f in files) and said.keys() == SOURCES.keys()
+    assert all('hashes of the Hub' in said[k] for k, s in SOURCES.items() if s.hub)
 
 
 def test_whole_but_not_yet_renamed(server, tmp_path):

@@ -137,7 +137,7 @@ def small(tmp_path_factory):
     from itm_nb.train import config, corpus, fit
     d = tmp_path_factory.mktemp('small'); data = d/'coco_precomp'; whole = made(20, seed=4)
     for part, s in (('train', made(150, 1)), ('dev', made(20, 2)), ('testall', whole)): scan_part(data, part, s)
-    lists(data/'eccv_caption', whole); folders = []
+    (data/'subset.json').write_text(json.dumps(dict(of='coco_precomp', seed=None))); lists(data/'eccv_caption', whole); folders = []
     for seed in (0, 1):
         given = dict(data='scan', name='COCO', folder=str(data), dim=16, d_word=16, image_hidden=0, image_pool='mean', epochs=6, batch=32, seed=seed, test=False, progress=False)
         values = runs.resolve(runs.parameters(runs.template('train')), given); cfg = config({k: v for k, v in values.items() if k not in runs.OF_A_RUN})
@@ -154,7 +154,7 @@ def test_every_test_set_of_a_run(small):
     "1K is the mean of five galleries, 5K one; the lists change nothing in these, and add mAP@R. All are valid records of different data"
     from itm_nb.records import mismatches
     one, five, eccv, cxc = (row(small, x) for x in ('coco_1k', 'coco_5k', 'eccv', 'cxc'))
-    assert [r['data']['label'] for r in (one, five, eccv, cxc)] == ['COCO 1K', 'COCO 5K', 'COCO 5K, ECCV Caption', 'COCO 5K, CxC']
+    assert [r['data']['label'] for r in (one, five, eccv, cxc)] == [f'COCO {x} (20 photos)' for x in ('1K', '5K', '5K, ECCV Caption', '5K, CxC')]
     assert one['data']['gallery'] == [4]*5 and five['data']['gallery'] == [20] and one['metrics']['test']['rsum'] > five['metrics']['test']['rsum'] > 60
     assert eccv['metrics']['test']['i2t'] == five['metrics']['test']['i2t'] and 'truth' not in five['metrics']['test']
     assert 0 < eccv['metrics']['test']['truth']['map_r'] < 100 and eccv['metrics']['test']['truth'] != cxc['metrics']['test']['truth']
@@ -178,6 +178,30 @@ def test_the_average_of_runs_and_odd_requests(small):
     with pytest.raises(DataError, match='multiple of 5'): in_parts(made(12))
 
 
+def test_what_is_not_cocos_test_makes_no_row_of_it(small, tmp_path):
+    "128 drawn scenes, too few photos, too few sentences, a run on Flickr30K: refused by name, and nothing is written"
+    import shutil
+    from itm_nb.train import config, corpus, fit
+    data, folders = small; plain = tmp_path/'coco_precomp'; shutil.copytree(data, plain); (plain/'subset.json').unlink()
+    with pytest.raises(DataError, match='20 photos and 100 sentences; wanted the 5,000 photos'): row((plain, folders), 'coco_5k', folder=str(plain))
+    cfg = config(dict(preset='tiny', dim=16, d_word=8, image_hidden=16, epochs=1, batch=64)); scenes = tmp_path/'runs'/'scenes'
+    fit(cfg, scenes, corpus(cfg), progress=False); runs.finish(scenes)
+    with pytest.raises(runs.SetupError, match='a run on the drawn world; the test set coco_5k is for runs on COCO'): row((data, [scenes]), 'coco_5k')
+    given = dict(data='scan', name='Flickr30K', dim=16, d_word=16, image_hidden=0, image_pool='mean', epochs=1, batch=32); cfg = config(given); theirs = tmp_path/'runs'/'theirs'
+    fit(cfg, theirs, corpus(cfg, data), progress=False); runs.finish(theirs)
+    with pytest.raises(runs.SetupError, match='a run on Flickr30K'): row(small, 'coco_1k', scores=f'{folders[0]},{theirs}')
+    assert sorted(p.name for p in (tmp_path/'runs').iterdir()) == ['scenes', 'theirs']
+
+
+@pytest.mark.parametrize('photos,each,ok', [(5000, 5, True), (5000, 4, False), (1000, 5, False), (5001, 5, False)])
+def test_the_sizes_of_cocos_test(photos, each, ok, tmp_path):
+    from itm_nb.test_sets import size_said
+    s = Split('test', np.zeros((photos, 1, 1), np.float32), np.ones(photos, int), ['a']*photos*each, np.repeat(np.arange(photos), each), np.arange(photos), np.arange(photos*each))
+    if ok: assert size_said(tmp_path, s) == ''
+    else:
+        with pytest.raises(DataError, match='itm_data check'): size_said(tmp_path, s)
+
+
 @pytest.mark.parametrize('name,n', [('flickr30k', 55), ('coco', 81)])
 def test_the_sweeps_name_runs_that_exist(name, n):
     "Every run of the sweep, its parents before it, all settings known"
@@ -195,7 +219,7 @@ def test_a_sweep_end_to_end(name, tmp_path):
     "One block of the tiny profile, with the command's own notebooks: every row that can be made on small data is"
     d = tmp_path/'data'; whole = made(20, seed=4)
     for part, s in (('train', made(150, 1)), ('dev', made(20, 2)), ('test', whole), ('testall', whole)): scan_part(d, part, s)
-    lists(d/'eccv_caption', whole); spec = sweeps.read_sweep(sweeps.sweep_file(name), 'tiny'); spec['blocks'] = spec['blocks'][:1]
+    (d/'subset.json').write_text(json.dumps(dict(of='coco_precomp', seed=None))); lists(d/'eccv_caption', whole); spec = sweeps.read_sweep(sweeps.sweep_file(name), 'tiny'); spec['blocks'] = spec['blocks'][:1]
     for part in ('runs', 'arms'): spec[part] = {k: v for k, v in spec[part].items() if 'vsrn' not in k and 'bfan' not in k}      # VSRN is wide whatever the profile
     todo = sweeps.entries(spec, name, tmp_path/'runs', dict(folder=str(d), progress=False)); failed = sweeps.drive(todo, 2)
     assert failed == {}, [(todo[i].arm, (todo[i].out/'worker.log').read_text()[-800:]) for i in failed]

@@ -26,7 +26,7 @@ SLACK = re.compile(r'Rs_GCN_\d+\.W\.(0\.bias|1\.running_mean)$')      # zero gra
 @cache
 def trace(name):
     at = next((f for f in FOLDERS if (f/f'{name}.npz').is_file()), None)
-    if at is None: pytest.skip(f'no trace {name}: it is not kept in the repository; set ITM_GOLDEN to a folder that has traces/{name}.npz')
+    if at is None: pytest.skip(f'golden block absent from the folder: traces/{name}')                # not kept in the repository, or not in that of ITM_GOLDEN
     with np.load(at/f'{name}.npz', allow_pickle=False) as z: data = {k: z[k] for k in z.files}
     return json.loads((at/f'{name}.json').read_text('utf-8')), data
 

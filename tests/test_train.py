@@ -125,7 +125,7 @@ def test_training_never_opens_the_test_split(tmp_path, world):
 
 def test_a_world_is_drawn_once(tmp_path, monkeypatch):
     "The second run reads what the first has drawn, and trains the same model"
-    cfg = config(asdict(TINY) | dict(epochs=1))
+    cfg = config(asdict(TINY) | dict(epochs=1, warmup=0))
     first = fit(cfg, tmp_path/'a', corpus(cfg, cache=tmp_path/'worlds'), progress=False).history
     monkeypatch.setattr('itm_nb.scenes.make', lambda *a, **k: pytest.fail('drawn again'))
     assert fit(cfg, tmp_path/'b', corpus(cfg, cache=tmp_path/'worlds'), progress=False).history == first

@@ -1,0 +1,433 @@
+"""Six doors through which somebody else's files come in. A canary - a file that any code of theirs would touch - stays untouched at every one of them.
+
+Each door has its list of what it accepts; everything else ends in one typed error. The same lists stand in the notebooks that own the doors."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from itm_nb import attacks, folds, methods, readers, released, scores, search, test_sets, tokens, towers, train
+from itm_nb.audit import read_audits
+from itm_nb.compare import find_run
+from itm_nb.data import DataError, read_scan
+from itm_nb.kept_worlds import unpack as unpack_world
+from itm_nb.models import from_pretrained
+from itm_nb.offline import load_lists
+from itm_nb.read_safely import safe_npz
+from itm_nb.records import made_up_record, read_records, write_record
+from itm_nb.report import published
+from itm_nb.runs import SetupError, itm_run
+from itm_nb.sources import unpack, verify
+from itm_nb.subset import subset
+from itm_nb.sweeps import itm_sweep, read_sweep
+from itm_nb.verdicts import read_tests
+
+ROOT = Path(__file__).parent.parent.parent
+
+ACCEPTS = {
+    'run folder': 'JSON and safetensors; its method: names of METHODS, PAPERS and SOURCES with literals; code of one\'s own with allow_code=True alone',
+    'record': 'JSON of the schema: an id of 12 hexadecimal digits, a sweep of letters, digits and ._-, texts of one line, finite numbers',
+    'sweep': "plain YAML; names of letters, digits, ._- and blanks; methods and templates of the package, others with --allow-code; no places",
+    'model folder': 'JSON, safetensors, tokenizer rules; kinds of the registry, types that transformers has itself; nothing that is run or fetched',
+    'data folder': 'text, JSON, CSV, pictures, arrays and Arrow tables of plain numbers; files whose content lies in the folder, for what is given away',
+    'label file': 'JSON, CSV, npy and npz of plain numbers, plain YAML'}
+
+STRINGS = [                                       # {c}: the canary
+    "tags(copies=2, draws=2),syn=os:system(command='touch {c}')", "os:system(command='touch {c}')", 'os:system', "vsepp,on=os:system(command='touch {c}')",
+    "vsepp|os:system(command='touch {c}')", "tags(),syn=subprocess:getoutput(cmd='touch {c}')", 'own.py:f', './own.py:f', ' own.py:f ', 'own.py:f()', 'vsepp|own.py:f',
+    'vsepp,on=own.py:f', 'vsepp, on = own.py:f', 'own:f', 'own:Kind', 'trap.inner:f', 'trap:f', '__main__:f', 'a=own.py:f', 'own.py:imported', "runpy:run_path(path_name='own.py')",
+    "builtins:exec(source='import own')", "importlib:import_module(name='own')", "infonce(temperature=__import__('own').f())", 'vsepp(margin=f())', "vsepp(**own.py:f)",
+    "itm_nb.runs:itm_run", "itm_nb.sources:get", 'tags,syn=own.py:f', "tags(words='random'),syn=itm_nb.methods:found(path='own:f')", 'METHODS', '__init__', 'os.system', 'own', '']
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    "A file that must not be touched, in a folder with modules that would touch it: when they are imported, or when anything of theirs is called"
+    at = tmp_path/'canary'; here = tmp_path/'here'; (here/'trap').mkdir(parents=True); monkeypatch.chdir(here); monkeypatch.syspath_prepend(str(here))
+    touch = f'open({str(at)!r}, "w").close()\n'
+    body = f'from os import system as imported\n{touch}def f(*a, **kw):\n    {touch}class Kind:\n    def __init__(self, **kw):\n        {touch}'
+    for name in ('own.py', 'trap/__init__.py', 'trap/inner.py', 'modeling_own.py', 'configuration_own.py', 'tokenization_own.py', 'own_set.py'): (here/name).write_text(body)
+    yield at
+    for name in ('own', 'trap', 'trap.inner'): sys.modules.pop(name, None)
+    assert not at.exists(), 'something was run'
+
+
+class Bomb:
+    "What a pickle would run"
+    def __init__(self, at): self.at = str(at)
+    def __reduce__(self): return os.system, (f'touch {self.at}',)
+
+
+def pickled(path, canary):
+    "An array of objects, a pickle"
+    np.save(path, np.array([Bomb(canary)], dtype=object), allow_pickle=True); return path
+
+
+def pickled_npz(path, canary, *names): np.savez(path, **{n: np.array([Bomb(canary)], dtype=object) for n in names}, allow_pickle=True); return path
+
+
+def fires(canary): return pickle.loads(pickle.dumps(Bomb(canary)))
+
+
+def test_the_canary_sings(tmp_path):
+    "A canary that cannot die would prove nothing"
+    at = tmp_path/'canary'; fires(at); assert at.exists()
+    at.unlink(); (tmp_path/'own.py').write_text(f'from itm_nb.methods import vsepp\nopen({str(at)!r}, "w")\ndef f(): return vsepp()\n')
+    methods.named(f'{tmp_path/"own.py"}:f', allow_code=True); assert at.exists()
+
+
+def refused(f, *args, **kw):
+    "One typed error, of one line"
+    with pytest.raises((DataError, SetupError, ValueError)) as e: f(*args, **kw)
+    assert type(e.value) in (DataError, SetupError, ValueError, SystemExit) and str(e.value).strip() and '\n' not in str(e.value).strip(), repr(e.value)
+
+
+# ---- strings
+@pytest.mark.parametrize('text', STRINGS)
+def test_a_name_that_was_read_resolves_the_registry_alone(text, canary): refused(methods.named, text.format(c=canary))
+
+
+@pytest.mark.parametrize('text', ['vsepp', "fne(tau=5.0, queue=64)", 'aoq(),on=itm_nb.fne:bank_source(queue=2048)', "vsepp|tags(words='random')"])
+def test_names_of_committed_records_are_names_of_the_registry(text): assert not methods.own_code(text)
+
+
+def test_every_committed_record_and_sweep_names_only_the_registry():
+    names = {r['config'].get(k, '') for r in read_records(ROOT/'figures'/'results') for k in ('method', 'before')}
+    assert len(names) > 60 and not [n for n in names if methods.own_code(n)]
+    files = sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')); assert len(files) >= 25
+    for p in files:
+        for profile in ('', *read_sweep(p)['profiles']): read_sweep(p, profile)
+
+
+BY_KIND = ['own.py:imported', 'os:system', 'own.py:number', 'own.py:partial_', 'json:loads', 'own.py:object_', 'nowhere:f', 'own.py:nothing', 'own.py:', ':f', 'own.py:f.g', 'pathlib:Path']
+
+@pytest.mark.parametrize('path', BY_KIND)
+def test_a_path_of_ones_own_is_refused_by_kind_without_being_called(path, tmp_path, monkeypatch):
+    "Only what is defined in that very file, or below the current folder, is called; the file itself is the user's and is executed"
+    monkeypatch.chdir(tmp_path); at = tmp_path/'canary'
+    (tmp_path/'own.py').write_text(f'''from functools import partial
+from os import system as imported
+number = 3
+def touch(**kw): open({str(at)!r}, "w").close()
+partial_ = partial(touch)
+class Callable_:
+    def __call__(self, **kw): touch()
+object_ = Callable_()
+''')
+    refused(methods.named, path, allow_code=True); refused(methods.named, f'vsepp,on={path}', allow_code=True); assert not at.exists()
+
+
+@pytest.mark.parametrize('what', ['os.system', '3', '"text"', 'dict(pool=1)', '(1, 2)', 'lambda **kw: None'])
+def test_what_comes_back_is_looked_at_before_it_is_used(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); (tmp_path/'own.py').write_text(f'import os\ndef f(): return {what}\n')
+    for text in ('own.py:f', 'vsepp,on=own.py:f'):
+        with pytest.raises((DataError, TypeError, AttributeError)): methods.named(text, allow_code=True)
+
+
+def test_a_module_below_the_current_folder_is_found_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); monkeypatch.syspath_prepend(str(tmp_path)); (tmp_path/'ours_of_test').mkdir(); (tmp_path/'ours_of_test'/'deep.py').write_text('from itm_nb.methods import vsepp\ndef f(): return vsepp(.1)\n')
+    assert list(methods.named('ours_of_test.deep:f', allow_code=True).terms) == ['hardest'] and len(methods.code_of('ours_of_test.deep:f')) == 12
+    (tmp_path/'os.py').write_text('def system(**kw): raise SystemExit'); refused(methods.named, 'os:system', allow_code=True)       # ours is hidden by the real one
+
+
+# ---- door 1: a run folder
+@pytest.fixture(scope='session')
+def a_run(tmp_path_factory):
+    "A small finished run that writes sentences, with what a sweep leaves beside it"
+    at = tmp_path_factory.mktemp('runs')/'tiny'/('0'*12); sizes = dict(dim=16, d_word=16, layers=1, heads=2, image_hidden=16)
+    cfg = train.Config(preset='tiny', similarity='two_modes', method='vsepp|tags(copies=2, draws=2)', epochs=1, batch=32, dropout=0., **sizes)
+    train.fit(cfg, at, progress=False); return at
+
+
+def copied(a_run, tmp_path, method=None, **changes):
+    "The run folder with another method in it, its seal made anew"
+    at = tmp_path/'run'; shutil.copytree(a_run, at); file = at/'last'/'state.json'; d = json.loads(file.read_text())
+    d['state']['config'] |= changes | ({} if method is None else dict(method=method))
+    if 'seal' in d: d['seal'] = train._seal(d['state'], at/'last'/'tensors.safetensors')
+    file.write_text(json.dumps(d)); return at
+
+
+def test_a_run_is_opened(a_run, canary): assert attacks.opened(a_run).pool is not None and len(search.open_run(a_run).split) > 10
+
+
+@pytest.mark.parametrize('text', [t for t in STRINGS if t])
+def test_a_run_whose_method_is_code_is_not_asked_for_it(text, a_run, canary, tmp_path):
+    at = copied(a_run, tmp_path, text.format(c=canary))
+    try: attacks.opened(at)
+    except (DataError, ValueError): pass           # where nothing of the method is needed, it is not looked up
+
+
+def test_a_shelf_asks_for_no_method(a_run, canary, tmp_path):
+    assert len(search.open_run(copied(a_run, tmp_path, f"vsepp|own.py:f|os:system(command='touch {canary}')")).split) > 10
+
+
+def test_the_remedy_is_named_and_works(a_run, canary, tmp_path):
+    at = copied(a_run, tmp_path, 'tags(copies=2),syn=mine.py:f')
+    with pytest.raises(DataError, match='allow_code=True'): attacks.opened(at)
+    Path('mine.py').write_text('from itm_nb.methods import named\ndef f(train, vocab, model): return named("tags(copies=3, draws=2)", train=train, vocab=vocab, model=model).sources["syn"]\n')
+    assert attacks.opened(at, allow_code=True).pool.copies == 3
+
+
+@pytest.mark.parametrize('text', ['own.py:f', "vsepp,on=os:system(command='touch {c}')"])
+def test_training_asks_for_leave(text, canary, tmp_path):
+    cfg = train.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method=text.format(c=canary))
+    refused(train.fit, cfg, tmp_path/'run', progress=False); refused(train.fit, train.replace(cfg, method='vsepp', before=cfg.method, warmup=1), tmp_path/'run', progress=False)
+
+
+def test_a_method_of_ones_own_is_gone_on_with_by_its_user(tmp_path, monkeypatch):
+    "The same call, with leave, finds its checkpoint; without leave it is refused and the checkpoint stays"
+    monkeypatch.chdir(tmp_path); Path('mine.py').write_text('from itm_nb.methods import vsepp\ndef f(margin=.2): return vsepp(margin)\n')
+    cfg = train.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method='mine.py:f')
+    t = train.fit(cfg, 'run', progress=False, allow_code=True); refused(train.fit, cfg, 'run', progress=False)
+    assert train.fit(cfg, 'run', progress=False, allow_code=True).step == t.step
+
+
+@pytest.mark.parametrize('text', ["vsepp|own.py:f", "tags(),syn=os:system(command='touch {c}')"])
+@pytest.mark.parametrize('key', ['method', 'before'])
+def test_a_file_of_parameters_is_read_and_not_trusted(text, key, canary, tmp_path, capsys):
+    Path('params.json').write_text(json.dumps({'method': 'vsepp', key: text.format(c=canary), 'warmup': 1, 'preset': 'tiny', 'out': str(tmp_path/'out')}))
+    assert itm_run(['train', '-f', 'params.json', '--quiet']) == 2
+    said = capsys.readouterr().err; assert '--allow-code' in said and len(said.splitlines()) == 1 and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('file,text', [('run.json', '{"id": "../../../x", "parents": {}}'), ('run.json', '{"id": ["a"]}'), ('run.json', '{"id": "a/b"}')])
+def test_the_id_of_a_run_leads_nowhere(file, text, a_run, canary, tmp_path):
+    at = copied(a_run, tmp_path); (at/file).write_text(text); refused(find_run, at)
+
+
+@pytest.mark.parametrize('name', ['best/model.safetensors', 'last/tensors.safetensors', 'best/vocab.json', 'best/config.json'])
+def test_a_pickle_in_a_run_folder_is_not_read(name, a_run, canary, tmp_path):
+    at = copied(a_run, tmp_path); (at/name).write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.warns(UserWarning) if name.startswith('last') else pytest.raises(DataError) as _:
+        try: search.open_run(at)
+        except DataError:
+            if not name.startswith('last'): raise
+
+
+# ---- door 2: a record
+@pytest.mark.parametrize('change', [dict(sweep=s) for s in ('x/../../y', '../y', '..', '.hidden', '', 'a b', 'a\n', 'a\0', '/etc', 'C:x', '<script>')]
+                         + [dict(id=i) for i in ('a'*12 + '\n', '../../../aaaa', 'A'*12, '')] + [dict(method='a\nb'), dict(method='a\u2028b'), dict(commit='x\n'), dict(preset='\0')])
+def test_a_record_whose_names_are_no_names(change, canary, tmp_path):
+    rec = made_up_record('a', 1.) | change; refused(write_record, tmp_path/'r', rec); (tmp_path/'r').mkdir(exist_ok=True)
+    (tmp_path/'r'/f"{made_up_record('a', 1.)['id']}.json").write_text(json.dumps(rec)); refused(read_records, tmp_path/'r')
+
+
+def test_a_label_of_two_lines_is_refused(canary, tmp_path):
+    rec = made_up_record('a', 1.); rec['data']['label'] = 'a\n% \\input{x}'; refused(write_record, tmp_path, rec)
+
+
+@pytest.mark.parametrize('text', STRINGS)
+def test_a_record_may_name_any_method_and_nothing_is_run(text, canary, tmp_path):
+    "The name of a row is a text: it is looked up nowhere"
+    from itm_nb.report import markdown, table
+    from itm_nb.sweeps import measured
+    if not text: return
+    text = text.format(c=canary); rec = made_up_record(text, 1., cost=dict(seconds=1., peak_mib=1)); rec['config'] = dict(method=text, before=text, epochs=1, rho=.25)
+    write_record(tmp_path, rec); recs = read_records(tmp_path); markdown(table(recs, [text], draws=20)); measured(tmp_path, tmp_path)
+    try: methods.preset_of(text)
+    except ValueError: pass
+
+
+def test_an_audit_is_a_record_too(canary, tmp_path):
+    about = dict(schema='itm_nb audit 1', kind='audit', id='x', method='m', sweep='a/../../b', preset=None, seed=0, block={}, data={}, config={}, audit=[], control={}, metrics={})
+    (tmp_path/'x.json').write_text(json.dumps(about)); refused(read_audits, tmp_path)
+
+
+# ---- door 3: a sweep
+PLAIN = 'title: t\nblocks: [{seed: 0}]\n'
+SWEEPS = {f'{where} {i}': (where, t) for i, t in enumerate(STRINGS) if ':' in t and 'a=own' not in t and '**' not in t for where in ('base', 'arm', 'before', 'block', 'search', 'grid', 'profile')}
+
+def sweep_text(where, text):
+    y = json.dumps(text)
+    return PLAIN.replace('{seed: 0}', '{seed: 0, method: %s}' % y if where == 'block' else '{seed: 0}') + {
+        'base': f'base: {{method: {y}}}\narms: {{a: {{}}}}', 'arm': f'arms: {{a: {{method: {y}}}}}', 'before': f'arms: {{a: {{before: {y}, warmup: 1}}}}', 'block': 'arms: {a: {}}',
+        'search': f'arms: {{a: {{}}}}\nsearch: {{arms: {{a: [{{method: {y}}}]}}}}', 'grid': f'arms: {{a: {{}}}}\nsearch: {{arms: {{a: {{method: [vsepp, {y}]}}}}}}',
+        'profile': f'arms: {{a: {{}}}}\nprofiles: {{p: {{method: {y}}}}}'}[where] + '\n'
+
+
+@pytest.mark.parametrize('case', SWEEPS)
+def test_a_sweep_that_names_code(case, canary):
+    where, text = SWEEPS[case]; Path('s.yaml').write_text(sweep_text(where, text.format(c=canary))); profile = 'p' if where == 'profile' else ''
+    with pytest.raises(ValueError) as e: read_sweep(Path('s.yaml'), profile)
+    assert '\n' not in str(e.value); read_sweep(Path('s.yaml'), profile, allow_code=True)          # read, not run
+
+
+def test_the_command_says_how_to_allow_it(canary, capsys):
+    Path('s.yaml').write_text(sweep_text('arm', 'vsepp|own.py:f'))
+    for more in ([], ['--dry-run'], ['--status']):
+        assert itm_sweep(['s.yaml', *more]) == 2; said = capsys.readouterr().err; assert '--allow-code' in said and len(said.splitlines()) == 1
+    assert itm_sweep(['s.yaml', '--allow-code', '--dry-run']) == 0
+
+
+@pytest.mark.parametrize('more', ['report: own.ipynb', 'report: ./own.ipynb', 'runs: {b: {template: own.ipynb}}', 'base: {out: x}', 'base: {cache: x}', 'base: {sweep: ../x}', 'title: !!python/object/apply:os.system ["touch x"]',
+                                  'about: !!python/name:os.system ""', 'report: ../x', 'runs: {"x/../y": {}}', 'runs: {"..": {}}', 'runs: {"<script>": {}}', 'runs: {7: {}}', 'controls: {"a\\n": {scores: oracle}}'])
+def test_a_sweep_with_foreign_notebooks_places_names_or_tags(more, canary, capsys):
+    shutil.copyfile(ROOT/'nbs'/'experiments'/'study.ipynb', 'own.ipynb'); Path('s.yaml').write_text(PLAIN.replace('title: t\n', '' if more.startswith('title') else 'title: t\n') + f'arms: {{a: {{}}}}\n{more}\n')
+    code = itm_sweep(['s.yaml', '--dry-run']); said = capsys.readouterr().err
+    if more == 'report: ../x': return              # a name that no template has: looked for among the package's own
+    assert code == 2 and len(said.splitlines()) == 1, said
+
+
+# ---- door 4: a model folder
+def bert(**more): return dict(model_type='bert', vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=12) | more
+PROGRAMS = [dict(auto_map=dict(AutoModel='modeling_own.Kind', AutoConfig='configuration_own.Kind')), dict(attn_implementation='own/trap'), dict(_attn_implementation='own/trap:f'),
+            dict(experts_implementation='own/trap'), dict(attn_implementation={'': 'own/trap'}), dict(quantization_config=dict(quant_method='own'))]
+
+@pytest.mark.parametrize('more', PROGRAMS, ids=lambda m: next(iter(m)))
+def test_a_network_whose_description_names_programs(more, canary, tmp_path):
+    "The network is built without them: no kernel is fetched, no module imported"
+    shutil.copytree('.', at := tmp_path/'net'); (at/'config.json').write_text(json.dumps(bert(**more)))
+    assert towers.network(towers.find(str(at)).config).config.hidden_size == 16; assert towers.network(bert(**more)).config.hidden_size == 16
+    pair = dict(model_type='clip', text_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16) | more, vision_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16) | more)
+    assert towers.network(pair).config.text_config.hidden_size == 16
+
+
+@pytest.mark.parametrize('kind', ['own', 'own.Kind', 'modeling_own.Kind', '../own', 'os:system', 'own.py:f', '__class__'])
+def test_kinds_of_networks_towers_scores_and_poolings_are_those_of_the_registry(kind, canary, a_run, tmp_path):
+    refused(towers.network, dict(model_type=kind)); at = copied(a_run, tmp_path); file = at/'best'/'config.json'; sane = json.loads(file.read_text())
+    for change in (dict(similarity=kind), dict(image=sane['image'] | dict(kind=kind)), dict(image=sane['image'] | dict(pool=kind)), dict(attention=dict(norm=kind))):
+        file.write_text(json.dumps(sane | change)); refused(from_pretrained, at/'best')
+
+
+def test_a_tokeniser_that_brings_its_own_code(canary, tmp_path):
+    shutil.copytree('.', at := tmp_path/'net'); (at/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'dog']))
+    (at/'config.json').write_text(json.dumps(dict(model_type='own', auto_map=dict(AutoConfig='configuration_own.Kind'))))
+    (at/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='Kind', auto_map=dict(AutoTokenizer=['tokenization_own.Kind', 'tokenization_own.Kind']))))
+    try: tokens.open_pieces(at)
+    except DataError: pass
+    (at/'tokenizer.json').write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.raises((DataError, ValueError)): tokens.open_pieces(at)
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.safetensors'])
+def test_pickled_weights_are_not_read(name, canary, tmp_path):
+    (tmp_path/'net').mkdir(); (tmp_path/'net'/'config.json').write_text(json.dumps(bert())); (tmp_path/'net'/name).write_bytes(pickle.dumps(Bomb(canary)))
+    refused(from_pretrained, tmp_path/'net'); source = towers.find(str(tmp_path/'net'))
+    with pytest.raises((DataError, ValueError)): towers.fill(towers.tower(**towers.describe(source, 'text', 16, n_words=30)), source)
+
+
+def test_a_released_checkpoint_that_is_a_program(canary, tmp_path):
+    for i, raw in enumerate((pickle.dumps(Bomb(canary)), pickle.dumps(dict(model=Bomb(canary))))): (tmp_path/f'{i}.pth').write_bytes(raw); refused(released.read_pth, tmp_path/f'{i}.pth')
+    torch.save(dict(model=Bomb(canary)), tmp_path/'z.pth'); refused(released.read_pth, tmp_path/'z.pth'); (tmp_path/'v.pkl').write_bytes(pickle.dumps(Bomb(canary))); refused(released.vocabulary_of, tmp_path/'v.pkl', 'vsepp', 5)
+
+
+@pytest.mark.parametrize('text', ['load', 'hub.load', 'compile', '__class__'])
+def test_a_type_of_a_released_file_is_a_type(text):
+    "`torch.load` has a name of torch, and is no type of numbers"
+    import inspect
+    assert 'getattr(torch' not in inspect.getsource(released) and text not in inspect.getsource(released.give)
+
+
+# ---- door 5: a data folder
+def scan(at, n=6):
+    "A folder in the SCAN layout"
+    at.mkdir(parents=True); first = 0
+    for part in ('train', 'dev', 'test'):
+        np.save(at/f'{part}_ims.npy', np.ones((n, 2, 4), 'f4')); (at/f'{part}_caps.txt').write_text(''.join(f'a dog {first+i}\n' for i in range(n)))
+        (at/f'{part}_ids.txt').write_text(''.join(f'{first+i}\n' for i in range(n))); first += n
+    return at
+
+
+@pytest.mark.parametrize('name', ['train_ims.npy', 'train_num.npy', 'train_boxes.npy'])
+def test_arrays_of_objects_are_not_read(name, canary, tmp_path):
+    at = scan(tmp_path/'set'); pickled(at/name, canary); refused(read_scan, at, 'train'); (at/name).write_bytes(pickle.dumps(Bomb(canary))); refused(read_scan, at, 'train')
+
+
+READERS = {'judgements': (lambda p: folds._npz_table(p, 'crowd', 4), ('crowd', 'expert')), 'boxes': (safe_npz, ('features', 'norm_bb', 'conf')), 'world': (lambda p: unpack_world(p.read_bytes()), ('x',)),
+           'ranks': (scores._ranks, ('i2t', 't2i'))}
+
+@pytest.mark.parametrize('kind', READERS)
+def test_zip_files_of_objects_are_not_read(kind, canary, tmp_path):
+    read, names = READERS[kind]; at = pickled_npz(tmp_path/'x.npz', canary, *names)
+    with pytest.raises(Exception): read(at)
+    at.write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.raises(Exception): read(at)
+
+
+@pytest.mark.parametrize('name', ['captions.csv', 'captions.jsonl', 'dataset_own.json', 'own_train.json', 'dataset_dict.json', 'train_caps.txt', 'x.npz', 'p.png'])
+def test_a_pickle_or_a_program_under_every_name_of_a_layout(name, canary, tmp_path):
+    at = tmp_path/'set'; (at/'images').mkdir(parents=True); shutil.copyfile('own_set.py', at/'set.py')
+    for raw in (pickle.dumps(Bomb(canary)), Path('own.py').read_bytes(), b'!!python/object/apply:os.system ["touch x"]'):
+        (at/name).write_bytes(raw)
+        for f in (readers.recognise, readers.check_layout, lambda p: readers.open_layout(p, 'train')):
+            try: f(at)
+            except DataError as e: assert '\n' not in str(e)
+
+
+def test_lists_of_objects_are_not_read(canary, tmp_path):
+    for n in ('i2t_idx', 'i2t_score', 't2i_idx', 't2i_score'): pickled(tmp_path/f'{n}.npy', canary)
+    (tmp_path/'lists.json').write_text(json.dumps({f'{n}.npy': 'x' for n in ('i2t_idx', 'i2t_score', 't2i_idx', 't2i_score')}))
+    with pytest.raises((DataError, ValueError, TypeError)): load_lists(tmp_path)
+
+
+LINKED = ['train_caps.txt', 'train_ids.txt', 'train_ims.npy', 'dev_caps.txt', 'test_ids.txt']
+
+@pytest.mark.parametrize('name', LINKED)
+def test_a_link_out_of_the_folder_is_not_copied(name, canary, tmp_path):
+    "A private file beside the data does not come into what is given away; a link inside the folder is copied as what it is"
+    at = scan(tmp_path/'set'); private = tmp_path/f'private{Path(name).suffix}'; (at/name).rename(private); (at/name).symlink_to(private)
+    refused(subset, at, tmp_path/'small', 2); assert not (tmp_path/'small').exists() and not list(tmp_path.glob('.small*'))
+    subset(at, tmp_path/'mine', 2, follow_links=True); assert not (tmp_path/'mine'/name).is_symlink()
+    (at/name).unlink(); shutil.copyfile(private, at/'kept'); (at/name).symlink_to('kept'); subset(at, tmp_path/'small', 2); assert (tmp_path/'small'/name).is_file()
+
+
+def test_linked_photos_and_tables_are_not_copied(canary, tmp_path):
+    from PIL import Image
+    at = tmp_path/'set'; (at/'images').mkdir(parents=True); listed = []
+    for i, part in enumerate(('train', 'train', 'val', 'test')):
+        Image.fromarray(np.full((16, 16, 3), 40*i, 'u1')).save(at/'images'/f'{i}.png'); listed.append(dict(filename=f'{i}.png', split=part, imgid=i, sentences=[dict(raw=f'a dog {i}', sentid=i)]))
+    (at/'dataset_own.json').write_text(json.dumps(dict(images=listed))); subset(at, tmp_path/'whole', 2)
+    (at/'images').rename(tmp_path/'elsewhere'); (at/'images').symlink_to(tmp_path/'elsewhere'); refused(subset, at, tmp_path/'b', 2); subset(at, tmp_path/'c', 2, follow_links=True)
+    (at/'images').unlink(); (tmp_path/'elsewhere').rename(at/'images'); (at/'images'/'0.png').rename(tmp_path/'secret.png'); (at/'images'/'0.png').symlink_to(tmp_path/'secret.png'); refused(subset, at, tmp_path/'d', 2)
+    assert not (tmp_path/'b').exists() and not (tmp_path/'d').exists()
+
+
+@pytest.mark.parametrize('name', ['../out', 'a/../../out', 'own.py/../../out'])
+def test_an_archive_stays_in_its_folder(name, canary, tmp_path):
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr(name, 'x')
+    refused(unpack, tmp_path/'a.zip', tmp_path/'to'); assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('text', ['{"a": {"../x": {"sha256": "1"}}}', '{"a": {"/x": {"sha256": "1"}}}'])
+def test_a_note_of_sources_stays_in_its_folder(text, canary, tmp_path): (tmp_path/'sources.json').write_text(text); refused(verify, tmp_path)
+
+
+# ---- door 6: a file of labels
+@pytest.mark.parametrize('name', ['original_caption_to_image.json', 'eccv_image_to_caption.json', 'eccv_caption_to_image.json'])
+def test_labels_are_json_of_numbers(name, canary, tmp_path):
+    for raw in (pickle.dumps(Bomb(canary)), b'{"1": ["__import__(\'own\')"]}', b'[]', b'{"1": "own.py:f"}'): (tmp_path/name).write_bytes(raw); refused(test_sets._lists, tmp_path/name)
+
+
+def test_label_arrays_hold_no_objects(canary, tmp_path):
+    pickled(tmp_path/'coco_test_ids.npy', canary); refused(test_sets._npy, tmp_path/'coco_test_ids.npy', lambda x: True, 'numbers', '')
+    pickled(tmp_path/'scores.npy', canary); refused(scores._array, tmp_path/'scores.npy', 'scores', lambda x: True, 'numbers')
+
+
+@pytest.mark.parametrize('raw', [b'!!python/object/apply:os.system ["touch x"]', b'a: !!python/name:os.system ""', b'a: &a [*a]', b'\x80\x04.'])
+def test_primary_tests_are_plain_yaml(raw, canary, tmp_path): (tmp_path/'t.yaml').write_bytes(raw); refused(read_tests, tmp_path/'t.yaml')
+
+
+def test_published_rows_are_text(canary, tmp_path):
+    (tmp_path/'p.csv').write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.raises((DataError, ValueError)): published(tmp_path/'p.csv')
+
+
+@pytest.mark.parametrize('raw', [b'{"parts": "own.py:f"}', b'!!python/name:os.system ""', b'[]'])
+def test_a_file_of_folds_is_json(raw, canary, tmp_path):
+    (tmp_path/'f.json').write_bytes(raw)
+    with pytest.raises((DataError, ValueError)): folds.Folds.load(tmp_path/'f.json')
+
+
+def test_every_door_says_what_it_accepts():
+    "The lists stand in the notebooks that own the doors, word for word"
+    text = ''.join(''.join(c['source']) for p in sorted((ROOT/'nbs').glob('*.ipynb')) for c in json.loads(p.read_text('utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    words = ' '.join(text.split())
+    for door, accepts in ACCEPTS.items(): assert f'**Accepted at this door ({door}):** {accepts}.' in words, door

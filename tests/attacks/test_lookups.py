@@ -1,0 +1,97 @@
+"""Every place where a text might choose what is called: imports by name, attributes by name, programs. Each is listed here with the reason why it is safe; a new one fails this test."""
+import ast
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+FIELDS = 'names of the fields of one of our own dataclasses, or a literal tuple beside the call'
+PARSER = 'names that argparse was given by us'
+OURS = 'a literal of the package in another function, passed on'
+
+# (module, function, what is called, its text) -> why it is safe
+SAFE = {
+    ('cross_attention', '__post_init__', 'getattr', 'name'): FIELDS,
+    ('compare', 'find_run', 'getattr', 'd'): FIELDS, ('compare', 'compare', 'getattr', 'way'): FIELDS,
+    ('data', 'concat', 'getattr', 'field'): FIELDS, ('data', 'fingerprint', 'getattr', 'name'): FIELDS,
+    ('kept_worlds', '_flat', 'getattr', 'f.name'): FIELDS,
+    ('metrics', 'recalls', 'getattr', 'd'): FIELDS, ('metrics', 'summary', 'getattr', 'd'): FIELDS,
+    ('methods', 'found', 'vars', 'module'): 'a path its user wrote (`allow_code`); what is found is looked at by `_defined` before it is called',
+    ('methods', '_module', 'importlib.util.find_spec', 'top'): 'of a path its user wrote: tells where a module lies, and executes nothing',
+    ('methods', '_module', 'importlib.import_module', 'place'): 'a path its user wrote (`allow_code`), below the current folder, by its own file',
+    ('methods', '_file', 'importlib.util.spec_from_file_location', 'key'): 'a .py file its user wrote the path of (`allow_code`)',
+    ('methods', '_file', 'importlib.util.module_from_spec', 'spec'): 'the same file', ('methods', '_file', 'spec.loader.exec_module', 'module'): 'the same file',
+    ('report', 'per_photo', 'getattr', 'd'): "'i2t' or 't2i' of `Ranks`, split off the name of a metric that a page of ours asks for; nothing found there is called",
+    ('released', '_towers', 'getattr', 'name'): OURS,
+    ('scenes', '_make_part', 'getattr', 'f'): FIELDS,
+    ('released', 'opened', 'vars', 'v'): 'the settings in an argparse.Namespace that torch read by weights alone: a dictionary of plain values, no lookup',
+    ('sources', '_get_package', 'importlib.util.find_spec', 'source.package'): 'a literal of SOURCES; a name without dots is located, not imported',
+    ('speaker', 'rows', 'getattr', 'f'): FIELDS,
+    ('subset', '_cut_judgements', 'getattr', 'k'): FIELDS, ('subset', 'subset_command', 'getattr', 'part'): PARSER,
+    ('towers', '_spelt', 'getattr', 'half'): "'vision_config' or 'text_config' of a configuration of transformers; it is read, not called",
+    ('towers', 'network', 'getattr', "type(c).__name__.replace('Config', 'Model')"): 'the class of a configuration that transformers made of a type in CONFIG_MAPPING',
+    ('train', '_check', 'getattr', 'f.name'): FIELDS, ('train', '_check', 'getattr', 'name'): FIELDS, ('train', 'batches', 'getattr', 'missing'): FIELDS,
+    ('train', '_described', 'getattr', 'k'): FIELDS, ('train', 'tell', 'getattr', 'hook'): OURS,
+    ('truth', '__getitem__', 'getattr', 'f.name'): FIELDS, ('truth', 'join', 'getattr', 'f.name'): FIELDS, ('world', '_columns', 'getattr', 'f.name'): FIELDS,
+}
+BY_NAME = {'getattr', 'setattr', 'delattr', 'vars', '__import__', 'eval', 'exec', 'compile', 'operator.attrgetter', 'operator.methodcaller', 'pydoc.locate', 'runpy.run_path', 'runpy.run_module',
+           'importlib.import_module', 'importlib.reload', 'importlib.util.find_spec', 'importlib.util.spec_from_file_location', 'importlib.util.module_from_spec', 'pkgutil.resolve_name'}
+
+
+def lookups(tree):
+    "(function, what is called, its text, line) of every call that looks something up by a text that is no literal"
+    found = []
+    def walk(node, inside):
+        for child in ast.iter_child_nodes(node):
+            here = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and inside in ('', None) else inside
+            if isinstance(child, ast.ClassDef): here = inside
+            if isinstance(child, ast.Call):
+                name = ast.unparse(child.func); at = {'getattr': 1, 'setattr': 1, 'delattr': 1}.get(name, 0)
+                text = child.args[at] if len(child.args) > at else None
+                if (name in BY_NAME or name.endswith('.exec_module')) and not isinstance(text, ast.Constant): found.append((inside or '', name, '' if text is None else ast.unparse(text), child.lineno))
+                if isinstance(child.func, ast.Subscript) and ast.unparse(child.func.value) in ('globals()', 'locals()'): found.append((inside or '', 'globals', ast.unparse(child.func.slice), child.lineno))
+            if isinstance(child, ast.Subscript) and ast.unparse(child.value) == 'sys.modules' and not isinstance(child.slice, ast.Constant) and isinstance(child.ctx, ast.Load):
+                found.append((inside or '', 'sys.modules', ast.unparse(child.slice), child.lineno))
+            walk(child, here)
+    walk(tree, '')
+    return found
+
+
+MODULES = sorted(p for p in (ROOT/'itm_nb').glob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+PAGES = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('p', MODULES, ids=lambda p: p.stem)
+def test_every_lookup_by_a_text_is_listed(p):
+    new = [x for x in lookups(ast.parse(p.read_text())) if (p.stem, *x[:3]) not in SAFE]
+    assert not new, '\n'.join(f'{p.name} line {line}: {call} of {text!r} in {function}(): say in SAFE why no file can choose it' for function, call, text, line in new)
+
+
+@pytest.mark.parametrize('p', PAGES, ids=lambda p: p.stem)
+def test_the_pages_look_nothing_up(p):
+    for c in json.loads(p.read_text('utf-8'))['cells']:
+        if c['cell_type'] == 'code': assert not lookups(ast.parse(''.join(c['source']))), ''.join(c['source'])[:200]
+
+
+def test_nothing_is_listed_that_is_no_longer_there():
+    have = {(p.stem, *x[:3]) for p in MODULES for x in lookups(ast.parse(p.read_text()))}
+    assert not SAFE.keys() - have, SAFE.keys() - have
+
+
+def test_the_finder_finds():
+    bad = 'import importlib, sys\ndef f(x, y):\n    getattr(x, y)(); importlib.import_module(y); sys.modules[y]; y.loader.exec_module(x); vars(x)[y]; __import__(y); setattr(x, y, 1); globals()[y]()\n    getattr(x, "kind")\n'
+    assert Counter(x[1] for x in lookups(ast.parse(bad))) == Counter(['getattr', 'importlib.import_module', 'sys.modules', 'y.loader.exec_module', 'vars', '__import__', 'setattr', 'globals'])
+
+
+def allows(tree):
+    "Calls that are given leave to run code of one's own: allow_code=True"
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and any(k.arg == 'allow_code' and isinstance(k.value, ast.Constant) and k.value.value is True for k in n.keywords)]
+
+
+def test_leave_is_given_in_one_place():
+    "By the page `train`, whose parameters are its user's; nowhere in the package"
+    assert not [p.name for p in MODULES if allows(ast.parse(p.read_text()))]
+    pages = [p.stem for p in PAGES for c in json.loads(p.read_text('utf-8'))['cells'] if c['cell_type'] == 'code' and allows(ast.parse(''.join(c['source'])))]
+    assert pages == ['train']
