@@ -150,8 +150,10 @@ SIMILARITY = (
     Setting('boxes', False, 'does it see where regions are?'),
     Setting('before', 'vse0', 'method of the warm-up epochs', form=(r'.*\S.*', 'the name of a method')))
 PARTS = (
-    Setting('image_parts', '', "image tower out of parts, see 03b_parts: 'vector', 'whole_windows' or e.g. 'regions:16:mean'; '': the tower above"),
-    Setting('text_parts', '', "text tower out of parts: 'heads', 'heads_words' or e.g. 'net:-1:mean+bag'; '': the tower above"))
+    Setting('image_parts', '', "image tower out of parts, see 03b_parts: 'vector', 'whole_windows' or e.g. 'regions:16:mean'; "
+                               "'': the tower above"),
+    Setting('text_parts', '', "text tower out of parts: 'heads', 'heads_words' or e.g. 'net:-1:mean+bag'; "
+                              "'': the tower above"))
 READERS = (
     Setting('columns', '', "tables of captions: which column is which, e.g. 'file:image,caption:comment'; '': by their names",
             form=(r'(\w+:[^,:]+(,\w+:[^,:]+)*)?', "pairs of our name and the table's, 'file:image,caption:comment'")),
@@ -176,7 +178,8 @@ OF_RUNS = (
     Setting('sweep', 'manual', 'which sweep this run belongs to', form=(r'\w[\w.-]*', 'a name of letters, digits, . _ and -')),
     Setting('out', '', "run folder; '': runs/<sweep>/<id>", place='out'),
     Setting('folder', '', 'of the data', place='folder'),
-    Setting('cache', '', "where decoded pictures, drawn worlds, states of frozen networks are kept; '': runs/pixels, runs/worlds, runs/states", place='out'),
+    Setting('cache', '', "where decoded pictures, drawn worlds, states of frozen networks are kept; "
+                         "'': runs/pixels, runs/worlds, runs/states", place='out'),
     Setting('models', '', "folder of networks; '': models", place='folder'),
     Setting('workers', 0, 'threads that load coming batches; results are equal for any number', within='[0, 256]'),
     Setting('device', 'cpu', 'where it is computed', _AUTO),
@@ -303,9 +306,11 @@ def _of_model(v)->tuple:
         (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN, f'VSRN makes one vector; {v.similarity} wants regions'),
         (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN'),
         (v.boxes and not streams, f'{v.similarity} does not see where regions are'),
-        ((v.image_parts or v.text_parts) and streams, f'{v.similarity} has no towers for both: image_parts and text_parts are for towers'),
+        ((v.image_parts or v.text_parts) and streams,
+         f'{v.similarity} has no towers for both: image_parts and text_parts are for towers'),
         (v.image_parts and v.image in VSRN, 'VSRN is an image tower of its own: leave image_parts empty'),
-        (re.search(r'net|heads|token_states', v.text_parts) and not v.text_model, 'text_parts ask for a network that reads: name a text_model'),
+        (re.search(r'net|heads|token_states', v.text_parts) and not v.text_model,
+         'text_parts ask for a network that reads: name a text_model'),
         (v.similarity.startswith('bfan') and v.agg, 'BFAN takes the mean over the queries'),
         (streams and not v.text_model and width % v.heads, f'{v.heads} heads cannot share a width of {width}'),
         (v.tokens == 'own' and not v.text_model, "tokens='own' needs a text_model that comes with weights"),

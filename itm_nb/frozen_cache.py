@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['going_on', 'layer_states', 'pool_of', 'pooled_states', 'Reading', 'frozen_layers', 'reading_of', 'network_print',
-           'sentence_rows', 'picture_print', 'stored', 'KeptStates', 'Looked', 'read', 'keep_sentences',
+           'sentence_rows', 'picture_print', 'stored', 'KeptFiles', 'KeptStates', 'Looked', 'read', 'keep_sentences',
            'keep_pictures']
 
 # %% ../nbs/03a_frozen.ipynb #00000002
@@ -74,7 +74,7 @@ def layer_states(
 )->dict:             # layer -> (B, L, D)
     "States behind the wanted layers; looked up where they are kept"
     kept = made.kept
-    if kept is not None and kept.serves(inputs) and kept.reading.pools == (): return kept.layers_of(made, inputs, wanted)
+    if kept and kept.serves(inputs) and not kept.pooled: return kept.layers_of(made, inputs, wanted)
     return _computed(made, inputs, wanted)
 
 def _computed(made, inputs, wanted):
@@ -83,7 +83,8 @@ def _computed(made, inputs, wanted):
     if 'out' in wanted: got['out'] = out.last_hidden_state
     if 'pooler' in wanted: got['pooler'] = out.pooler_output.flatten(1)[:,None]
     got = {k: _flat(x) for k, x in got.items()}
-    return {k: x[:, :inputs[0].shape[1]] if len(inputs) == 2 else x for k, x in got.items()}      # without what a tower appends
+    if len(inputs) == 1: return got
+    return {k: x[:, :inputs[0].shape[1]] for k, x in got.items()}      # without what a tower appends
 
 # %% ../nbs/03a_frozen.ipynb #0000000b
 def pool_of(
@@ -91,11 +92,13 @@ def pool_of(
 )->Callable:       # (B, L, D) states, (B,) how many are real, how many come before the patches -> (B, D)
     "A pooling by name"
     def patches(pool): return lambda x, n, skip: pool(x[:, skip:], n-skip)
-    if name.startswith('top') and name[3:].isdecimal() and int(name[3:]): return patches(lambda x, n: topk_pool(x, n, int(name[3:])))
-    known = dict(mean=patches(mean_pool), max=patches(max_pool), all=lambda x, n, skip: mean_pool(x, n), first=lambda x, n, skip: x[:, 0],
-                 last=lambda x, n, skip: x[torch.arange(len(x), device=x.device), n-1])
-    if name not in known: raise ValueError(f"no pooling called {name!r}; there are {sorted(known)}, 'top3' and the like")
-    return known[name]
+    k = int(name[3:]) if name.startswith('top') and name[3:].isdecimal() else 0
+    if k: return patches(lambda x, n: topk_pool(x, n, k))
+    def last(x, n, skip): return x[torch.arange(len(x), device=x.device), n-1]
+    known = dict(mean=patches(mean_pool), max=patches(max_pool), last=last,
+                 all=lambda x, n, skip: mean_pool(x, n), first=lambda x, n, skip: x[:, 0])
+    if name in known: return known[name]
+    raise ValueError(f"no pooling called {name!r}; there are {sorted(known)}, 'top3' and the like")
 
 def _counts(made, inputs, x)->Tensor:   # (B,)
     "How many of the states are real"
@@ -110,7 +113,7 @@ def pooled_states(
 )->list:             # of (B, D)
     "One vector for each wanted layer; looked up where they are kept"
     kept = made.kept
-    if kept is not None and kept.serves(inputs) and (kept.reading.layers, kept.reading.pools) == (wanted, pools):
+    if kept and kept.serves(inputs) and (kept.reading.layers, kept.reading.pools) == (wanted, pools):
         return list(kept.look(made, inputs)[:,0].split(kept.widths, -1))
     got = layer_states(made, inputs, wanted)
     skip = lambda k: made.skip if isinstance(made, VisionTower) and k != 'pooler' else 0
@@ -138,7 +141,8 @@ def reading_of(
 )->Reading:               # None: nothing can be kept
     "What to keep for a tower as it stands"
     n, text = frozen_layers(made.net), isinstance(made, TextTower)
-    if n < 1 or text and (made.kind == 'all' and not states or made.fill and n <= layers(made.net)): return None
+    if n < 1 or text and made.kind == 'all' and not states: return None
+    if text and made.fill and n <= layers(made.net): return None
     if n <= layers(made.net): return Reading((n,), start=n)
     if states: return Reading(('out',))
     pool = dict(pooler='first', cls='first', last='last', mean='mean', all='all').get(made.kind)
@@ -226,7 +230,8 @@ def stored(
     "The array of a file, made where it is not there or damaged"
     with _alone(path):
         if (found := _opened(path, key)) is not None: return found
-        for old in (path.with_suffix('.json'), *path.parent.glob(f'.{path.stem}.*.tmp')): old.unlink(missing_ok=True)
+        left = path.parent.glob(f'.{path.stem}.*.tmp')
+        for old in (path.with_suffix('.json'), *left): old.unlink(missing_ok=True)
         tmp = path.with_name(f'.{path.stem}.{os.getpid()}.tmp')
         try:
             x = np.lib.format.open_memmap(tmp, mode='w+', dtype=np.float32, shape=shape)
@@ -240,18 +245,51 @@ def stored(
         return _opened(path, key)
 
 # %% ../nbs/03a_frozen.ipynb #00000016
+class KeptFiles:
+    "The files of some parts of a data set, read as one; item by item"
+    def __init__(self,
+        parts:Sequence,     # of (names of the items, (T, D) states, (N+1,) where each item's states begin)
+    ):
+        self.arrays, names = [states for _, states, _ in parts], [n for names, *_ in parts for n in names]
+        self.index = {name: i for i, name in enumerate(names)}
+        self.array = np.repeat(np.arange(len(parts)), [len(names) for names, *_ in parts])
+        self.first = np.concatenate([starts[:-1] for *_, starts in parts])
+        self.count = np.concatenate([np.diff(starts) for *_, starts in parts])
+
+    def rows(self,
+        at:np.ndarray,     # (B,) numbers of items
+        size:int=0,        # pad to so many states; 0: to the most of these items
+    )->Tensor:             # (B, L, D), zeros behind the last state
+        "The states of some items"
+        most = max(size, int(self.count[at].max(initial=0)))
+        out = np.zeros((len(at), most, self.arrays[0].shape[1]), np.float32)
+        array, place = self.array[at], np.arange(most)
+        for i, states in enumerate(self.arrays):
+            here = np.flatnonzero(array == i)
+            row, column = (place < self.count[at[here], None]).nonzero()
+            out[here[row], column] = states[self.first[at[here[row]]] + column]
+        return torch.from_numpy(out)
+
+def _gone_on(kept, made, x):
+    "The network from the kept states on"
+    start = dict(zip(kept.reading.layers, x.split(kept.widths, -1)))[kept.reading.start]
+    if kept.grid: start = start.transpose(1, 2).unflatten(2, kept.grid)
+    return going_on(made.net, kept.reading.start, start, kept.as_tuple)
+
+def _blank(made, inputs):
+    "Inputs of the right size: a picture's pixels are not looked at any more"
+    if len(inputs) == 2: return inputs
+    return (inputs[0].new_zeros(len(inputs[0]), made.size, made.size, 3),)
+
 class KeptStates:
     "States of a frozen network, looked up instead of computed; shared by all copies of a model"
     def __init__(self,
         reading:Reading,
         note:dict,          # widths of the layers; of a grid, its sides; do layers give tuples?
-        parts:Sequence,     # for each part of a data set (names of its items, (T, D) states, (N+1,) where each item's begin)
+        parts:Sequence,     # as for `KeptFiles`
     ):
-        self.reading, self.arrays = reading, [states for _, states, _ in parts]
+        self.reading, self.files = reading, KeptFiles(parts)
         self.widths, self.grid, self.as_tuple = note['widths'], note['grid'], note['as_tuple']
-        self.array, self.first, self.count = (np.concatenate(x) for x in zip(*((np.full(len(names), i), starts[:-1], np.diff(starts))
-                                                                               for i, (names, _, starts) in enumerate(parts))))
-        self.index = {name: i for i, name in enumerate(name for names, *_ in parts for name in names)}
 
     def __deepcopy__(self, memo): return self
     @property
@@ -261,30 +299,17 @@ class KeptStates:
         "Sentences always; of images, those that are given as states"
         return len(inputs) == 2 or inputs[0].ndim == 3
 
-    def rows(self,
-        at:np.ndarray,     # (B,) numbers of items
-        size:int=0,        # pad to so many states; 0: to the most of these items
-    )->Tensor:             # (B, L, D), zeros behind the last state
-        "The states of some items"
-        most = max(size, int(self.count[at].max(initial=0)))
-        out, array, place = np.zeros((len(at), most, sum(self.widths)), np.float32), self.array[at], np.arange(most)
-        for i, states in enumerate(self.arrays):
-            here = np.flatnonzero(array == i)
-            row, column = (place < self.count[at[here], None]).nonzero()
-            out[here[row], column] = states[self.first[at[here[row]]] + column]
-        return torch.from_numpy(out)
-
     def look(self, made, inputs)->Tensor:   # -> (B, L, D); L = 1 where they are pooled
         "What the network would give, without running it"
         if len(inputs) == 1: return inputs[0]
         tokens, lengths = inputs
-        at = np.array([self.index.get(r, -1) for r in _rows(tokens, lengths)])
-        out = self.rows(at.clip(0), 0 if self.pooled else tokens.shape[1]).to(tokens.device)
+        at = np.array([self.files.index.get(r, -1) for r in _rows(tokens, lengths)])
+        out = self.files.rows(at.clip(0), 0 if self.pooled else tokens.shape[1]).to(tokens.device)
         if (new := np.flatnonzero(at < 0)).size:
             out[new] = read(made, (tokens[new], lengths[new]), self.reading, out.shape[1])[0]
         return out
 
-    def vector(self, made, *inputs)->Tensor:   # -> (B, D); None where all states are kept, or this is not one of the kept
+    def vector(self, made, *inputs)->Tensor:   # -> (B, D); None where all states are kept, or none of these
         "The one vector of each item that is kept"
         return self.look(made, inputs)[:,0] if self.pooled and self.serves(inputs) else None
 
@@ -295,18 +320,7 @@ class KeptStates:
         later = tuple(k for k in wanted if k not in got)
         if not later: return got
         if not self.reading.start: raise ValueError(f'states {later} are not kept; kept are {self.reading.layers}')
-        with self.gone_on(made, x): return got | _computed(made, self._blank(made, inputs), later)
-
-    def gone_on(self, made, x):
-        "The network from the kept states on"
-        start = dict(zip(self.reading.layers, x.split(self.widths, -1)))[self.reading.start]
-        if self.grid: start = start.transpose(1, 2).unflatten(2, self.grid)
-        return going_on(made.net, self.reading.start, start, self.as_tuple)
-
-    def _blank(self, made, inputs):
-        "Inputs of the right size: a picture's pixels are not looked at any more"
-        if len(inputs) == 2: return inputs
-        return (inputs[0].new_zeros(len(inputs[0]), made.size, made.size, 3),)
+        with _gone_on(self, made, x): return got | _computed(made, _blank(made, inputs), later)
 
     def run(self, made, *inputs):   # -> what the network of `transformers` gives
         "All states of the last layer, for a tower's own pooling"
@@ -315,19 +329,19 @@ class KeptStates:
             raise ValueError('only one vector for each picture is kept, not its patches: ask for another pooling')
         x = self.look(made, inputs)
         if not self.reading.start: return SimpleNamespace(last_hidden_state=x)
-        with self.gone_on(made, x): return made.computed(*self._blank(made, inputs))
+        with _gone_on(self, made, x): return made.computed(*_blank(made, inputs))
 
     def pictures(self, files)->'Looked':
         "States in place of the pixels of some image files"
-        return Looked(self, np.array([self.index[str(f)] for f in files]))
+        return Looked(self.files, np.array([self.files.index[str(f)] for f in files]))
 
 class Looked:
     "Kept states of pictures, where pixels are expected"
-    def __init__(self, kept:KeptStates, at:np.ndarray): self.kept, self.at = kept, at
+    def __init__(self, files:KeptFiles, at:np.ndarray): self.files, self.at = files, at
     def __len__(self): return len(self.at)
     def __getitem__(self, idx)->Tensor:   # slice or (B,) indices -> (B, L, D)
         "Some of them"
-        return self.kept.rows(np.atleast_1d(self.at[idx.numpy() if torch.is_tensor(idx) else idx]))
+        return self.files.rows(np.atleast_1d(self.at[idx.numpy() if torch.is_tensor(idx) else idx]))
 
 @torch.no_grad()
 def read(
@@ -365,20 +379,24 @@ def _probe(made, reading, inputs)->dict:
 def _goes_on(made, reading, note, inputs)->bool:
     "Does going on from kept states give what the whole network gives?"
     x, learning = read(made, inputs, reading)[0], made.training
-    trial = KeptStates(reading, note, [(list(range(len(x))), x.flatten(0, 1).cpu().numpy(), np.arange(len(x)+1)*x.shape[1])])
-    made.eval(); keep = real(_counts(made, inputs, x), x.shape[1])
+    starts = np.arange(len(x)+1)*x.shape[1]
+    trial = KeptStates(reading, note, [(list(range(len(x))), x.flatten(0, 1).cpu().numpy(), starts)])
+    keep = real(_counts(made, inputs, x), x.shape[1])
+    made.eval()
     try:
         whole = _flat(made.computed(*inputs).last_hidden_state)
-        with trial.gone_on(made, x): again = _flat(made.computed(*inputs).last_hidden_state)
-        return torch.allclose(again[keep] if again.shape[1] == keep.shape[1] else again, whole[keep] if again.shape[1] == keep.shape[1] else whole, atol=1e-4)
-    except (TypeError, RuntimeError, ValueError, IndexError): return False      # layers that take or give more than states
+        with _gone_on(trial, made, x): again = _flat(made.computed(*inputs).last_hidden_state)
+        if keep.shape == whole.shape[:2]: again, whole = again[keep], whole[keep]
+        return torch.allclose(again, whole, atol=1e-4)
+    except (TypeError, RuntimeError, ValueError, IndexError): return False    # layers that hand on more than states
     finally: made.train(learning)
 
 def _fits(folder, shape)->bool:
     "Is there room for the states?"
     size, at = 4*math.prod(shape), Path(folder); at.mkdir(parents=True, exist_ok=True)
     if size <= shutil.disk_usage(at).free/2: return True
-    warnings.warn(f'{size/2**30:.0f} GiB of states are not kept: too little room on the disk. Mean pooling keeps one vector an item')
+    warnings.warn(f'{size/2**30:.0f} GiB of states are not kept: too little room on the disk. '
+                  'Mean pooling keeps one vector an item')
     return False
 
 def _part(made, reading, note, folder, items, inputs, per, progress):
@@ -391,7 +409,8 @@ def _part(made, reading, note, folder, items, inputs, per, progress):
         step = 64 if isinstance(made, VisionTower) else 128
         for at in tqdm(range(0, len(per), step), desc='frozen network, once', disable=not progress, unit='block'):
             n = per[at:at+step]; x = read(made, inputs(slice(at, at+step)), reading)[0]
-            yield slice(starts[at], starts[at+len(n)]), x[real(torch.as_tensor(n, device=x.device), x.shape[1])].cpu().numpy()
+            keep = real(torch.as_tensor(n, device=x.device), x.shape[1])
+            yield slice(starts[at], starts[at+len(n)]), x[keep].cpu().numpy()
     return stored(path, key, shape, blocks, note)[1], starts
 
 def _put(made, reading, note, parts)->KeptStates:
@@ -410,7 +429,8 @@ def keep_sentences(
     made.kept, reading, at = None, reading or reading_of(made), next(made.parameters()).device
     note = reading and _probe(made, reading, tuple(x[:2].to(at) for x in encoded[0]))
     if note is None: return None
-    return _put(made, reading, note, [_sentences(made, reading, note, folder, sentence_rows(*e), progress) for e in encoded])
+    rows = [sentence_rows(*e) for e in encoded]
+    return _put(made, reading, note, [_sentences(made, reading, note, folder, r, progress) for r in rows])
 
 def _sentences(made, reading, note, folder, rows, progress):
     "One part: names, states, where they begin"
@@ -420,7 +440,8 @@ def _sentences(made, reading, note, folder, rows, progress):
         x[np.arange(x.shape[1]) < n[:,None]] = np.frombuffer(b''.join(rows[s]), '<i4')
         return torch.from_numpy(x).to(at), torch.from_numpy(n).to(at)
     items = hashlib.sha256(b''.join(len(r).to_bytes(4, 'little') + r for r in rows)).hexdigest()
-    found = _part(made, reading, note, folder, items, inputs, np.ones_like(lengths) if reading.pools else lengths, progress)
+    per = np.ones_like(lengths) if reading.pools else lengths
+    found = _part(made, reading, note, folder, items, inputs, per, progress)
     return found and (rows, *found)
 
 def keep_pictures(
@@ -430,20 +451,22 @@ def keep_pictures(
     frame:str='crop',        # how pictures are cut
     reading:Reading=None,    # None: what this tower needs
     progress:bool=False,
-)->KeptStates:               # also put into the tower; its `pictures` takes the place of pixels; None: nothing can be kept
+)->KeptStates:               # also put into the tower; its `pictures` replace pixels; None: nothing can be kept
     "Let a frozen vision network see every picture once"
     made.kept, reading, at = None, reading or reading_of(made), next(made.parameters()).device
     one = torch.zeros(1, made.size, made.size, 3, device=at)
     note = reading and _probe(made, reading, (one,))
     if note is None: return None
     each = read(made, (one,), reading)[0].shape[1]
-    return _put(made, reading, note, [_pictures(made, reading, note, folder, frame, each, *p, progress) for p in parts])
+    found = [_pictures(made, reading, note, folder, frame, each, *p, progress) for p in parts]
+    return _put(made, reading, note, found)
 
 def _pictures(made, reading, note, folder, frame, each, files, pixels, progress):
     "One part: names, states, where they begin"
-    opened, at = [], next(made.parameters()).device                     # pictures are decoded only if they are looked at
+    opened, at = [], next(made.parameters()).device         # pictures are decoded only if they are looked at
     def inputs(s):
         if not opened: opened.append(pixels())
         return (torch.as_tensor(opened[0][s]).to(at),)
-    found = _part(made, reading, note, folder, picture_print(files, made.size, frame), inputs, np.full(len(files), each), progress)
+    items, per = picture_print(files, made.size, frame), np.full(len(files), each)
+    found = _part(made, reading, note, folder, items, inputs, per, progress)
     return found and ([str(f) for f in files], *found)

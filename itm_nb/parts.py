@@ -41,10 +41,12 @@ _PART = re.compile(r'(net|bag|regions)(?::(-?\d+|\d+-\d+|out|pooler))?(?::([a-z]
 def _part(word, at)->Part:
     "One block"
     m = _PART.fullmatch(word.strip())
-    if not m: raise ValueError(f"{at}: {word.strip()!r} is no block; blocks are 'net:4:mean', 'net:pooler', 'bag', 'regions:0-15:top3'")
+    blocks = "'net:4:mean', 'net:pooler', 'bag', 'regions:0-15:top3'"
+    if not m: raise ValueError(f'{at}: {word.strip()!r} is no block; blocks are {blocks} and the like')
     source, where, pool, weight = m[1], m[2] or '', m[3] or '', float(m[4] or 1)
-    if source == 'net' and not where: raise ValueError(f"{at}: {word!r} names no layer; e.g. 'net:-1:mean' for the last")
-    if source == 'regions' and where in ('out', 'pooler') or source == 'bag' and where: raise ValueError(f'{at}: {word!r} cannot be')
+    if source == 'net' and not where: raise ValueError(f"{at}: {word!r} names no layer; 'net:-1:mean' is the last")
+    if where and (source == 'bag' or source == 'regions' and where in ('out', 'pooler')):
+        raise ValueError(f'{at}: {word!r} cannot be')
     if pool: pool_of(pool)
     if where == 'pooler': pool = 'first'
     return Part(source, where, pool, weight)
@@ -57,8 +59,10 @@ def parse(
     "The blocks of an encoder"
     groups = [[_part(w, at) for w in g.split('+')] for g in FORMS.get(text, text).split('|')]
     for p in (p for g in groups for p in g):
-        if states and (p.pool or p.where == 'pooler'): raise ValueError(f'{at}: cross-attention reads all states; leave {p.pool!r} away')
-        if not states and not p.pool and p.source != 'bag': raise ValueError(f"{at}: say how {p.source} is pooled, e.g. {p.source}:...:mean")
+        if states and (p.pool or p.where == 'pooler'):
+            raise ValueError(f'{at}: cross-attention reads all states; leave {p.pool!r} away')
+        if not states and not p.pool and p.source != 'bag':
+            raise ValueError(f'{at}: say how {p.source} is pooled, e.g. {p.source}:...:mean')
     return groups
 
 # %% ../nbs/03b_parts.ipynb #00000009
@@ -90,7 +94,9 @@ class Blocks(nn.Module):
         n = total = length = 0
         for x in batches(): n, total = n+len(x), total+x.double().sum(0)
         self.centre.copy_(total/n)
-        for x in batches(): length = length + torch.stack([p.norm(dim=-1).double().sum() for p in (x-self.centre).split(self.widths, -1)])
+        for x in batches():
+            parts = (x-self.centre).split(self.widths, -1)
+            length = length + torch.stack([p.norm(dim=-1).double().sum() for p in parts])
         factor = torch.tensor(self.weights, device=length.device) / (length/n).clamp(min=1e-12)
         self.factor.copy_(factor.repeat_interleave(torch.tensor(self.widths, device=length.device)))
 
@@ -103,8 +109,8 @@ class Bag(nn.Module):
         width:int,        # length of a vector
     ):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(n_rows+1, width).uniform_(-.1, .1))      # row 0: pieces that are not in it, and padding
-        self.register_buffer('row', torch.arange(n_words).remainder(n_rows+1) if n_rows < n_words else torch.arange(n_words)+1)
+        self.table = nn.Parameter(torch.empty(n_rows+1, width).uniform_(-.1, .1))      # row 0: unseen, and padding
+        self.register_buffer('row', torch.zeros(n_words, dtype=torch.int64))           # of each piece
         with torch.no_grad(): self.table[0] = 0
 
     @torch.no_grad()
@@ -116,7 +122,7 @@ class Bag(nn.Module):
         self.row.copy_(torch.where(seen, seen.cumsum(0), 0))
         if words is not None: self.table[1:] = words[:len(seen)][seen]
 
-    def forward(self, tokens:Tensor, lengths:Tensor, words:Tensor=None)->Tensor:   # (B, L), (B,), (n, width) -> (B, width)
+    def forward(self, tokens:Tensor, lengths:Tensor, words:Tensor=None)->Tensor:   # -> (B, width)
         "Means"
         keep = real(lengths, tokens.shape[1]); row = self.row[tokens].masked_fill(~keep, 0)
         out = F.embedding_bag(row, self.table, mode='sum', padding_idx=0)
@@ -153,8 +159,9 @@ def _grouped(groups, each)->tuple:
 def _reading(made, asked, pools)->Reading:
     "What to keep of a network whose states are blocks; None: nothing can be kept"
     n = frozen_layers(made.net) if made else -1
-    if n > layers(made.net) if made else False: return Reading(asked, pools)
-    if n < 1 or getattr(made, 'fill', 0): return None
+    if n < 1: return None
+    if n > layers(made.net): return Reading(asked, pools)
+    if getattr(made, 'fill', 0): return None
     below = {k for k in asked if isinstance(k, int) and k <= n}
     return Reading(tuple(sorted(below | {n})), start=n)
 
@@ -177,7 +184,8 @@ class TextParts(nn.Module):
         self.pools = () if sets else tuple(p.pool for p in self.order if p.source == 'net')
         width = self.words.shape[1] if net else d_word
         self.bag = Bag(n_words, n_rows, width) if any(p.source == 'bag' for p in self.order) else None
-        with torch.no_grad(): each = [x.shape[-1] for x in self.found(torch.ones(1, 2, dtype=torch.int64), torch.tensor([2]))]
+        two = torch.ones(1, 2, dtype=torch.int64), torch.tensor([2])
+        with torch.no_grad(): each = [x.shape[-1] for x in self.found(*two)]
         self.blocks = Blocks(*_grouped(groups, each), dim, dropout)
 
     @property
@@ -193,9 +201,17 @@ class TextParts(nn.Module):
         got = iter(_of_net(self.reader, inputs, self.asked, self.pools))
         return [bag(*inputs, self.words) if p.source == 'bag' else next(got) for p in self.order]
 
-    def raw(self, tokens:Tensor, lengths:Tensor)->Tensor: return torch.cat(self.found(tokens, lengths), -1)
-    def states(self, tokens:Tensor, lengths:Tensor)->Tensor: return self.blocks(self.raw(tokens, lengths))    # -> (B, L, dim)
-    def forward(self, tokens:Tensor, lengths:Tensor)->Tensor: return self.blocks(self.raw(tokens, lengths))   # -> (B, dim)
+    def raw(self, tokens:Tensor, lengths:Tensor)->Tensor:       # (B, L), (B,) -> (B, sum of widths) or (B, L, sum)
+        "The blocks beside each other"
+        return torch.cat(self.found(tokens, lengths), -1)
+
+    def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # -> (B, dim); for cross-attention (B, L, dim)
+        "Joined"
+        return self.blocks(self.raw(tokens, lengths))
+
+    def states(self, tokens:Tensor, lengths:Tensor)->Tensor:    # -> (B, L, dim)
+        "A vector for every token"
+        return self(tokens, lengths)
 
 def _of_net(made, inputs, asked, pools)->list:
     "Blocks of a network"
@@ -228,17 +244,26 @@ class ImageParts(nn.Module):
     def reading(self)->Reading: return _reading(self.eye, self.asked, self.pools)
 
     @torch.no_grad()
-    def _widths(self): return [x.shape[-1] for x in self.found(torch.zeros(1, self.eye.size, self.eye.size, 3), None)]
+    def _widths(self):
+        return [x.shape[-1] for x in self.found(torch.zeros(1, self.eye.size, self.eye.size, 3), None)]
 
-    def found(self, feats, num)->list:   # (B, R, D) regions or (B, S, S, 3) pixels, (B,) -> of (B, width) or (B, R, width)
+    def found(self, feats, num)->list:   # regions or pixels, (B,) -> of (B, width) or (B, R, width)
         "The blocks in their order, as they come"
         if self.eye is None: return [_regions(feats, num, p) for p in self.order]
         got = _of_net(self.eye, (feats,), self.asked, self.pools)
         return got if self.pools else [x[:, self.eye.skip:] for x in got]
 
-    def raw(self, feats:Tensor, num:Tensor)->Tensor: return torch.cat(self.found(feats, num), -1)
-    def states(self, feats:Tensor, num:Tensor=None)->Tensor: return self.blocks(self.raw(feats, num))   # -> (B, R, dim)
-    def forward(self, feats:Tensor, num:Tensor)->Tensor: return self.blocks(self.raw(feats, num))       # -> (B, dim)
+    def raw(self, feats:Tensor, num:Tensor)->Tensor:           # -> (B, sum of widths) or (B, R, sum)
+        "The blocks beside each other"
+        return torch.cat(self.found(feats, num), -1)
+
+    def forward(self, feats:Tensor, num:Tensor=None)->Tensor:  # -> (B, dim); for cross-attention (B, R, dim)
+        "Joined"
+        return self.blocks(self.raw(feats, num))
+
+    def states(self, feats:Tensor, num:Tensor=None)->Tensor:   # -> (B, R, dim)
+        "A vector for every region or patch"
+        return self(feats, num)
 
 def _regions(feats, num, part):
     "Some regions of each picture, pooled"
@@ -254,7 +279,8 @@ def _regions(feats, num, part):
 def _network(source, side, parts, size=0, n_words=0, freeze='')->dict:
     "Arguments of the network inside; none where there is none"
     asks = any(p.source == 'net' for g in parts for p in g)
-    if source is None and asks: raise ValueError(f"{side} parts ask for a network: name one ({dict(text='text_model', vision='vision')[side]})")
+    setting = dict(text='text_model', vision='vision')[side]
+    if source is None and asks: raise ValueError(f'{side} parts ask for a network: name one ({setting})')
     if source is None: return {}
     own = describe(source, side, source.config.get('projection_dim', 1), size=size, n_words=n_words, freeze=freeze)
     return dict(net={k: own[k] for k in ('net', 'freeze', 'mean', 'std', 'size') if k in own})
@@ -272,8 +298,9 @@ def describe_text(
 )->dict:                    # kind and arguments
     "A text tower out of parts"
     groups = parse(parts, sets, 'text_parts')
-    if any(p.source == 'regions' for g in groups for p in g): raise ValueError('text_parts: a sentence has no regions')
-    bag = dict(n_words=n_words, n_rows=n_rows, d_word=d_word) if any(p.source == 'bag' for g in groups for p in g) else {}
+    sources = {p.source for g in groups for p in g}
+    if 'regions' in sources: raise ValueError('text_parts: a sentence has no regions')
+    bag = dict(n_words=n_words, n_rows=n_rows, d_word=d_word) if 'bag' in sources else {}
     return dict(kind='text_parts', parts=FORMS.get(parts, parts), dim=dim, dropout=dropout, sets=sets, **bag,
                 **_network(source, 'text', groups, n_words=n_words, freeze=freeze))
 
@@ -291,8 +318,8 @@ def describe_image(
     groups = parse(parts, sets, 'image_parts'); sources = {p.source for g in groups for p in g}
     if sources != ({'net'} if source else {'regions'}):
         raise ValueError(f"image_parts: blocks of {sorted(sources)}; wanted all of {'net' if source else 'regions'}")
-    return dict(kind='image_parts', parts=FORMS.get(parts, parts), dim=dim, dropout=dropout, sets=sets, d_in=0 if source else d_in,
-                **_network(source, 'vision', groups, size=size, freeze=freeze))
+    return dict(kind='image_parts', parts=FORMS.get(parts, parts), dim=dim, dropout=dropout, sets=sets,
+                d_in=0 if source else d_in, **_network(source, 'vision', groups, size=size, freeze=freeze))
 
 TOWERS = dict(text_parts=TextParts, image_parts=ImageParts)
 

@@ -225,6 +225,17 @@ def _train(self, mode:bool=True):
     for m in self.frozen if mode else (): m.eval()
     return self
 
+@torch.no_grad()
+def _probe_vision(self):
+    "Tokens before the patches, and the length of the vector that is projected"
+    self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
+    if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
+    if x.ndim == 4 and self.kind in ('cls', 'all'):
+        raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
+    patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
+    skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
+    return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
+
 class VisionTower(nn.Module):
     "Pixels to one vector per image, by a vision network of `transformers`"
     kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
@@ -246,16 +257,7 @@ class VisionTower(nn.Module):
         self.skip, width = self._probe()
         self.joint = _joint(width, dim, project); self.frozen = freeze_parts(self.net, freeze)
 
-    @torch.no_grad()
-    def _probe(self):
-        "Tokens before the patches, and the length of the vector that is projected"
-        self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
-        if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
-        if x.ndim == 4 and self.kind in ('cls', 'all'):
-            raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
-        patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
-        skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
-        return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
+    _probe = _probe_vision
 
     def computed(self, feats:Tensor):   # (B, S, S, 3) -> what a network of `transformers` gives
         "The network itself"
@@ -318,6 +320,14 @@ def longest(
     "How many tokens a text network can read"
     with torch.device('meta'): return _places(network(net))[0]       # nothing is allocated or drawn
 
+@torch.no_grad()
+def _probe_text(self)->int:
+    "The length of the vector that is projected"
+    self.net.eval(); out = self._run(torch.ones(1, 2, dtype=torch.long), torch.tensor([2])); self.net.train()
+    if self.kind != 'pooler': return out.last_hidden_state.shape[-1]
+    if getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
+    return out.pooler_output.shape[-1]
+
 class TextTower(nn.Module):
     "Tokens to one vector per sentence, by a text network of `transformers`"
     kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
@@ -340,13 +350,7 @@ class TextTower(nn.Module):
         self.joint = _joint(self._probe(), dim, project)
         self.frozen = freeze_parts(self.net, freeze)
 
-    @torch.no_grad()
-    def _probe(self)->int:
-        "The length of the vector that is projected"
-        self.net.eval(); out = self._run(torch.ones(1, 2, dtype=torch.long), torch.tensor([2])); self.net.train()
-        if self.kind != 'pooler': return out.last_hidden_state.shape[-1]
-        if getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
-        return out.pooler_output.shape[-1]
+    _probe = _probe_text
 
     train = _train
 

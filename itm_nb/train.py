@@ -182,7 +182,9 @@ def _described(cfg, d_in, n_words, eye, reader, n_rows=0)->dict:
 
 def _image_side(cfg, d_in, eye)->dict:
     "Kind and arguments of the image tower"
-    if cfg.image_parts: return describe_image(cfg.image_parts, cfg.dim, eye, d_in, cfg.dropout, cfg.size, cfg.freeze, cfg.similarity in SCORES)
+    sets = cfg.similarity in SCORES
+    if cfg.image_parts:
+        return describe_image(cfg.image_parts, cfg.dim, eye, d_in, cfg.dropout, cfg.size, cfg.freeze, sets)
     if eye: return describe(eye, 'vision', cfg.dim, cfg.image_pool, cfg.size, freeze=cfg.freeze)
     size = dict(d_in=d_in, dim=cfg.dim, dropout=cfg.dropout)
     if cfg.image in VSRN: return dict(kind='vsrn', **size, **VSRN[cfg.image])
@@ -203,7 +205,9 @@ def _stream_side(cfg, d_in, n_words, eye, reader)->dict:
 
 def _text_side(cfg, n_words, reader, n_rows)->dict:
     "Kind and arguments of the text tower"
-    if cfg.text_parts: return describe_text(cfg.text_parts, cfg.dim, reader, n_words, n_rows, cfg.d_word, cfg.dropout, cfg.text_freeze, cfg.similarity in SCORES)
+    sets = cfg.similarity in SCORES
+    if cfg.text_parts:
+        return describe_text(cfg.text_parts, cfg.dim, reader, n_words, n_rows, cfg.d_word, cfg.dropout, cfg.text_freeze, sets)
     if reader: return describe(reader, 'text', cfg.dim, cfg.text_pool, n_words=n_words, freeze=cfg.text_freeze)
     pool = {} if cfg.text == 'gru_last' else dict(pool=cfg.text_pool)
     return dict(kind=cfg.text, n_words=n_words, dim=cfg.dim, d_word=cfg.d_word, dropout=cfg.dropout, **pool)
@@ -245,7 +249,7 @@ def remembering(
     model:nn.Module,
     data:Corpus,
     vocab,
-    parts:tuple=('train', 'val'),   # which will be asked for
+    parts:tuple=('train', 'val'),   # which will be asked for; of a fold, all parts of the whole
     augment:str='none',             # what training does to pictures: changed ones are not kept
     progress:bool=False,            # show a bar where a network has to be run
 )->Corpus:                          # hands out states in place of pictures where they are kept
@@ -254,9 +258,12 @@ def remembering(
     if not data.states or not (read or see): return data
     base, parts = (data.cut_from, ('train', 'val', 'test')) if data.cut_from else (data, parts)
     splits = [base.split(p) for p in parts]
-    if read: keep_sentences(network_of(model.text_tower), [vocab.encode(s.captions) for s in splits], data.states, read, progress)
+    if read:
+        encoded = [vocab.encode(s.captions) for s in splits]
+        keep_sentences(network_of(model.text_tower), encoded, data.states, read, progress)
     if not see or augment != 'none': return data
-    kept = keep_pictures(network_of(model.image_tower), [(s.files, partial(base.pixels, s)) for s in splits], data.states, data.frame, see, progress)
+    pictures = [(s.files, partial(base.pixels, s)) for s in splits]
+    kept = keep_pictures(network_of(model.image_tower), pictures, data.states, data.frame, see, progress)
     return replace(data, pixels=lambda s: kept.pictures(s.files)) if kept else data
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def test_a_run_with_kept_states_is_the_run_without_and_saves_a_whole_model(about
     a, b = prepare(cfg, plain), prepare(cfg, kept)
     for x, y in zip(embed(a.core, a.val), embed(b.core, b.val)): assert same(real_ones(x), real_ones(y))                    # before training
     for x, y in zip(a.core.state_dict().values(), b.core.state_dict().values()): assert same(x.float(), y.float(), 1e-5)
-    assert network_of(b.core.text_tower).kept and b.train.pixels.kept is network_of(b.core.image_tower).kept
+    assert network_of(b.core.text_tower).kept and b.train.pixels.files is network_of(b.core.image_tower).kept.files
     out = fit(cfg, tmp_path/'run', kept, progress=False); caught = embed(out.core, out.val); n = len(files(tmp_path/'states'))
     model, vocab = from_pretrained(tmp_path/'run'/'best'), load(tmp_path/'run'/'best'/'vocab.json')
     raw = embed(model, plain.batches(drawn['val'], vocab)); model.eval()                              # no states anywhere: pixels and sentences
@@ -183,9 +183,9 @@ def test_what_is_above_the_frozen_layers_does_not_count(tmp_path):
 
 def test_a_changed_picture_has_another_file(drawn, tmp_path):
     made = tower(**describe(find(VIT), 'vision', 16, size=16, freeze='all')); f = tmp_path/'a.png'; Image.new('RGB', (20, 20), 'red').save(f)
-    keep = lambda **kw: keep_pictures(made, [([f], lambda: Pixels([f], 16))], tmp_path, **kw); keep(); red = made.kept.rows(np.array([0])); n = len(files(tmp_path))
+    keep = lambda **kw: keep_pictures(made, [([f], lambda: Pixels([f], 16))], tmp_path, **kw); keep(); red = made.kept.files.rows(np.array([0])); n = len(files(tmp_path))
     keep(frame='squash'); assert len(files(tmp_path)) == n + 1
-    Image.new('RGB', (20, 20), 'blue').save(f); os.utime(f, ns=(1, 1)); keep(); assert len(files(tmp_path)) == n + 2 and not same(made.kept.rows(np.array([0])), red)
+    Image.new('RGB', (20, 20), 'blue').save(f); os.utime(f, ns=(1, 1)); keep(); assert len(files(tmp_path)) == n + 2 and not same(made.kept.files.rows(np.array([0])), red)
 
 
 @pytest.mark.parametrize('harm', ['flip', 'cut', 'grow', 'empty', 'note', 'no_note', 'gone'])
@@ -285,7 +285,7 @@ def test_a_run_of_pieces_can_start_from_another(drawn, tmp_path):
 
 
 def test_new_settings_at_their_default_change_no_id():
-    from itm_nb.parameters import parameters, template
+    from itm_nb.runs import parameters, template
     values = {k: p.default for k, p in parameters(template('train')).items()}; assert {'image_parts', 'text_parts'} <= values.keys()
     old = {k: v for k, v in values.items() if k not in ('image_parts', 'text_parts')}
     assert run_id('train', values) == run_id('train', old) != run_id('train', values | dict(text_parts='heads'))
