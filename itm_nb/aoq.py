@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .data import DataError, fingerprint
 from .losses import Term, hinge
 from .offline import SHARE, Anywhere, Draw, Lists, depth, load_lists, mine_model
-from .samplers import Candidates, Picked, Source, Step, View, draw, hardest, in_batch, semi_hard
+from .samplers import Candidates, Picked, Source, Step, View, draw, hardest, in_batch, semi_hard, sight
 from .similarity import gather
 from .vsrn import caption_cost, caption_targets
 
@@ -293,7 +293,7 @@ def _draws(train, tied, share, folder, random, refresh=0, model=None):
     return lambda purpose: Draw(lists, img_of, *h, tied, purpose), (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ()
 
 def _stopped(on, pool, switches, s)->bool:
-    "Is the weight detached: as said; else as the preset has it for the batch's hardest, and always for any other online negative"
+    "Is the weight detached? As said; else as the preset has it, and always beside another online negative"
     if 'detach' in switches: return switches['detach']
     return s['detach'] or pool is not None or on not in ('hardest', hardest)
 
@@ -310,14 +310,15 @@ def aoq(
     placebo:str='',              # name in `PLACEBOS`
     refresh:int=0,               # the model mines anew every so many epochs; 0: never, as in the paper
     m_off:float=0., alpha:float=.3, beta:float=1.5,
-    **switches                   # of the preset; `detach` unsaid: also where the online negative is not the batch's hardest
+    **switches                   # of the preset; `detach` unsaid: also wherever `on` or `pool` is another
 )->tuple:                        # ({name: Source}, {name: Term}): what a `Method` is made of
     "The adaptive offline quintuplet loss, or one of the steps that lead to it"
     _known(stage, placebo); watch, s = Watch(), switches_of(preset, **switches)
     detach = _stopped(on, pool, switches, s) or placebo == 'detached'
     pool = pool or (but_own if s['same_image'] else in_batch)
     sources = dict(on=Source(pool, on if callable(on) else ONLINE[on]))
-    term = aoq_term(stage, 'on', 'off', s['clamp'], detach, s['reduce'], margin, m_off, alpha, beta, placebo, watch)
+    hyper = margin, m_off, alpha, beta, placebo, watch
+    term = aoq_term(stage, 'on', 'off', s['clamp'], detach, s['reduce'], *hyper)
     if stage == 'online': return sources, dict(aoq=term)
     draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None
@@ -347,7 +348,7 @@ def uncounted(
 
 def _spoken(s:Step, max_len, one_more, steps)->Tensor:   # (B,)
     "Minus log-probability of every anchor's sentence, given the regions of its image"
-    feats, num = s.batch['feats'], s.batch['mask'].sum(1)
+    feats, num = sight(s.batch)[:2]
     labels, keep = caption_targets(s.batch['tokens'], s.batch['lengths'], max_len, one_more=one_more)
     with uncounted(s.model.image_tower): states = s.encode(s.model.image_tower.states, feats, num)
     return caption_cost(s.model.captioner, states.float(), num, labels, keep, steps)

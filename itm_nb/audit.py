@@ -505,10 +505,12 @@ def audit_command(
     "Audit samplers on the vectors of a run, or on vectors of your own"
     p = Parser(prog='itm_data audit', description=audit_command.__doc__)
     p.add_argument('--run', help='folder of a finished run'); p.add_argument('--vectors', help='npz with img, txt, img_of')
-    p.add_argument('--folder', default='', help="the run's data, in the SCAN layout"); p.add_argument('--part', default='test', choices=('train', 'val', 'test'))
+    p.add_argument('--folder', default='', help="the run's data, in the SCAN layout")
+    p.add_argument('--part', default='test', choices=('train', 'val', 'test'))
     p.add_argument('--judgements', default='', help='npz of judgements (default: judgements.npz of the folder)')
     p.add_argument('--csv', help='write all lines there'); p.add_argument('--record', help='folder for the record of the audit')
-    p.add_argument('--suspects', help='write suspected false negatives there, as csv'); p.add_argument('--top', type=number(int, 1), default=1000)
+    p.add_argument('--suspects', help='write suspected false negatives there, as csv')
+    p.add_argument('--top', type=number(int, 1), default=1000)
     a = p.parse_args(argv)
     for k in ('csv', 'suspects', 'record'):
         if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')

@@ -64,15 +64,17 @@ def stamped_lines(
     return out
 
 # %% ../nbs/00_bytes.ipynb #e8162be8
-_CLOCK = ('run.json', 'timing.jsonl', 'params.json')        # listed, but no part of the content: they differ from time to time
-_LOOSE = ('run.ipynb', 'wall.jsonl', 'worker.log', 'processes.log', 'processes.json', 'claim', 'lock', 'DONE', 'FAILED', 'manifest.json')
+_CLOCK = ('run.json', 'timing.jsonl', 'params.json')        # listed, but no part of the content
+_LOOSE = ('run.ipynb', 'wall.jsonl', 'worker.log', 'processes.log', 'processes.json', 'claim', 'lock', 'DONE', 'FAILED',
+          'manifest.json')
 _ASIDE = ('previous', 'new.tmp', 'best.new')                # folders of checkpoints that are not the last
 _READ = ('.json', '.jsonl', '.npz', '.npy', '.safetensors', '.bin')
 
 def _files(folder)->list:
     "Names of the files that count, in their order"
     found = (p.relative_to(folder) for p in sorted(Path(folder).rglob('*')) if p.is_file())
-    return [p.as_posix() for p in found if not (p.name in _LOOSE or p.parts[0] in _ASIDE or p.name.endswith('.tmp'))]
+    def loose(p): return p.name in _LOOSE or p.parts[0] in _ASIDE or p.name.endswith('.tmp')
+    return [p.as_posix() for p in found if not loose(p)]
 
 def _listed(folder)->dict:
     "{name: [bytes, SHA-256]} of the files that count"
@@ -118,8 +120,10 @@ def _manifest(folder)->dict:
     try: found = json.loads((folder/'manifest.json').read_text('utf-8'))
     except FileNotFoundError: raise ValueError('manifest.json is missing') from None
     except ValueError: raise ValueError('manifest.json is damaged') from None
-    if not isinstance(found, dict) or found.get('seal') != over_json(found.get('files')): raise ValueError('manifest.json is damaged')
-    return found['files']
+    files = found.get('files') if isinstance(found, dict) else None
+    whole = isinstance(files, dict) and all(isinstance(v, list) and len(v) == 2 for v in files.values())
+    if not whole or found.get('seal') != over_json(files): raise ValueError('manifest.json is damaged')
+    return files
 
 def _changed(folder, listed)->str:
     "The first file that is not what the list says; '' where all are"
@@ -134,31 +138,46 @@ def _changed(folder, listed)->str:
 
 def _broken(folder)->str:
     "As `broken`, looking at every byte"
-    said = re.fullmatch(r'([0-9a-f]{64})( manifest)?\n?', (folder/'DONE').read_text('utf-8', errors='replace'))
+    text = (folder/'DONE').read_text('utf-8', errors='replace')
+    said = re.fullmatch(r'([0-9a-f]{64})( manifest)?\n?', text)
     if not said: return 'DONE is damaged'
-    if not said[2]: return '' if content(folder) == said[1] else 'its files are not those that DONE was written for'
+    if not said[2] and content(folder) == said[1]: return ''
+    if not said[2]: return 'its files are not those that DONE was written for'
     try: listed = _manifest(folder)
     except ValueError as e: return str(e)
     if _over(listed) != said[1]: return 'manifest.json lists other files than DONE was written for'
     return _changed(folder, listed)
 
 # %% ../nbs/00_bytes.ipynb #64f11c92
-_KNOWN = {}      # folder -> (what its files looked like, what `_broken` said)
+_KNOWN = {}      # folder -> (names that are watched, what they looked like, what `_broken` said)
 
-def _look(folder)->tuple:
-    "Size and times of everything that counts"
-    names = ('DONE', 'manifest.json', *_files(folder))
-    found = ((n, os.stat(folder/n)) for n in names if (folder/n).is_file())
-    return tuple((n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found)
+def _watched(folder)->tuple:
+    "Names whose size and times show a change: what counts, what should be there, the folders, and what might come"
+    try: listed = _manifest(folder)
+    except ValueError: listed = {}
+    files = {*_files(folder), *listed}
+    folders = {str(p) for n in files for p in Path(n).parents}
+    return (*files, *(folders - {'.'}), 'DONE', 'manifest.json', *_CLOCK, 'val.json')
+
+def _look(folder, names)->list:
+    "Size and times of each, None where it is not there"
+    out = []
+    for n in names:
+        try: s = os.stat(f'{folder}/{n}')
+        except FileNotFoundError: out.append(None); continue
+        out.append((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
+    return out
 
 def broken(
     folder,      # of a run
 )->str:          # '' where it is finished and whole
     "What keeps a folder from counting as finished"
-    folder = Path(folder).absolute()
-    if not (folder/'DONE').is_file(): return 'it has no DONE'
+    folder = Path(os.path.abspath(folder))
+    if not os.path.isfile(folder/'DONE'): return 'it has no DONE'
     try:
-        look = _look(folder)
-        if _KNOWN.get(folder, ((), ''))[0] != look: _KNOWN[folder] = look, _broken(folder)
+        known = _KNOWN.get(folder)
+        if not known or known[1] != _look(folder, known[0]):
+            names = _watched(folder)
+            _KNOWN[folder] = names, _look(folder, names), _broken(folder)
     except OSError as e: return f'{Path(e.filename or folder).name} cannot be read ({e.strerror})'
-    return _KNOWN[folder][1]
+    return _KNOWN[folder][2]

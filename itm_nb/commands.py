@@ -22,10 +22,11 @@ def _near(name, known)->str:
     near = difflib.get_close_matches(str(name), known, 1)
     return f' (did you mean {near[0]!r}?)' if near else ''
 
-# %% ../nbs/00_commands.ipynb #8d9a754e
-_REMEDIES = {errno.ENOSPC: 'make room on the disk and give the command again', errno.EDQUOT: 'make room on the disk and give the command again',
-             errno.EROFS: 'give a place that can be written', errno.EACCES: 'give a place you may use', errno.EPERM: 'give a place you may use',
-             errno.ENOENT: 'give a place that is there', errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder',
+# %% ../nbs/00_commands.ipynb #c8fbba5b
+_REMEDIES = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'make room on the disk and give the command again'),
+             **dict.fromkeys((errno.EACCES, errno.EPERM), 'give a place you may use'),
+             errno.EROFS: 'give a place that can be written', errno.ENOENT: 'give a place that is there',
+             errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder',
              errno.EMFILE: 'raise the limit of open files (ulimit -n)'}
 
 def one_line(
@@ -42,9 +43,10 @@ def printable(
     text:str,
 )->str:
     "A text that any stream can take: bytes that are no UTF-8 are shown as \\xff"
-    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    try: return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    except UnicodeEncodeError: return text.encode('utf-8', 'backslashreplace').decode()      # half of a pair that came from JSON
 
-# %% ../nbs/00_commands.ipynb #5c913798
+# %% ../nbs/00_commands.ipynb #e7251b9a
 def _mendable(e)->bool:
     "Is this an error that whoever gave the command can mend?"
     return isinstance(e, (SetupError, OSError, MemoryError)) or type(e).__name__ == 'DataError'
@@ -54,7 +56,8 @@ def check_text(
     what:str,     # for the message
 )->str:
     "A text that can be written down; refused where it is not UTF-8 or holds a character that ends a name"
-    if any('\ud800' <= c <= '\udfff' for c in text): raise SetupError(f'{what} "{printable(text)}" is not UTF-8; rename the file or folder')
+    if any('\ud800' <= c <= '\udfff' for c in text):
+        raise SetupError(f'{what} "{printable(text)}" is not UTF-8; rename the file or folder')
     if '\0' in text: raise SetupError(f'{what} {text!r} holds a null character; leave it out')
     return text
 
@@ -98,7 +101,7 @@ def number(
         raise argparse.ArgumentTypeError(f'{text!r}; wanted {name}, {bounds}')
     return read
 
-# %% ../nbs/00_commands.ipynb #918209ce
+# %% ../nbs/00_commands.ipynb #26d23544
 def check_place(
     path,             # a folder or file that is to be written; what of it is not there yet will be made
     what:str,         # for the message, e.g. 'out'
@@ -109,7 +112,8 @@ def check_place(
     try:
         at = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
         wrong = ('a dead link' if not at.exists() else 'a file, not a folder' if at.is_file() and (folder or at != path)
-                 else 'a folder, not a file' if at == path and at.is_dir() and not folder else 'no folder' if not (at.is_dir() or at.is_file())
+                 else 'a folder, not a file' if at == path and at.is_dir() and not folder
+                 else 'no folder' if not (at.is_dir() or at.is_file())
                  else 'not to be written by you' if not os.access(at, os.W_OK) else '')
     except OSError as e: at, wrong = path, e.strerror
     if wrong: raise SetupError(f'{what} {str(path)!r}: {at} is {wrong}; give a place that can be written')

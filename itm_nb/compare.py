@@ -40,7 +40,10 @@ class Finished:
 def _places(given, runs)->tuple:
     "The file of the record and the folder of the run that a name means; None where there is none"
     p = Path(given)
-    if p.is_dir(): return _first([p.parent/'records'/f"{checked_name(about_folder(p)['id'], p/'run.json', 'the id')}.json"]), p
+    if p.is_dir():
+        own = about_folder(p)['id']
+        if (p/'run.json').is_file(): checked_name(own, p/'run.json', 'the id')
+        return _first([p.parent/'records'/f'{own}.json']), p
     known = p.suffix == '.json'; name = p.name.split('.')[0] if known else p.name                # ID.json or ID.SWEEP.json
     ran = [x for at in {Path(runs).resolve(), project()/'runs'} for x in sorted(at.glob(f'*/{name}')) if (x/'DONE').is_file()]
     beside = [p.parent.parent/name] if known and p.parent.name == 'records' else []

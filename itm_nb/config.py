@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from .commands import SetupError, _near
 
-# %% ../nbs/14_config.ipynb #36d603c2
+# %% ../nbs/14_config.ipynb #c50b40f2
 @dataclass(frozen=True)
 class Setting:
     "One thing that can be set"
@@ -30,7 +30,7 @@ class Setting:
     unit:str=''
     form:tuple=()       # of a text: a pattern, and the same in words
     words:tuple=()      # further values, of another type, e.g. 'known' for a number
-    place:str=''        # a path: 'folder' or 'file' that must be there where one is given, 'run', 'runs' or 'scores': finished ones, 'out': is written
+    place:str=''        # what must be there where a path is given: 'folder', 'file', finished 'run', 'runs' or 'scores'; 'out': is written
 
     @property
     def comment(self)->str:
@@ -102,9 +102,10 @@ TOWERS = (
     Setting('d_word', 128, 'length of word vectors', within=_POS),
     Setting('dropout', .1, 'of region features and word vectors', within='[0, 1)'))
 
-# %% ../nbs/14_config.ipynb #7b63fe6b
+# %% ../nbs/14_config.ipynb #03267203
 TRAINING = (
-    Setting('method', 'vsepp', "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the brackets, see 13_methods",
+    Setting('method', 'vsepp',
+            "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the brackets, see 13_methods",
             form=(r'.*\S.*', 'the name of a method')),
     Setting('warmup', 0, 'epochs of another method (see `before`) before this one takes over; fewer than all', within=_NAT),
     Setting('margin', .2, 'of the hinges', within=_NOT_NEGATIVE),
@@ -241,7 +242,13 @@ METHOD_SETTINGS |= dict(
           *_switches('blind others inside special'),
           Setting('drop', 'mask', 'what becomes of a sentence that may be true', ('mask', 'penalty'))))
 
-# %% ../nbs/14_config.ipynb #75634c85
+METHOD_SETTINGS['aoq_fne'] = (
+    Setting('pool', 'memory', 'where FNE draws the online negative', ('memory', 'batch')),
+    *(s for s in METHOD_SETTINGS['aoq'] if s.name in ('preset', 'stage', 'share', 'lists')), _MARGIN, _SEED,
+    Setting('detach', True, "no gradient through AOQ's weight; False exploits it"),
+    *(s for s in METHOD_SETTINGS['fne'] if s.name not in ('preset', 'margin', 'seed')))
+
+# %% ../nbs/14_config.ipynb #b16a0f99
 _ARGS = r"""\((?:[^()'"]|'[^']*'|"[^"]*"|\([^()]*\))*\)"""
 _METHOD = rf"\s*([\w.]+)\s*({_ARGS})?((?:\s*,\s*\w+\s*=\s*[^|,()]+(?:{_ARGS})?)*)\s*"     # name, own settings, replaced sources
 
@@ -251,7 +258,7 @@ def method_parts(
     "The methods of a mixture"
     if not re.fullmatch(rf'{_METHOD}(\|{_METHOD})*', text):
         if ':' in text: return []
-        raise SetupError(f"{text!r} is no method; wanted e.g. fne(tau=5.0, preset='faithful')")
+        raise SetupError(f"no method; wanted e.g. fne(tau=5.0, preset='faithful')")
     return [(name, _literals(name, args)) for name, args, _ in re.findall(_METHOD, text)]
 
 def _literals(name, args)->dict:
@@ -261,13 +268,19 @@ def _literals(name, args)->dict:
         own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         if not call.args and None not in own: return own
     except (SyntaxError, ValueError): pass
-    raise SetupError(f"{name}{args} is no method; wanted names and values, e.g. fne(tau=5.0, preset='faithful')")
+    raise SetupError(f"{name}{args}; wanted names and values, e.g. fne(tau=5.0, preset='faithful')")
 
 def check_method(
     text:str,
     strict:bool=True,    # refuse a name that is not of the package, which a notebook may have added
+    what:str='method',   # whose value it is
 ):
     "Refuse a method that cannot be made: its names, its own settings and their values"
+    try: _check_parts(text, strict)
+    except SetupError as e: raise SetupError(f'{what} {text!r}: {e}') from None
+
+def _check_parts(text, strict):
+    "The same, without saying whose"
     for name, own in method_parts(text):
         if name not in METHOD_SETTINGS:
             if not strict: continue
@@ -278,14 +291,16 @@ def check_method(
             try: check(known[k], v)
             except SetupError as e: raise SetupError(f'{name}: {e}') from None
 
-# %% ../nbs/14_config.ipynb #bb173107
+# %% ../nbs/14_config.ipynb #0d62258d
 def _of_training(v)->tuple:
     "What cannot be trained so: (is it wrong?, what is said)"
     return (
-        (v.warmup and v.warmup >= v.epochs, f'warmup {v.warmup} of {v.epochs} epochs: {v.method} would never start; wanted fewer than epochs'),
+        (v.warmup and v.warmup >= v.epochs,
+         f'warmup {v.warmup} of {v.epochs} epochs: {v.method} would never start; wanted fewer than epochs'),
         (v.batch == 1 and _in_batch(v), 'batch 1: negatives come from the batch, so the loss would be 0 throughout; wanted 2 or more'),
-        (v.temperature == 0 and not v.vision, 'temperature 0 means the one of a pair with weights, such as CLIP; there is none here: name one '
-                                              'with vision, or give a temperature'),
+        (v.temperature == 0 and not v.vision,
+         'temperature 0 means the one of a pair with weights, such as CLIP; there is none here: name one '
+         'with vision, or give a temperature'),
         (v.lr*v.weight_decay >= 1, f'lr {v.lr:g} x weight_decay {v.weight_decay:g} is 1 or more: every step would undo the weights'),
         (v.carry and not v.init, 'carry goes on with the optimiser of another run: name it with init'),
         (v.folds and v.fold < 0, f'folds {v.folds!r} without a fold; say which with fold, from 0'),
@@ -302,23 +317,31 @@ def _of_model(v)->tuple:
     streams = v.similarity in ('two_modes', 'cross'); width = v.dim if v.similarity == 'cross' else v.d_word
     return (
         (streams and v.text_freeze, f'{v.similarity} trains all of its transformer: text_freeze is for text towers'),
-        (v.boxes and v.vision, 'patches of pictures have no boxes'),
-        (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN, f'VSRN makes one vector; {v.similarity} wants regions'),
-        (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN'),
-        (v.boxes and not streams, f'{v.similarity} does not see where regions are'),
+        (v.boxes and v.vision, 'boxes with vision: patches of pictures have no boxes'),
+        (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN,
+         f'image {v.image}: VSRN makes one vector; similarity {v.similarity} wants regions'),
+        (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN: set image to vsrn, or captioner to 0'),
+        (v.boxes and not streams, f'boxes: similarity {v.similarity} does not see where regions are'),
         ((v.image_parts or v.text_parts) and streams,
          f'{v.similarity} has no towers for both: image_parts and text_parts are for towers'),
         (v.image_parts and v.image in VSRN, 'VSRN is an image tower of its own: leave image_parts empty'),
         (re.search(r'net|heads|token_states', v.text_parts) and not v.text_model,
          'text_parts ask for a network that reads: name a text_model'),
-        (v.similarity.startswith('bfan') and v.agg, 'BFAN takes the mean over the queries'),
+        (v.similarity.startswith('bfan') and v.agg, 'agg: BFAN takes the mean over the queries'),
         (streams and not v.text_model and width % v.heads, f'{v.heads} heads cannot share a width of {width}'),
+        (':' in v.regions and _backwards(v.regions), f'regions {v.regions} are none: the first is not before the last'),
         (v.tokens == 'own' and not v.text_model, "tokens='own' needs a text_model that comes with weights"),
         (v.image_pool in _OWN_POOLS and not v.vision, f'image_pool {v.image_pool} is of a network that sees pixels'),
         (v.text_pool in (*_OWN_POOLS, 'last') and not v.text_model, f'text_pool {v.text_pool} is of a network that reads'),
         (v.captions_of_split and not v.max_captions, 'captions_of_split says where max_captions counts, and that is 0'),
-        (v.data == 'scenes' and (v.columns or v.separator or v.max_captions), 'scenes are drawn: columns, separator and max_captions are for folders'),
+        (v.data == 'scenes' and (v.columns or v.separator or v.max_captions),
+         'scenes are drawn: columns, separator and max_captions are for folders'),
         (v.data == 'scan' and (v.columns or v.separator), 'the SCAN layout has no tables: columns and separator are for data=images'))
+
+def _backwards(regions)->bool:
+    "Does first:last name no region?"
+    first, last = regions.split(':')
+    return bool(last) and int(last) <= int(first)
 
 def _of_methods(v, run)->list:
     "What a method needs of the other settings; `run`: are the inputs of a run among them?"
@@ -327,15 +350,17 @@ def _of_methods(v, run)->list:
         mined = own.get('lists') or v.lists or own.get('refresh') or own.get('placebo') == 'random' or own.get('stage') == 'online'
         writes, random = own.get('generator') or v.generator, own.get('words') == 'random'
         out += [
-            (name == 'aoq' and run and not mined, 'aoq draws from mined lists: name the run of mine with lists'),
-            (name == 'mlm_warmup' and not streams, 'mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
+            (name == 'aoq' and run and not mined, 'method aoq draws from mined lists: name the run of mine with lists'),
+            (name == 'mlm_warmup' and not streams,
+             'method mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
             (name == 'tags' and own.get('sharing', 'shared') != 'static' and not (streams or random or writes),
-             'tags needs a model that writes: similarity two_modes or cross, or sharing static with the generator of a run'),
+             'method tags needs a model that writes: similarity two_modes or cross, or sharing static with the generator of a run'),
             (name == 'tags' and run and own.get('sharing') == 'static' and not (writes or random),
-             'tags with sharing static needs a finished run that writes: name it with generator'),
-            (name == 'caption' and not v.captioner, 'caption needs a captioner: set image to vsrn, and captioner to its width'),
-            (run and own.get('honest') and v.data != 'scenes', f'{name}: only the drawn world knows the truth; honest is for data scenes'),
-            (run and own.get('prior') == 'known' and v.data != 'scenes', f'{name}: prior known is for data scenes; give a number')]
+             'method tags with sharing static needs a finished run that writes: name it with generator'),
+            (name == 'caption' and not v.captioner, 'method caption needs a captioner: set image to vsrn, and captioner to its width'),
+            (run and own.get('honest') and v.data != 'scenes',
+             f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
+            (run and own.get('prior') == 'known' and v.data != 'scenes', f'method {name}: prior known is for data scenes; give a number')]
     return out
 
 def check_together(
@@ -399,7 +424,7 @@ RUNS = dict(      # templates whose runs are rows of a table, or what such runs 
         _like('seed', 'of the runs, for tables'), KNOWN['threads'], _like('arm', "name in tables; '': that of the test set"),
         *_some('sweep out folder cache models workers device')))
 
-# %% ../nbs/14_config.ipynb #0b45abdd
+# %% ../nbs/14_config.ipynb #5c5f4a61
 REPORTS = dict(    # templates that read records, and those that stand alone
     study=(_RECORDS, _FIGURES, _ONLY, Setting('base', 'vse0', 'row that is subtracted in tables of differences'),
            _like('out', "where this notebook goes when run by itm_run; '': runs/<sweep>/<id>")),
@@ -414,7 +439,8 @@ REPORTS = dict(    # templates that read records, and those that stand alone
              Setting('runs', '', "folder of the run folders; '': nobody is asked", place='folder'), _FOLDER, _BESIDE,
              Setting('base', 'vsepp_two', 'arm that is subtracted'),
              Setting('captions', 192, 'captions every run is asked about', within=_POS),
-             Setting('attempts', 16, 'most sentences of an attack', within=_POS), _OUT),
+             Setting('attempts', 16, 'most sentences of an attack', within=_POS),
+             Setting('allow_code', False, 'may methods of these runs be code of your own? Only for runs of yours'), _OUT),
     defects=(replace(_THIS, default='defects_scenes'),
              Setting('methods', 'aoq,fne,tags', 'arms without a defect; an arm is theirs if its name begins with theirs'),
              _METRIC, _DELTA, _RECORDS, _FIGURES, _OUT),
@@ -426,16 +452,20 @@ REPORTS = dict(    # templates that read records, and those that stand alone
         Setting('oracles', 'vsepp_honest:vsepp,aoq_honest:aoq,fne_honest:fne,tags_honest:tags,memory_honest:memory',
                 'arm that knows the truth:the same arm without'), _DELTA, _METRIC, _RECORDS, _FIGURES, _OUT))
 
-# %% ../nbs/14_config.ipynb #35de90c1
+# %% ../nbs/14_config.ipynb #e2048d17
 _N = '[1, inf)'
 REPORTS |= dict(
+    first_look=(replace(_THIS, default='factorial_scenes_many'), Setting('base', 'vsepp', 'the arm at the line'),
+                _METRIC, _RECORDS, replace(_FIGURES, help="where the figure goes; '': figures of the clone"), _OUT),
     audit=(Setting('run', '', "folder of a finished run; '': only build the tables", place='run'), _FOLDER, _PART,
            Setting('gallery', 0, 'scenes: which gallery', within=_NAT),
            Setting('judgements', '', "file of judgements; '': judgements.npz of the folder", place='file'),
-           Setting('photos', '', 'folder with the photographs in a layout that has pictures, to look at the first suspects; scenes are drawn',
+           Setting('photos', '',
+                   'folder with the photographs in a layout that has pictures, to look at the first suspects; scenes are drawn',
                    place='folder'), _AUDITS, replace(_FIGURES, help="where the tables go; '': figures of the clone"), _OUT),
     run_report=(
-        Setting('record', '', "a finished run: its folder, its record's file, or its id; '': the first committed record of a run on scenes"),
+        Setting('record', '',
+                "a finished run: its folder, its record's file, or its id; '': the first committed record of a run on scenes"),
         _like('folder', "of the data, where they are not embedded; '': without sentences"),
         Setting('top', 10, 'queries to show at each end', within=_N), _OUT,
         Setting('against', '', "another finished run on the same test, likewise; '': none")),
@@ -449,8 +479,9 @@ REPORTS |= dict(
         _like('seed', 'of the small model and its world'), KNOWN['models'], _like('device', choices=('cpu', 'cuda')),
         _like('out', "where this notebook and the small model go; '': runs/manual/<id>")),
     acceptance=(
-        _like('preset', 'size of the world'), _like('rho', 'share of cross pairs that are true'), _like('seed', 'of the world and the models'),
-        Setting('settings', 'scenes', 'the sweep whose settings the models are trained with'),
+        _like('preset', 'size of the world'), _like('rho', 'share of cross pairs that are true'),
+        _like('seed', 'of the world and the models'),
+        Setting('settings', 'rare_scenes', 'the sweep whose settings the models are trained with'),
         _like('epochs', 'but for so many epochs: the bounds were fixed for models trained this long, the sweep is shorter to be quick',
               default=9),
         replace(_FIGURES, help="where the table goes; '': figures of the clone"),
@@ -463,7 +494,8 @@ REPORTS |= dict(
         *(Setting(n, v, h, form=(r'\d+(,\d+)*', 'numbers with commas between')) for n, v, h in (
             ('batches', '128,512,2048', 'batch sizes of the losses'), ('mining', '29000,145000', 'images and sentences to mine from'))),
         Setting('queries', 10, 'one in so many of them asks', within=_N),
-        Setting('depth', '300,60', 'sentences in the list of an image, images in that of a sentence', form=(r'\d+,\d+', "two numbers, e.g. '300,60'")),
+        Setting('depth', '300,60', 'sentences in the list of an image, images in that of a sentence',
+                form=(r'\d+,\d+', "two numbers, e.g. '300,60'")),
         Setting('bf16', True, 'refill in half precision too, where the processor has instructions for it'),
         replace(_FIGURES, help="folder for the tables; '': figures of the clone")))
 TEMPLATES = RUNS | REPORTS
@@ -495,11 +527,11 @@ def write_cells(
         path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', 'utf-8')
     return changed
 
-# %% ../nbs/14_config.ipynb #f8fafef0
+# %% ../nbs/14_config.ipynb #9b6ddf77
 def _check_all(cfg):
     "Every value by its setting, then all together"
     for s in OF_CONFIG: object.__setattr__(cfg, s.name, check(s, getattr(cfg, s.name)))
-    for text in (cfg.method, cfg.before): check_method(text, strict=False)     # a notebook may have methods of its own
+    for k in ('method', 'before'): check_method(getattr(cfg, k), False, k)     # a notebook may have methods of its own
     check_together(asdict(cfg))
 
 _FIELDS = [(s.name, type(s.default), field(default=s.default)) for s in OF_CONFIG]

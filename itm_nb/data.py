@@ -306,24 +306,29 @@ PARTS = {'train': ('train',), 'val': ('dev', 'val'), 'test': ('test',), 'testall
 
 def _parts_named(parts, where)->set:
     "Our names of the parts in a list joined by commas; `test` means `testall` too"
-    named = {{'dev': 'val'}.get(p.strip(), p.strip()) for p in parts.split(',')} if isinstance(parts, str) and parts else set(PARTS)
-    if isinstance(parts, str) and named <= set(PARTS): return named | ({'testall'} if 'test' in named else set())
-    raise DataError(where, f'captions_of_split={parts!r}', f'parts joined by commas, of {", ".join(PARTS)}', 'Correct captions_of_split.')
+    if parts == '': return set(PARTS)
+    said = [p.strip() for p in parts.split(',')] if isinstance(parts, str) else [None]
+    named = {{'dev': 'val'}.get(p, p) for p in said}
+    if named <= set(PARTS): return named | ({'testall'} if 'test' in named else set())
+    raise DataError(where, f'captions_of_split={parts!r}', f'parts joined by commas, of {", ".join(PARTS)}',
+                    'Correct captions_of_split.')
 
 def first_captions(
     split:Split,
     max_captions:int=0,         # keep the first so many sentences of each image; 0: all
     captions_of_split:str='',   # in these parts only, joined by commas; '': in all
-)->Split:                       # sentences keep their ids; DataError for a negative number or a part that nobody knows
-    "The first sentences of every image, in the order of the data"
+)->Split:                       # sentences keep their ids
+    "The first sentences of every image, in the order of the data; DataError for a negative number or an unknown part"
     n, parts = max_captions, _parts_named(captions_of_split, split.source)
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
-        raise DataError(split.source, f'max_captions={n!r}', 'a whole number from 0 (all)', 'Correct max_captions.')
+        raise DataError(split.source, f'max_captions={n!r}', 'a whole number from 0 (all)',
+                        'Correct max_captions.')
     if not n or split.name not in parts or np.bincount(split.img_of).max() <= n: return split
     at = np.argsort(split.img_of, kind='stable'); of = split.img_of[at]
     place = np.empty_like(at); place[at] = np.arange(len(at)) - np.searchsorted(of, of)
     keep = np.flatnonzero(place < n)
-    return replace(split, captions=[split.captions[j] for j in keep], img_of=split.img_of[keep], cap_ids=split.cap_ids[keep])
+    return replace(split, captions=[split.captions[j] for j in keep], img_of=split.img_of[keep],
+                   cap_ids=split.cap_ids[keep])
 
 # %% ../nbs/00_data.ipynb #c9f5be01
 def _scan_files(folder, part):
@@ -337,17 +342,18 @@ def _scan_files(folder, part):
     stem = (here or PARTS[part])[0]
     missing = [files[stem][k].name for k in ('ims.npy', 'caps.txt') if not os.path.lexists(files[stem][k])]
     if missing:
-        raise DataError(folder, f'no {", ".join(missing)}', f'{stem}_ims.npy, {stem}_caps.txt and perhaps {stem}_ids.txt',
-                        'Copy the missing files there.')
+        raise DataError(folder, f'no {", ".join(missing)}',
+                        f'{stem}_ims.npy, {stem}_caps.txt and perhaps {stem}_ids.txt', 'Copy the missing files there.')
     return files[stem]
 
 def _counted(x, n_caps, part, path):
-    "(N,) ids of images that have none: counted, from another number in every part; repeated rows are one image"
+    "(N,) ids of images that have none: counted, in every part from another number; repeated rows are one image"
     n = len(x) // (_run(x) if len(x) == n_caps else 1)
     if n_caps % n:
-        raise DataError(path.with_name(path.name.replace('_ids.', '_caps.')), f'{n_caps} sentences for {n} images and no {path.name}',
+        captions = path.with_name(path.name.replace('_ids.', '_caps.'))
+        raise DataError(captions, f'{n_caps} sentences for {n} images and no {path.name}',
                         'equally many sentences for every image, or ids',
-                        f'Check the number of lines, or write {path.name} with the number of the image for every sentence.')
+                        f'Check the number of lines, or write {path.name}: the number of the image for every sentence.')
     warnings.warn(f'{path}: not there; {n} images are counted, {n_caps//n} sentences each')
     return list(PARTS).index({'dev': 'val'}.get(part, part)) * 10**8 + np.arange(n)
 
@@ -361,10 +367,11 @@ def read_scan(
 )->Split:            # features memory-mapped where nothing had to be converted
     "Read one part of a data set in the layout of SCAN's precomputed features; a DataError says what is wrong"
     if columns or separator:
-        raise DataError(folder, 'settings of a table (columns, separator)', 'none: SCAN\'s layout has no table', 'Leave them out.')
+        raise DataError(folder, 'settings of a table (columns, separator)', "none: SCAN's layout has no table",
+                        'Leave them out.')
     files = _scan_files(folder, part); ims = files['ims.npy']
     captions, x = _lines(files['caps.txt'], 'a sentence'), _features(ims, dims)
-    ids = _integers(files['ids.txt']) if os.path.lexists(files['ids.txt']) else _counted(x, len(captions), part, files['ids.txt'])
+    at = files['ids.txt']; ids = _integers(at) if os.path.lexists(at) else _counted(x, len(captions), part, at)
     rows, img_of, img_ids = _owners(len(x), len(captions), ids, files['ids.txt'])
     check_finite(x, ims, _spread(len(x))); _check_repeats(x, rows, img_of, ims)
     num, boxes = _counts(files['num.npy'], x), _boxes(files['boxes.npy'], x)
@@ -374,8 +381,9 @@ def read_scan(
     if (num == 0).any():
         raise DataError(ims, f'image {img_ids[num == 0][0]} has none of the regions {regions!r}', 'a real region in every image',
                         'Keep a column that every image has, such as the first.')
-    s = Split({'dev': 'val'}.get(part, part), keep(x), num, captions, img_of, img_ids, caption_ids(img_of, img_ids),
-              boxes if boxes is None else keep(boxes), source=str(ims).removesuffix('_ims.npy'))
+    s = Split({'dev': 'val'}.get(part, part), keep(x), num, captions, img_of, img_ids,
+              caption_ids(img_of, img_ids), boxes if boxes is None else keep(boxes),
+              source=str(ims).removesuffix('_ims.npy'))
     return first_captions(s, max_captions, captions_of_split)
 
 # %% ../nbs/00_data.ipynb #3045e4c5
@@ -395,15 +403,17 @@ def _boxes(path, x):
     if not os.path.lexists(path): return None
     b = _npy(path, lambda a: a.dtype.kind == 'f' and a.shape == (*x.shape[:2], 4), f'{(*x.shape[:2], 4)} floating-point numbers',
              'Save one box for each region, in the order of the features.')
-    for at in _blocks(b):                                           # all of them: a broken box is seldom in a sample
+    for at in _blocks(b):                              # all of them: a broken box is seldom in a sample
         some = b[at]
         if not ((some >= -.01) & (some <= 1.01)).all():             # NaN fails here too
-            raise DataError(path, f'box coordinates from {some.min()} to {some.max()}', 'x1, y1, x2, y2 between 0 and 1',
+            raise DataError(path, f'box coordinates from {some.min()} to {some.max()}',
+                            'x1, y1, x2, y2 between 0 and 1',
                             'Divide x by the width and y by the height of the image.')
         bad = np.flatnonzero((some[..., 2:] < some[..., :2]).any((1, 2)))
         if len(bad):
-            raise DataError(path, f'a box in row {at.start + bad[0]} that ends before it begins', 'x1 <= x2 and y1 <= y2',
-                            'Save corners x1, y1, x2, y2, neither x, y, width, height nor corners in another order.')
+            raise DataError(path, f'a box in row {at.start + bad[0]} that ends before it begins',
+                            'x1 <= x2 and y1 <= y2',
+                            'Save corners x1, y1, x2, y2: neither x, y, width, height nor another order.')
     return b
 
 # %% ../nbs/00_data.ipynb #ce2aadf8
@@ -446,24 +456,25 @@ def concat(
 def words(
     sentence:str,
 )->list:           # of words
-    "Lower case, apostrophes dropped, marks kept with their letters, any other character that is no digit a blank; ';' stays a word"
+    "Lower case, apostrophes dropped, marks kept with their letters, all else but digits blanks; ';' stays a word"
     text = re.sub("['’]", '', unicodedata.normalize('NFC', sentence).lower())
     return re.findall(r'[^\W_]+|;', text) if text.isascii() else _marked_words(text)
 
 def _marked_words(text):
-    "The words of a text beyond ASCII: a mark (Unicode M) belongs to the letter before it, soft hyphens and joiners to nobody"
+    "Words of a text beyond ASCII: a mark (Unicode M) belongs to the letter before it, hidden joiners to nobody"
     out, inside = [], False
     for c in re.sub('[\u00ad\u200c\u200d]', '', text):
         inside = c.isalnum() or inside and unicodedata.category(c)[0] == 'M'
         out.append(c if inside else ' ; ' if c == ';' else ' ')
     return ''.join(out).split()
 
-_NO_BLANKS = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{6,}')
+_NO_BLANKS = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff'            # Thai, Lao; Burmese; Khmer
+                        '\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]{6,}')     # kana; Chinese characters
 
 def run_together(
     sentences:Sequence[str],
 )->float:                      # 0..1
-    "Share of sentences with a stretch of 6 letters or more in a script that puts no blanks between words (Chinese, Japanese, Thai, ...)"
+    "Share of sentences with 6 letters or more at a stretch in a script without blanks between words, as Chinese or Thai"
     some = [sentences[i] for i in _spread(len(sentences), 1000)] if len(sentences) else []
     return sum(bool(_NO_BLANKS.search(s)) for s in some) / max(1, len(some))
 
@@ -512,8 +523,8 @@ class Vocabulary:
     ):
         "Count the words of the sentences; a warning where they are no words but whole sentences"
         if (share := run_together(sentences)) > .5:
-            warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each would be one long word; '
-                          "take word pieces instead (tokens='pieces')")
+            warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each would be '
+                          "one long word; take word pieces instead (tokens='pieces')")
         count = Counter(w for s in sentences for w in words(s))
         return cls(SPECIALS + tuple(w for w, n in sorted(count.items(), key=lambda x: (-x[1], x[0])) if n >= min_count))
 
@@ -653,11 +664,15 @@ class Batches:
         ahead=(),           # (captions, epoch) of the batches that follow: loaded meanwhile where there are workers
     )->dict:                # on the device: cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids; and what was extra
         "A batch of matching pairs"
-        at = upload(cap, self.device); img = self.img_of[at]; s = self.split
-        mask, cap_ids = _known(self.mask[img], lambda: self._mask[s.img_of[cap]]), _known(self.cap_ids[at], lambda: s.cap_ids[cap])
+        at = upload(cap, self.device); img = self.img_of[at]
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        return dict(cap=at, img=img, feats=feats, mask=mask, **_places(self, img), **self.texts(cap),
-                    cap_ids=cap_ids, img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+        return dict(cap=at, img=img, feats=feats, **_whose(self, cap, at, img), **_places(self, img), **self.texts(cap),
+                    img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+
+def _whose(b, cap, at, img)->dict:
+    "Mask and caption ids of a batch; the host goes on knowing them"
+    s = b.split; of = lambda: b._mask[torch.as_tensor(s.img_of[cap.numpy()])]
+    return dict(mask=_known(b.mask[img], of), cap_ids=_known(b.cap_ids[at], lambda: s.cap_ids[cap.numpy()]))
 
 def fetched(
     batches:Batches,
@@ -739,8 +754,10 @@ class Finding:
 def _said_of_captions(s):
     "(level, whether, text) of what a user may want to set for the sentences of a split"
     share, most = run_together(s.captions), int(np.bincount(s.img_of).max())
-    return [('warning', share > .5, f'{100*share:.0f} % of the sentences have no blanks between their words: take word pieces (tokens=pieces)'),
-            ('info', most > 5, f'up to {most} sentences an image; papers rank the first five: max_captions=5, captions_of_split=test')]
+    return [('warning', share > .5, f'{100*share:.0f} % of the sentences have no blanks between their words: '
+                                    'take word pieces (tokens=pieces)'),
+            ('info', most > 5, f'up to {most} sentences an image; papers rank the first five: '
+                               'max_captions=5, captions_of_split=test')]
 
 def _check_part(folder, part, full, read):
     "Findings about one part, and the split if it can be read"

@@ -69,11 +69,14 @@ def run_gru(
     lengths:Tensor,    # (B,) how many are real
 )->tuple:              # (B, L, directions*H) states, zero beyond the length; (directions, B, H) the last ones
     "A GRU over the real places of rows: packed, so that the backward direction starts at the last real one"
-    n = on_host(lengths); order = n.argsort(descending=True, stable=True)       # sorted here: torch would upload the order and wait
+    pad = lambda out: pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
+    if x.device.type == 'cpu':
+        states, last = gru(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+        return pad(states), last
+    n = on_host(lengths); order = n.argsort(descending=True, stable=True)       # torch would upload the order and wait
     there, back = upload(order, x.device), upload(order.argsort(), x.device)
     states, last = gru(pack_padded_sequence(x.index_select(0, there), n[order], batch_first=True))
-    states = pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])[0]
-    return states.index_select(0, back), last.index_select(1, back)
+    return pad(states).index_select(0, back), last.index_select(1, back)
 
 class GPO(nn.Module):
     "Learned weights over sorted values (VSE-infinity, CVPR 2021, sec. 3)"

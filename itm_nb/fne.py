@@ -174,12 +174,13 @@ class Statistics:
 
     def observe(self, step:Step):
         "Take in a batch (of all devices together)"
+        self.moments = self.moments.to(step.img.device)
         if step.epoch < self.start: return
         if self.window == 'epoch' and step.epoch != self.epoch: self.moments = torch.zeros_like(self.moments)
         self.epoch = step.epoch
         with torch.no_grad(): score = step.model.matrix(step.all_images.detach(), step.all_texts.detach())
         same = step.all_img[:,None] == step.all_img if self.mask_same else None
-        self.moments = merge(self.moments.to(score.device), observed(score, same, **self.kw), self.variance)
+        self.moments = merge(self.moments, observed(score, same, **self.kw), self.variance)
 
     def monitor(self)->dict:
         "Both distributions as they are, for the curves of a run"
@@ -366,5 +367,6 @@ def aoq_fne(
 )->tuple:                      # ({'on': Source, 'off': Source}, {'aoq': Term})
     "AOQ whose online negative is drawn by FNE"
     drawn = bank_source(pool, margin, seed, model, world, preset=preset, **kw)
-    sources, terms = aoq(stage, preset, share, lists=lists, train=train, model=model, margin=margin, detach=detach)
+    given = dict(lists=lists, train=train, model=model, margin=margin, detach=detach)
+    sources, terms = aoq(stage, preset, share, **given)
     return sources | dict(on=drawn), terms

@@ -290,14 +290,10 @@ class KeptStates:
     ):
         self.reading, self.files = reading, KeptFiles(parts)
         self.widths, self.grid, self.as_tuple = note['widths'], note['grid'], note['as_tuple']
+        self.pooled = bool(reading.pools)
 
     def __deepcopy__(self, memo): return self
-    @property
-    def pooled(self)->bool: return bool(self.reading.pools)
-
-    def serves(self, inputs)->bool:
-        "Sentences always; of images, those that are given as states"
-        return len(inputs) == 2 or inputs[0].ndim == 3
+    def serves(self, inputs)->bool: return len(inputs) == 2 or inputs[0].ndim == 3     # of images, those given as states
 
     def look(self, made, inputs)->Tensor:   # -> (B, L, D); L = 1 where they are pooled
         "What the network would give, without running it"

@@ -401,7 +401,8 @@ class Tally:
     def count(self, legal:Tensor, epoch:int):   # (B, N)
         "A batch of candidates"
         clean = legal.sum(1); self.batch += 1; self.n, self.epoch = self.n.to(legal.device), epoch
-        self.n[:4] += torch.stack([clean.new_tensor(len(legal)), clean.new_tensor(legal.numel()), clean.sum(), (clean == 0).sum()])
+        size = [clean.new_full((), n) for n in (len(legal), legal.numel())]
+        self.n[:4] += torch.stack([*size, clean.sum(), (clean == 0).sum()])
 
     def look(self, tokens:Tensor, ok:Tensor, img:Tensor, cap:Tensor):   # (B, k, L) kept sentences, (B, k), (B,) image ids, (B,) caption ids
         "Note down and judge the kept of the first anchors, if it is time"

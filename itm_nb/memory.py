@@ -126,10 +126,9 @@ class Bank:
         new, old = self.vectors(view.step)[view.i2t], (self.ring.texts if view.i2t else self.ring.images)[:self.ring.used]
         own = new[view.step.first:view.step.first+len(view.anchor)]
         same = view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
-        who = view.step.get((id(self), 'who'), lambda: _who(view.step, self.ring))       # now: after the step other vectors have their places
-        score = _bar(_scores(view, new, old), same)
-        return Candidates(score, ~same, view.pairs(view.anchor, own), lambda idx: {'': _again(view, new, old, idx)},
-                          about=lambda: who | {'same image': same})
+        who = view.step.get((id(self), 'who'), lambda: _who(view.step, self.ring))     # as it is before the step
+        again, about = lambda idx: {'': _again(view, new, old, idx)}, lambda: who | {'same image': same}
+        return Candidates(_bar(_scores(view, new, old), same), ~same, view.pairs(view.anchor, own), again, about=about)
 
     def monitor(self)->dict: return dict(memory=float(self.ring.used))      # how many places are candidates
 

@@ -142,7 +142,8 @@ def _checked(img_of, N:int, M:int, unasked:bool=False)->Tensor:
          'Scores have images in rows and sentences in columns.')
     need(0 <= int(x.min()) and int(x.max()) < N, f'indices from {int(x.min())} to {int(x.max())}', f'0 to {N-1}')
     lone = int((torch.bincount(x, minlength=N) == 0).sum())
-    need(unasked or lone == 0, f'{lone} images without a sentence', 'a sentence for every image', 'Leave such images out of the queries.')
+    need(unasked or lone == 0, f'{lone} images without a sentence', 'a sentence for every image',
+         'Leave such images out of the queries.')
     return x
 
 def _reader(block, order):
@@ -175,7 +176,7 @@ def ranks_blocks(
     ties:str='pessimistic',     # or 'optimistic': who comes first in a tie
     tie:float=TIE,              # scores within this share of the largest |score| are a tie; 0 switches it off
     rows:int=512, cols:int=2048,# shape of a block: fixed, because another shape may round differently
-    unasked:bool=False,         # allow images without a sentence: found among or not, never asked; their i2t is M, no rank at all
+    unasked:bool=False,         # allow images without a sentence: searched, never asked; their i2t is M, no rank at all
 )->Ranks:
     "Ranks of both directions from any scorer; every block is asked for once (twice if the largest |score| came as a surprise)"
     if ties not in ('pessimistic', 'optimistic'): raise DataError('ties', repr(ties), "'pessimistic' or 'optimistic'")
@@ -347,10 +348,10 @@ def relevant(
 def _match_block(S:Tensor, pos, out, missing, eps:float, ties:str):
     "(average precision, R-Precision, first rank) of the rows of a block; `pos`, `out`: CSR rows of right and ignored answers"
     n = torch.as_tensor(np.diff(pos.indptr)).to(S.device)
-    R = n + torch.as_tensor(missing).to(S.device)                                     # right answers, retrievable or not
+    R = n + torch.as_tensor(missing).to(S.device)                                 # right answers, retrievable or not
     q, p = (torch.as_tensor(x.astype(np.int64)).to(S.device) for x in pos.nonzero())
     order = S[q,p].argsort(descending=True, stable=True); order = order[q[order].argsort(stable=True)]
-    k = torch.arange(len(q), device=S.device) - (n.cumsum(0) - n)[q]                  # place among the query's own, from 0
+    k = torch.arange(len(q), device=S.device) - (n.cumsum(0) - n)[q]     # place among the query's own, from 0
     own = torch.full((len(S), int(R.max())), -torch.inf, dtype=S.dtype, device=S.device)
     own[q, k] = S[q,p][order]
     real = own > -torch.inf
@@ -361,14 +362,19 @@ def _match_block(S:Tensor, pos, out, missing, eps:float, ties:str):
     place = torch.arange(1, own.shape[1]+1, device=S.device) + top.shape[1] - torch.searchsorted(top, cut.contiguous())
     hit = real & (place <= R[:,None])
     ap = (hit * torch.arange(1, own.shape[1]+1, device=S.device) / place.double()).sum(1) / R
-    first = torch.where(n > 0, (wrong >= cut[:,:1]).sum(1), S.shape[1])               # nothing to find: behind everything
+    first = torch.where(n > 0, (wrong >= cut[:,:1]).sum(1), S.shape[1])  # nothing to find: behind everything
     return ap, hit.sum(1).double() / R, first
 
-def _missing(given, Q:int)->np.ndarray:     # {query: number of right answers that are not among the items} -> (Q,)
+def _missing(
+    given,           # {query: number of right answers that are not among the items}, or None
+    Q:int,           # queries
+)->np.ndarray:       # (Q,) int64; DataError for negative numbers and unknown queries
     "How many right answers of each query nobody can retrieve"
     out = np.zeros(Q, np.int64)
     for q, k in (given or {}).items():
-        if not (0 <= q < Q and k >= 0): raise DataError('missing', f'{k} for query {q}', f'numbers from 0, queries 0 to {Q-1}', 'Translate ids into indices first.')
+        if not (0 <= q < Q and k >= 0):
+            raise DataError('missing', f'{k} for query {q}', f'numbers from 0, queries 0 to {Q-1}',
+                            'Translate ids into indices first.')
         out[q] = k
     return out
 
@@ -377,7 +383,8 @@ def _match(score:Callable, pos, out, missing, eps:float, ties:str, rows:int)->Ma
     R = np.diff(pos.indptr) + missing; keep = np.flatnonzero(R)
     if pos[keep].multiply(out[keep]).nnz:
         raise DataError('ignore', 'pairs that are also right answers', 'pairs that are neither right nor wrong')
-    got = [_match_block(score(keep[s]), pos[keep[s]], out[keep[s]], missing[keep[s]], eps, ties) for s in _slices(len(keep), rows)]
+    blocks = [keep[s] for s in _slices(len(keep), rows)]
+    got = [_match_block(score(q), pos[q], out[q], missing[q], eps, ties) for q in blocks]
     ap, rp, first = (torch.cat(x).cpu().numpy() for x in zip(*got)) if got else (np.zeros(0), np.zeros(0), np.zeros(0, np.int64))
     return Matches(keep, R[keep].astype(np.int64), ap, rp, first, pos.shape[0] - len(keep))
 
@@ -395,8 +402,9 @@ def _parts(scores)->tuple:
 @torch.no_grad()
 def many_positives(
     scores,                     # (N, M) array or tensor, images in rows; or a pair of embeddings (N, D), (M, D)
-    positives,                  # right pairs (N, M): bool array, tensor or sparse; or {'i2t': ..., 't2i': ...}, each as `relevant` takes it;
-                                # with them 'missing': {'i2t': {query: n}, ...}, right answers that are not among the items: n misses
+    positives,                  # right pairs (N, M): bool array, tensor or sparse; or {'i2t': ..., 't2i': ...}, each as
+                                # `relevant` takes it; and 'missing': {'i2t': {query: n}, ...}, n more right answers that
+                                # are not among the items
     ignore=None,                # pairs (N, M) left out of the ranking, e.g. half-true ones
     ties:str='pessimistic',     # or 'optimistic'
     tie:float=TIE,              # scores within this share of the largest |score| are a tie
@@ -412,8 +420,9 @@ def many_positives(
         for s in _slices(N, rows): look.see(part(s, every))
         i2t, t2i = (relevant(positives.get(d), shape) for d,shape in (('i2t', (N, M)), ('t2i', (M, N))))
         lost = {d: _missing(lost.get(d), Q) for d, Q in (('i2t', N), ('t2i', M))}
-        return dict(i2t=_match(lambda q: part(q, every), i2t, out, lost['i2t'], tie*look.max, ties, rows),
-                    t2i=_match(lambda q: part(every, q).T.contiguous(), t2i, out.T.tocsr(), lost['t2i'], tie*look.max, ties, rows))
+        how = tie*look.max, ties, rows; column = lambda q: part(every, q).T.contiguous()
+        return dict(i2t=_match(lambda q: part(q, every), i2t, out, lost['i2t'], *how),
+                    t2i=_match(column, t2i, out.T.tocsr(), lost['t2i'], *how))
 
 def match_summary(
     matches:dict,           # from `many_positives`

@@ -36,7 +36,7 @@ class Parameter:
         if kind is str: check_text(value, self.name)
         return check(self.rule, value) if self.rule else value
 
-# %% ../nbs/15_parameters.ipynb #51c9a9ef
+# %% ../nbs/15_parameters.ipynb #0bad5f01
 def _tagged(notebook)->str:
     "The source of the cell tagged `parameters`"
     name = Path(notebook).name
@@ -52,7 +52,8 @@ def _assigned(node, name)->tuple:
     "Name and value of an assignment"
     try: return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id, ast.literal_eval(node.value)
     except (AttributeError, ValueError, TypeError):
-        raise SetupError(f'{name}: line {node.lineno} of its cell of parameters is no `name = value` with a plain value; move it to another cell') from None
+        raise SetupError(f'{name}: line {node.lineno} of its cell of parameters is no `name = value` with a plain value; '
+                         'move it to another cell') from None
 
 def parameters(
     notebook,       # path
@@ -67,7 +68,7 @@ def parameters(
         out[k] = Parameter(k, v, lines[node.end_lineno-1][node.end_col_offset:].strip(' #'), rule)
     return out
 
-# %% ../nbs/15_parameters.ipynb #aadd95eb
+# %% ../nbs/15_parameters.ipynb #75fc3927
 def resolve(
     known:dict,      # from `parameters`
     given:dict,      # name -> text or value
@@ -78,7 +79,7 @@ def resolve(
     values = {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
     ruled = {k: v for k, v in values.items() if known[k].rule}
     for k in ('method', 'before'):
-        if k in ruled: check_method(ruled[k])
+        if k in ruled: check_method(ruled[k], what=k)
     if ruled: check_together(ruled)
     return values
 

@@ -33,15 +33,16 @@ def _bytes_of(
 )->np.ndarray:          # uint8
     "Numbers whose scale the file does not say, by the rule above; ValueError for numbers it does not cover"
     lo, hi = x.min(), x.max()
-    if x.dtype.kind == 'f' and lo >= 0 and hi <= 255: return np.rint(x * (255 if hi <= 1 else 1)).astype(np.uint8)
-    if x.dtype.kind != 'f' and lo >= 0 and hi <= 65_535: return (x if hi <= 255 else x >> 8).astype(np.uint8)
-    raise ValueError(f'values from {lo:g} to {hi:g}; wanted 0 to 1 or 0 to 255 (decimal), 0 to 65,535 (whole)')
+    if not 0 <= lo <= hi <= (255 if x.dtype.kind == 'f' else 65_535):                # NaN fails here too
+        raise ValueError(f'values from {lo:g} to {hi:g}; wanted 0 to 1 or 255 (decimal), 0 to 65,535 (whole)')
+    if x.dtype.kind == 'f': return np.rint(x * (255 if hi <= 1 else 1)).astype(np.uint8)
+    return (x if hi <= 255 else x >> 8).astype(np.uint8)
 
 def _rgb(
     im:Image.Image,     # any mode, orientation already right
 )->Image.Image:         # mode RGB
-    "Three channels: transparency on white, 16-bit values without their lower byte, 32-bit ones as `_bytes_of` says"
-    if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).astype(np.uint8))
+    "Three channels: transparency on white, 16-bit values without their lower byte, 32-bit ones by `_bytes_of`"
+    if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
     elif im.mode in ('I', 'F'): im = Image.fromarray(_bytes_of(np.asarray(im)))
     if im.has_transparency_data:
         im = im.convert('RGBA'); return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
@@ -53,15 +54,16 @@ def _broken_png(raw:bytes)->str:
     while at + 12 <= len(raw):
         size, kind = int.from_bytes(raw[at:at+4]), raw[at+4:at+8]; end = at + 12 + size
         if end > len(raw): break
-        if kind[:1].isupper() and zlib.crc32(raw[at+4:end-4]) != int.from_bytes(raw[end-4:end]): return 'with damaged data'
+        wrong = zlib.crc32(raw[at+4:end-4]) != int.from_bytes(raw[end-4:end])
+        if wrong and kind[:1].isupper(): return 'with damaged data'
         if kind == b'IEND': return ''
         at = end
     return 'that is cut off'
 
-_MARKER = re.compile(rb'\xff+([\x01-\xcf\xd8-\xfe])')       # in a JPEG: what is neither a stuffed byte nor a restart
+_MARKER = re.compile(rb'\xff+([\x01-\xcf\xd8-\xfe])')      # in a JPEG: neither a stuffed byte nor a restart
 
 def _broken_jpeg(raw:bytes)->str:
-    "What is wrong with a JPEG: no end behind its first picture; segments are stepped over, for they may hold pictures of their own"
+    "What is wrong with a JPEG: no end behind its first picture; segments may hold pictures and are stepped over"
     at = 2
     while m := _MARKER.search(raw, at):
         kind, at = m.group(1)[0], m.end()
@@ -97,11 +99,12 @@ def decode(
         try:
             im = Image.open(f, formats=FORMATS); w, h = im.size
             if w*h <= MOST:
-                if im.format == 'PNG' and (why := broken(Path(path).read_bytes(), 'PNG')): raise ValueError(f'a PNG {why}')
+                if im.format == 'PNG' and (why := _broken_png(Path(path).read_bytes())): raise ValueError(f'a PNG {why}')
                 return _square(_rgb(ImageOps.exif_transpose(im)), size, frame)
             found, remedy = f'{w} x {h} pixels', 'Make it smaller.'
         except Exception as e:                              # a damaged file can fail anywhere in a decoder
-            found = f'not a whole image ({type(e).__name__}: {str(e)[:110]})'; remedy = 'Fetch it again, or leave this image out.'
+            found = f'not a whole image ({type(e).__name__}: {str(e)[:110]})'
+            remedy = 'Fetch it again, or leave this image out.'
     raise DataError(path, found, f'a {", ".join(FORMATS[:-1])} file of at most {MOST//1_000_000} million pixels', remedy)
 
 # %% ../nbs/00_pixels.ipynb #663f34e2

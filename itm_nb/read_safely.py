@@ -42,7 +42,7 @@ def inside(
 
 # %% ../nbs/00_read_safely.ipynb #ac0ae2b0
 def _unwhole(f, form):
-    "What is wrong with the bytes of an open picture; of a large JPEG only the last 64 KiB are read, if they hold its end"
+    "What is wrong with the bytes of a picture; of a large JPEG only the last 64 KiB are read, if they hold its end"
     if form not in ('JPEG', 'MPO', 'PNG'): return ''
     size = os.fstat(f.fileno()).st_size
     f.seek(max(0, size - (64 << 10)))

@@ -56,13 +56,14 @@ def _part(name, where, line=None, entry=''):
     return _PARTS[name]
 
 def _grouped(rows, path):
-    "Entries from rows (file, part, captions, line): the rows of an image belong together, in the order of the table; path may be {part: path}"
+    "Entries from rows (file, part, captions, line), an image's together, in the order of the table; path: or {part: path}"
     images = {}
     for file, part, captions, line in rows:
         at = images.setdefault(file, (part, line, []))
         if at[0] != part:
             where = path[part] if isinstance(path, dict) else path
-            raise DataError(where, f'{file} in {at[0]} and in {part}', 'every image in one part only', 'Remove it from one.', line)
+            raise DataError(where, f'{file} in {at[0]} and in {part}', 'every image in one part only',
+                            'Remove it from one.', line)
         at[2].extend(captions)
     order = sorted(images, key=lambda f: ('train', 'val', 'test', '').index(images[f][0]))
     return tuple(Entry(f, images[f][0], tuple(images[f][2]), images[f][1]) for f in order)
@@ -113,13 +114,13 @@ def karpathy_table(
 # %% ../nbs/00_readers.ipynb #0414b732
 def _check_image_id(d, seen, i, path):
     "An `image_id`, where an entry has one, is text or a whole number, and belongs to one image of its list"
-    x = d.get('image_id')
+    x, remedy = d.get('image_id'), 'Correct it, or remove image_id throughout.'
     if x is None: return
     if isinstance(x, bool) or not isinstance(x, (str, int)) or x == '':
-        raise DataError(path, f'entry {i}: image_id {str(x)[:40]!r}', 'text or a whole number', 'Correct it, or remove image_id throughout.')
+        raise DataError(path, f'entry {i}: image_id {str(x)[:40]!r}', 'text or a whole number', remedy)
     if (other := seen.setdefault(x, d['image'])) != d['image']:
-        raise DataError(path, f'entry {i}: image_id {str(x)[:40]!r} of {d["image"]} and of {other}', 'an id for one image only',
-                        'Correct it, or remove image_id throughout.')
+        raise DataError(path, f'entry {i}: image_id {str(x)[:40]!r} of {d["image"]} and of {other}',
+                        'an id for one image only', remedy)
 
 def _albef_rows(path, part):
     "Rows of one list"
@@ -140,16 +141,18 @@ def albef_table(
     "JSON lists as of ALBEF, BLIP and FNE"
     folder = _folder(folder)
     paths = {p: _one(folder, *(f'*{x}.json' for x in PARTS[p])) for p in ('train', 'val', 'test')}
-    return Table(paths['train'], _grouped((r for p, path in paths.items() for r in _albef_rows(path, p)), paths), folder)
+    rows = (r for p, path in paths.items() for r in _albef_rows(path, p))
+    return Table(paths['train'], _grouped(rows, paths), folder)
 
 # %% ../nbs/00_readers.ipynb #b459285b
 WANTED = ('file', 'caption', 'split')
-FORMS = (('file', 'caption'), ('image', 'caption'), ('file_name', 'caption'), ('file_name', 'text'), ('image_name', 'comment'))
-SEPARATORS = {',': ',', ';': ';', '|': '|', 'tab': '\t', '\t': '\t'}      # as it is written in a setting -> the character
+FORMS = (('file', 'caption'), ('image', 'caption'), ('file_name', 'caption'), ('file_name', 'text'),
+         ('image_name', 'comment'))
+SEPARATORS = {',': ',', ';': ';', '|': '|', 'tab': '\t', '\t': '\t'}      # as it is written in a setting: the character
 _PART_LIKE = {'part', 'parts', 'set', 'subset', 'partition', 'phase', 'fold'}
 
 def named_columns(
-    columns,               # 'file=image_name,caption=comment,split=part'; or such a dictionary; '' or None: nothing is named
+    columns,               # 'file=image_name,caption=comment,split=part', or such a dictionary; '' or None: nothing
     where='columns',       # for the message
 )->dict:                   # {our name: the table's name}; DataError for anything else
     "Which column of a table is which"
@@ -157,27 +160,34 @@ def named_columns(
     else: pairs = list(columns.items()) if isinstance(columns, dict) else [] if columns is None else [()]
     use = {p[0].strip(): p[1].strip() for p in pairs if len(p) == 2 and all(isinstance(x, str) for x in p)}
     if len(use) == len(pairs) and set(use) <= set(WANTED) and all(use.values()): return use
-    raise DataError(where, f'columns={columns!r}'[:200], f'OUR=THEIRS joined by commas, ours being {", ".join(WANTED)}',
+    raise DataError(where, f'columns={columns!r}'[:200],
+                    f'OUR=THEIRS joined by commas, ours being {", ".join(WANTED)}',
                     "Write for instance columns='file=image_name,caption=comment'.")
+
+def _may_say_parts(name):
+    "Could this column, which is none of ours, be the one of the parts?"
+    return name.lower() in _PART_LIKE or bool(difflib.get_close_matches(name.lower(), ['split'], 1, .7))
 
 def _columns_of(names, columns, path, line):
     "{our name: the table's name}, if there is no doubt which is which"
     given = named_columns(columns, path); forms = [f for f in FORMS if set(f) <= set(names)]
     form = forms[:1] if FORMS[0] in forms else forms
-    use = {k: k for k in WANTED if k in names} | (given or (dict(zip(WANTED, form[0])) if len(form) == 1 else {}))
+    found = dict(zip(WANTED, form[0])) if len(form) == 1 else {}
+    use = {k: k for k in WANTED if k in names} | (given or found)
     twice = [n for n, k in Counter(names).items() if k > 1]
     rest = [n for n in names if n not in use.values()]
-    doubt = [] if given or 'split' in use else [n for n in rest if n.lower() in _PART_LIKE or difflib.get_close_matches(n.lower(), ['split'], 1, .7)]
+    doubt = [] if given or 'split' in use else list(filter(_may_say_parts, rest))
     if twice or doubt or not {'file', 'caption'} <= set(use) or not set(use.values()) <= set(names):
         why = f', of which {doubt[0]} may say the parts' if doubt else ''
-        raise DataError(path, f'the columns {", ".join(map(str, names))[:200]}{why}', 'the columns file, caption and perhaps split, each once',
-                        "Rename or remove columns, or say which is which: columns='file=...,caption=...,split=...'.", line)
+        raise DataError(path, f'the columns {", ".join(map(str, names))[:200]}{why}',
+                        'the columns file, caption and perhaps split, each once', 'Rename or remove columns, '
+                        "or say which is which: columns='file=...,caption=...,split=...'.", line)
     return use
 
 
 # %% ../nbs/00_readers.ipynb #45516d7c
 def _separator(text, separator, columns, path)->str:
-    "The character between the fields: the one that is said, or the only one by which the first line names the columns we look for"
+    "The character between the fields: the one that is said, or the only one by which the first line makes sense"
     if separator and separator not in SEPARATORS:
         raise DataError(path, f'separator={separator!r}', 'one of , ; | tab', 'Correct separator.')
     if separator: return SEPARATORS[separator]
@@ -187,8 +197,9 @@ def _separator(text, separator, columns, path)->str:
     return found[0] if len(found) == 1 else ','
 
 def _mended(row, names, path, line):
-    "The line of Flickr30K's own results.csv that lacks its second bar, as it was meant; other rows as they are"
-    cut = re.fullmatch(r'\s*(\d+)\s+(\S.*)', row[1], re.S) if len(row) == 2 and names == ['image_name', 'comment_number', 'comment'] else None
+    "The line of Flickr30K's own results.csv that lacks its second bar, as it was meant; others as they are"
+    one_short = len(row) == 2 and names == ['image_name', 'comment_number', 'comment']
+    cut = re.fullmatch(r'\s*(\d+)\s+(\S.*)', row[1], re.S) if one_short else None
     if not cut: return row
     warnings.warn(f'{path}, line {line}: no bar behind the number; read as number and comment')
     return [row[0], *cut.groups()]
@@ -196,9 +207,11 @@ def _mended(row, names, path, line):
 def _csv_records(path, separator='', columns=''):
     "(line, {column: text}) of a table, first the names; between bars or tabs quotes mean nothing"
     text = _text(path); mark = _separator(text, separator, columns, path); plain = mark in '|\t'; start = 1
-    reader = csv.reader(io.StringIO(text, newline=''), strict=True, delimiter=mark, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
-    def no(found): raise DataError(path, found, f'fields with {mark!r} between them, as many as in the first line',
-                                   'Put fields that hold it in quotes, or say what stands between: separator=.', start)
+    quotes = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=''), strict=True, delimiter=mark, quoting=quotes)
+    def no(found):
+        raise DataError(path, found, f'fields with {mark!r} between them, as many as in the first line',
+                        'Put fields that hold it in quotes, or say what stands between: separator=.', start)
     try:
         names = [n.strip() for n in next(reader)]
         yield 1, names
@@ -223,7 +236,7 @@ def _jsonl_records(path):
         yield i, d
 
 # %% ../nbs/00_readers.ipynb #ce161088
-TABLES = ('captions.csv', 'captions.jsonl', 'captions.txt', 'results.csv')      # the last two are looked at only where the first are not there
+TABLES = ('captions.csv', 'captions.jsonl', 'captions.txt', 'results.csv')     # the last two only without the first
 
 def _table_rows(path, columns, separator, part=None):
     "(file, part, captions, line) of a table; `part`: of all, None: as the column says, '' without one"
@@ -232,7 +245,8 @@ def _table_rows(path, columns, separator, part=None):
     for line, d in records:
         file, text = d[use['file']], d[use['caption']]; inside(path.parent, file, path, line)
         texts = text if isinstance(text, list) else [text]
-        if not texts: raise DataError(path, 'no caption', 'a caption for every image', 'Write one, or remove the line.', line)
+        if not texts:
+            raise DataError(path, 'no caption', 'a caption for every image', 'Write one, or remove the line.', line)
         said = _part(d[use['split']], path, line) if 'split' in use and part is None else part or ''
         yield file, said, [sentence(t, path, line) for t in texts], line
 
@@ -241,7 +255,8 @@ def _root(folder, name, table)->Path:
     if os.path.lexists(folder/name): return folder
     there = sorted(d.name for d in os.scandir(folder) if d.is_dir() and os.path.lexists(Path(d.path)/name))
     if len(there) > 1:
-        raise DataError(table, f'{name} in {there[0]} and in {there[1]}', 'all pictures in one folder', 'Move the others away.')
+        raise DataError(table, f'{name} in {there[0]} and in {there[1]}', 'all pictures in one folder',
+                        'Move the others away.')
     return folder/there[0] if there else folder
 
 def captions_table(
@@ -249,7 +264,7 @@ def captions_table(
     columns='',            # 'file=...,caption=...,split=...', see `named_columns`; '': one of FORMS
     separator:str='',      # between the fields: , ; | or tab; '': found in the first line
 )->Table:
-    "A table of file names and captions; without a column `split` the part of every entry is ''; a DataError says what is wrong"
+    "A table of file names and captions; without a column `split` the part of an entry is ''; DataError if it is broken"
     folder = _folder(folder); own = any(os.path.lexists(folder/n) for n in TABLES[:2])
     path = _one(folder, *(TABLES[:2] if own else TABLES))
     rows = list(_table_rows(path, columns, separator))
@@ -264,8 +279,10 @@ def _metadata(folder)->list:
     there = [p for n in _META for p in (folder/n, *sorted(folder.glob(f'*/{n}'))) if os.path.lexists(p)]
     twice = [p for p, k in Counter(p.parent for p in there).items() if k > 1]
     if not there or twice or len(there) > 1 and folder in {p.parent for p in there}:
-        raise DataError(twice[0] if twice else folder, f'{len(there)} tables {", ".join(str(p.relative_to(folder)) for p in there[:4])}'.rstrip(),
-                        'one metadata.csv or metadata.jsonl in each of train, validation, test, or one above them', 'Move the others away.')
+        names = ", ".join(str(p.relative_to(folder)) for p in there[:4])
+        raise DataError(twice[0] if twice else folder, f'{len(there)} tables {names}'.rstrip(),
+                        'one metadata.csv or metadata.jsonl in each of train, validation, test, or one above them',
+                        'Move the others away.')
     return there
 
 def imagefolder_table(
@@ -282,8 +299,9 @@ def imagefolder_table(
             own = _PARTS.get(file.split('/')[0], '') if '/' in file else ''
             rows.append((below + file, said or own, captions, line))
     if not rows or len({bool(r[1]) for r in rows}) > 1:
-        raise DataError(path, 'no captions' if not rows else f'{next(r[0] for r in rows if not r[1])} in no part, others in one',
-                        'a row for every caption, and a part for every image or for none', 'Correct the table.')
+        found = f'{next(r[0] for r in rows if not r[1])} in no part, others in one' if rows else 'no captions'
+        raise DataError(path, found, 'a row for every caption, and a part for every image or for none',
+                        'Correct the table.')
     return Table(path, _grouped(rows, path), folder)
 
 # %% ../nbs/00_readers.ipynb #464f90ce
@@ -302,7 +320,7 @@ def _middle(path, size):
     with open(path, 'rb') as f: f.seek(max(0, size//2 - 2048)); return f.read(4096)
 
 def _check_copies(table):
-    "All files are there, and none is a copy of one in another part"
+    "All files are there, and none is a copy of one in train; a copy between val and test is said"
     sizes = {}
     for e in table.entries: sizes.setdefault(os.stat(regular_file(inside(table.root, e.file))).st_size, []).append(e)
     for size, same in sizes.items():
@@ -310,9 +328,13 @@ def _check_copies(table):
         seen = {}
         for e in same:
             other = seen.setdefault(_middle(table.root/e.file, size), e)
-            if other.part != e.part and (table.root/e.file).read_bytes() == (table.root/other.file).read_bytes():
-                raise DataError(table.root/e.file, f'a copy of {other.file}, which is in {other.part}', 'every image in one part only',
+            here, there = table.root/e.file, table.root/other.file
+            if other.part == e.part or here.read_bytes() != there.read_bytes(): continue
+            said = f'a copy of {other.file}, which is in {other.part}'
+            if 'train' in (e.part, other.part):
+                raise DataError(here, said, 'every image in one part only',
                                 f'Remove it from {e.part} or from {other.part}.')
+            warnings.warn(f'{here}: {said}')
 
 def _drawn(table):
     "Parts for a table that has none: a tenth of the images is val, a tenth test, at least one each"
@@ -365,7 +387,8 @@ def _boxes_of(path, least, fewest, most):
     if not (np.isfinite(x).all() and np.isfinite(conf).all() and ((box[:,:4] >= -.01) & (box[:,:4] <= 1.01)).all()):
         raise DataError(path, 'NaN, infinity or a box outside the photo', 'finite features, boxes from 0 to 1', 'Extract this photo again.')
     if (box[:,2:4] < box[:,:2]).any():
-        raise DataError(path, 'a box that ends before it begins', 'x1 <= x2 and y1 <= y2', 'Save corners x1, y1, x2, y2 in this order.')
+        raise DataError(path, 'a box that ends before it begins', 'x1 <= x2 and y1 <= y2',
+                        'Save corners x1, y1, x2, y2 in this order.')
     keep = np.argsort(-conf, kind='stable')[:min(most, max(fewest, int((conf > least).sum())))]
     return x[keep], box[keep, :4].astype(np.float32)
 
@@ -439,8 +462,9 @@ LAYOUTS = dict(
     scan=Layout(('*_ims.npy',), "SCAN's precomputed features", read_scan),
     karpathy=Layout(('dataset*.json',), "Karpathy's JSON beside images/", _by(karpathy_table), karpathy_table),
     albef=Layout(('*train.json',), 'JSON lists *train.json, *val.json, *test.json', _by(albef_table), albef_table),
-    captions=Layout(TABLES, 'a table of file names and captions beside images or above them', _by(captions_table), captions_table),
-    imagefolder=Layout(_META + tuple(f'*/{n}' for n in _META), 'metadata.csv or metadata.jsonl with the images, as at Hugging Face',
+    captions=Layout(TABLES, 'a table of file names and captions beside images or above them', _by(captions_table),
+                    captions_table),
+    imagefolder=Layout(_META + tuple(f'*/{n}' for n in _META), 'metadata.csv or .jsonl with the images, as at Hugging Face',
                        _by(imagefolder_table), imagefolder_table),
     boxes=Layout((), 'captions.csv or captions.jsonl beside an .npz for every photo', read_boxes, captions_table),
     datasets=Layout(('dataset_dict.json', 'state.json'), 'a data set of the package datasets', _by(datasets_table), datasets_table))

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .commands import Parser, SetupError, check_place, command
+from .commands import Parser, SetupError, _near, check_place, command
 from .cross_encoder import UNITER, from_uniter, to_uniter
 from .data import DataError, read_json, regular_file, write_atomic
 from .models import from_pretrained, model_of, save_pretrained
@@ -427,6 +427,8 @@ def itm_convert(argv=None)->int:
     p.add_argument('--out', required=True, help='the folder to write; with --to-released, the file')
     p.add_argument('--to-released', action='store_true', help='the way back')
     a = p.parse_args(argv)
+    check_place(a.out, '--out', not a.to_released)
+    if a.kind and a.kind not in RELEASES: raise SetupError(f'--as {a.kind!r}{_near(a.kind, RELEASES)}; there are {", ".join(RELEASES)}')
     if a.to_released: restore(a.file, a.out, a.kind); print(f'{a.out}: written'); return 0
     if not a.kind: raise SetupError(f'say what the file is with --as: {", ".join(RELEASES)}')
     model = convert(a.file, a.kind, a.out, a.vocab)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'VERDICTS', 'ARMS', 'Results', 'span', 'decided', 'with_interval', 'difference_table', 'difference_words',
            'grid', 'run_times', 'curve_mean', 'verdicts', 'claims_table', 'count_words', 'claim_words', 'title',
-           'notebook_map']
+           'notebook_map', 'link']
 
-# %% ../nbs/19_results_page.ipynb #94bd6bde
+# %% ../nbs/19_results_page.ipynb #68f96332
 import csv
 import json
 from functools import cached_property
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .runs import SetupError, project
 
-# %% ../nbs/19_results_page.ipynb #14c48278
+# %% ../nbs/19_results_page.ipynb #3d49e547
 class Results:
     "Committed tables, pictures and records, found by their names below one folder"
     def __init__(self,
@@ -65,7 +65,7 @@ class Results:
         "The records of a sweep"
         return [r for r in self.records if r['sweep'] == sweep and (r['kind'] == 'run' or not trained)]
 
-# %% ../nbs/19_results_page.ipynb #059161b6
+# %% ../nbs/19_results_page.ipynb #e8e261ef
 def span(
     row:dict,          # with d, lo and hi
     digits:int=1,
@@ -107,7 +107,7 @@ def difference_words(
         return f"{r['row']} - {r['base']} {span(r)}{unit}, {decided(r)}"
     return '; '.join(map(said, with_interval(rows)))
 
-# %% ../nbs/19_results_page.ipynb #347681ac
+# %% ../nbs/19_results_page.ipynb #234e1451
 def grid(
     cells:dict,        # (row, column) -> text; what is missing stays empty
     columns:dict,      # column -> its header
@@ -119,7 +119,7 @@ def grid(
     head = [['arm', *more, *columns.values()], ['---']*(1 + len(more)) + ['---:']*len(columns)]
     return '\n'.join('| ' + ' | '.join(cell) + ' |' for cell in head + [*map(line, names)])
 
-# %% ../nbs/19_results_page.ipynb #2d56054b
+# %% ../nbs/19_results_page.ipynb #fd99279f
 def run_times(
     records:list,      # of trained runs
 )->str:
@@ -135,7 +135,7 @@ def curve_mean(
     values = [v for r in records for v in r['curves'][curve] if v is not None]
     return sum(values)/len(values)
 
-# %% ../nbs/19_results_page.ipynb #b8b90818
+# %% ../nbs/19_results_page.ipynb #dcdac704
 CLAIMS = {   # claim -> short wording
     'AOQ-1': 'offline negatives beat in-batch negatives',
     'AOQ-2': 'unanchored pairs add to that',
@@ -181,7 +181,7 @@ def claim_words(found:dict, paper:str)->str:   # paper: 'AOQ', 'FNE' or 'TAGS'
     mine = [c for c in CLAIMS if c.startswith(f'{paper}-')]
     return '; '.join(f"{c} {found[c, 'P']['word']} on P, {found[c, 'S']['word']} on S" for c in mine)
 
-# %% ../nbs/19_results_page.ipynb #92ad8c18
+# %% ../nbs/19_results_page.ipynb #5ff79ef8
 ARMS = {   # arm -> what it does
     'vse0': 'all negatives of the batch',
     'vsepp': 'hardest negative of the batch',
@@ -234,7 +234,7 @@ ARMS = {   # arm -> what it does
     'vse0 scratch': 'from random weights, as long as warm start and fork',
 }
 
-# %% ../nbs/19_results_page.ipynb #5a1f2fac
+# %% ../nbs/19_results_page.ipynb #cb5729b1
 def title(notebook:Path)->str:
     "The first line of a notebook, without its mark"
     first = json.loads(notebook.read_text('utf-8'))['cells'][0]
@@ -258,3 +258,16 @@ def _group(name, folder)->str:
     "A link to a folder, or what the notebooks of a group begin with"
     if (folder/name).is_dir(): return f'[{name}]({name})'
     return f'`{name}*`' if name.isdigit() else name
+
+# %% ../nbs/19_results_page.ipynb #660f6727
+def link(
+    name:str,        # of the notebook, without number: 'losses'
+    words:str='',    # what is shown; '': its name
+    folder=None,     # of notebooks; None: nbs of the clone
+)->str:              # Markdown, as seen from that folder
+    "A link to the one notebook of that name; raises SetupError where there is none, or more than one"
+    folder = Path(folder or project()/'nbs')
+    numbered = [p for p in sorted(folder.rglob('*.ipynb')) if p.stem[0].isdigit()]
+    found = [p for p in numbered if p.stem.partition('_')[2] == name]
+    if len(found) != 1: raise SetupError(f'{len(found)} notebooks are called {name}; wanted one. Correct the link.')
+    return f'[{words or name}]({found[0].relative_to(folder).as_posix()})'

@@ -54,7 +54,7 @@ def template(
 )->Path:
     "The notebook of an experiment"
     if name.endswith('.ipynb'):
-        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook')
+        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook; correct the path')
         return Path(name)
     folder = project()/'nbs'/'experiments'; path = folder/f'{name}.ipynb'
     there = sorted(p.stem for p in folder.glob('*.ipynb'))
@@ -75,16 +75,17 @@ FIRST = dict(    # parameters that always count: those the templates had when th
 
 def about_folder(
     out,             # run folder
-)->dict:             # id, template, source, parents, identity; at least the id, which is the folder's name in a sweep
+)->dict:             # id, template, source, parents, identity; at least the id: the folder's name in a sweep
     "What a run folder says of itself; SetupError where its `run.json` is not what was written"
     at = Path(out)/'run.json'
     if not at.is_file(): return dict(id=Path(out).name)
     try:
         found = json.loads(at.read_text('utf-8')); sealed = found.pop('seal', None)
-        whole = isinstance(found['id'], str) and (sealed == over_json(found) or sealed is None and 'identity' not in found)   # None: earlier versions
+        early = sealed is None and 'identity' not in found             # as earlier versions wrote it
+        whole = isinstance(found['id'], str) and (early or sealed == over_json(found))
     except (OSError, ValueError, KeyError, TypeError, AttributeError): whole = False
     if whole: return found
-    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or remove the folder')
+    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or remove that')
 
 _AN_ID = re.compile('[0-9a-f]{12}')
 
@@ -118,9 +119,10 @@ def identity(
 )->dict:
     "What determines a result: parameters without places, inputs by what they are, and of later parameters those not at their default"
     known = parameters(template(name)) if name in FIRST else {}
-    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 and 1.0, however it came
+    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 is 1.0
     what = {k: origin(v) if k in INPUTS and v else v for k, v in what.items()}
-    return {k: v for k, v in what.items() if name not in FIRST or k in FIRST[name] or k not in known or v != known[k].default}
+    def later(k): return k in known and k not in FIRST[name]
+    return {k: v for k, v in what.items() if not later(k) or v != known[k].default}
 
 def run_id(
     name:str,        # of the template
@@ -155,7 +157,7 @@ def _sources()->list:
 def source_hash(
     method:str='',    # name of the method; one's own has a hash of its own, see `methods.code_of`
 )->str:
-    "A hash of the imported package's source (and of one's own method behind it), so that a record tells which code made it"
+    "A hash of the imported package's source (and of one's own method behind it): which code made a record"
     h = hashlib.sha256()
     for name in _sources(): h.update(name.encode() + (_package()/name).read_bytes())
     if ':' not in method: return h.hexdigest()[:12]
@@ -164,16 +166,18 @@ def source_hash(
 
 def _git(*asked)->str:
     "What git says of the package's folder; None where it fails, or is not there"
-    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}      # a hook's variables would name another repository
-    try: r = subprocess.run(('git', '-C', _package(), *asked), capture_output=True, text=True, timeout=60, env=env)
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}      # a hook's would name another repository
+    command = ('git', '-C', _package(), *asked)
+    try: r = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError): return None
     return None if r.returncode else r.stdout
 
 def commit()->str:
-    "The commit of the imported package, with + where its files differ from it; 'none' where they are no files of a repository"
+    "The commit of the imported package, with + where its files differ; 'none' where no repository keeps them"
     kept, head = (_git('ls-files', '-z') or '').split('\0'), _git('rev-parse', '--short=12', 'HEAD')
     if '__init__.py' not in kept or head is None: return 'none'
-    return head.strip() + ('+' if set(_sources()) - set(kept) or _git('status', '--porcelain', '--', '.') else '')
+    changed = set(_sources()) - set(kept) or _git('status', '--porcelain', '--', '.')
+    return head.strip() + ('+' if changed else '')
 
 # %% ../nbs/15_runs.ipynb #2ef9fb29
 BUSY, RESUMABLE = 76, 75     # exit codes: another process has this run; stopped and can be gone on with
@@ -228,7 +232,7 @@ def _reason(e)->str:
 
 def _own_line(traceback:list)->str:
     "The last place of an error's traceback that lies in code which is neither ours nor installed; '' where there is none"
-    ours = [Path(x).resolve() for x in (sys.modules[__name__.split('.')[0]].__file__, sys.prefix, sys.base_prefix, os.__file__) if x]
+    ours = [Path(x).resolve() for x in (itm_nb.__file__, sys.prefix, sys.base_prefix, os.__file__)]
     ours = [p if p.is_dir() else p.parent for p in ours]
     places = re.findall(r'^File (.+?):(\d+)', _ANSI.sub('', '\n'.join(traceback)), re.M)
     own = [(Path(p).expanduser(), n) for p, n in places if not any(Path(p).expanduser().is_relative_to(o) for o in ours)]
@@ -238,7 +242,8 @@ def _no_kernel(e)->str:
     "Why nothing was executed, or no longer"
     said = one_line(e)
     if 'before replying' in said or type(e).__name__ == 'NoSuchKernel':
-        return f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, and renew it: python -m ipykernel install --sys-prefix'
+        return (f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, '
+                'and renew it: python -m ipykernel install --sys-prefix')
     if said == 'Kernel died': return 'the kernel died (out of memory, or killed)'
     return said
 
@@ -253,7 +258,7 @@ def _pass_on(
     return handler
 
 def _trainer(out)->int:
-    "The process that holds the lock of a run folder; ValueError where nobody does, whatever number stands in it"
+    "The process that holds the lock of a run folder; ValueError where none does, whatever stands in it"
     with open(out/'lock') as f:
         try: fcntl.flock(f, fcntl.LOCK_SH|fcntl.LOCK_NB)
         except BlockingIOError: pid = int(f.read())
@@ -271,7 +276,7 @@ def execute(
     sys.modules.setdefault('rfc3987_syntax', None)     # two seconds in every process: jsonschema would compile a grammar of web addresses
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
-    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)     # what they know is said below
+    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)   # said below
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, _pass_on(out))
     os.environ |= dict(ITM_DRIVEN='1', OMP_NUM_THREADS=str(values.get('threads', 1)))
     try: papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar)
@@ -322,7 +327,7 @@ def finished(
     return all(now.values()) and sorted(now.values()) == sorted(there.get('parents', {}).values())
 
 # %% ../nbs/15_runs.ipynb #004fe0ac
-_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')   # may lie there before run.json does
+_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')    # before run.json
 
 def _other(mine, theirs)->str:
     "In words, where an identity differs from another: the first three settings"
@@ -342,11 +347,13 @@ def _admit(
     if there:
         if there['id'] == me or 'arm' not in values and there.get('template') == name: return
         theirs = there.get('identity', {})
-        raise SetupError(f'out: in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)}); '
-                         f'asked for is {me} ({name}: {_other(mine, theirs)}). Give another out, or remove that folder')
+        lies = f'in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)})'
+        asked = f'asked for is {me} ({name}: {_other(mine, theirs)})'
+        raise SetupError(f'out: {lies}; {asked}. Give another out, or remove that folder')
     odd = sorted(p.name for p in out.iterdir() if not (p.name in _EARLY or p.name.endswith('.tmp')))
     if not odd or out.name == me: return
-    why = 'run.json is damaged, so nobody knows which run it holds' if there is None else f'no run folder, and not empty: it holds {odd[0]}'
+    why = f'no run folder, and not empty: it holds {odd[0]}'
+    if there is None: why = 'run.json is damaged, so nobody knows which run it holds'
     raise SetupError(f'out: {out}: {why}. Give another out, or remove that folder')
 
 # %% ../nbs/15_runs.ipynb #13a7908f
@@ -354,24 +361,26 @@ def _begin(out, name, values, me):
     "Note in a run folder what it is; what was made with other parents is removed, its DONE first"
     now = parents(values)
     if missing := [p for p, made in now.items() if not made]:
-        raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({broken(missing[0]) or "its own parents changed"})')
+        why = broken(missing[0]) or 'its own parents changed'
+        raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({why})')
     for name_ in ('DONE', 'manifest.json', 'FAILED'): (out/name_).unlink(missing_ok=True)
-    if (out/'params.json').is_file(): write_synced(out/'params.json', json.dumps(values, indent=1).encode())     # whatever stood there
+    if (out/'params.json').is_file():                # whatever stood there
+        write_synced(out/'params.json', json.dumps(values, indent=1).encode())
     there = _told(out)
-    before = (there or {}).get('parents')      # None: not known, as where run.json is lost
-    if before is not None and sorted(before.values()) != sorted(now.values()) or before is None and now: _empty(out)
+    before = (there or {}).get('parents')            # None: not known, as where run.json is lost
+    if now if before is None else sorted(before.values()) != sorted(now.values()): _empty(out)
     _note(out, name, values, me, now)
 
 def _empty(out):
-    "Remove what a run has made; run.json stays to the last, so that the folder is known as a run's whenever this is killed"
+    "Remove what a run has made; run.json stays, so that the folder is known as a run's whenever this is killed"
     for p in out.iterdir():
         if p.name in ('claim', 'worker.log', 'params.json', 'run.json'): continue
         shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 def _note(out, name, values, me='', now=None):
     "Write run.json: which run this is, by what source, with which parents"
-    told = dict(id=me or run_id(name, values), template=name, source=source_hash(), parents=parents(values) if now is None else now,
-                identity=identity(name, values))
+    told = dict(id=me or run_id(name, values), template=name, source=source_hash(), identity=identity(name, values),
+                parents=parents(values) if now is None else now)
     write_synced(out/'run.json', json.dumps(told | dict(seal=over_json(told)), indent=1).encode())
 
 def _by_hand(out, name, values):
@@ -397,11 +406,12 @@ def start(
     _admit(out, nb.stem, values, me)
     with claim(out) as mine:
         if not mine: return BUSY, out
-        if 'arm' in values and finished(out, values, me): return 0, out     # a row of a table is made once; a study is made anew
+        if 'arm' in values and finished(out, values, me): return 0, out     # a row is made once; a study is made anew
         _admit(out, nb.stem, values, me)                                    # another process may have begun there
         _begin(out, nb.stem, values, me)
         began = time.perf_counter(); code = work(nb, values, out, bar)
-        with open(out/'wall.jsonl', 'a') as f: f.write(stamped(dict(seconds=round(time.perf_counter()-began, 2), code=code)))
+        spent = dict(seconds=round(time.perf_counter()-began, 2), code=code)
+        with open(out/'wall.jsonl', 'a') as f: f.write(stamped(spent))
         return code, out
 
 # %% ../nbs/15_runs.ipynb #08b9ec2f
@@ -441,7 +451,8 @@ def curves(
 )->dict:           # name -> a value per epoch
     "Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum, and what owners of state tell"
     try: lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text('utf-8').splitlines()]
-    except (OSError, ValueError): raise SetupError(f'{run}: log.jsonl cannot be read; run it again, and what cannot be trusted is made anew') from None
+    except (OSError, ValueError):
+        raise SetupError(f'{run}: log.jsonl cannot be read; run it again: what cannot be trusted is made anew') from None
     vals = {l['epoch']: l['val']['rsum'] for l in lines if 'val' in l}
     steps = {e: [l for l in lines if l['epoch'] == e and 'loss' in l] for e in vals}
     mean = lambda e, k: sum(l[k] for l in steps[e])/len(steps[e])
@@ -486,14 +497,15 @@ def _false(rows, split, world):
 
 def cost(
     run:Path,
-)->dict:           # steps, seconds, pairs per second, peak memory; {} where the lines of a part of the run are lost
+)->dict:           # steps, seconds, pairs per second, peak memory; {} where the lines of a part are lost
     "What a run cost, from its timing (a part that was done twice after a kill counts twice)"
     lines, upto = stamped_lines(Path(run)/'timing.jsonl'), 0
-    for l in sorted(lines, key=lambda l: l['since']): upto = max(upto, l['step']) if l['since'] <= upto else upto
-    if not lines or upto < lines[-1]['steps']: warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
-    seconds = sum(l['seconds'] for l in lines)
-    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(sum(l['pairs'] for l in lines)/seconds, 1),
-                peak_mib=max(l['peak_mib'] for l in lines))
+    for l in sorted(lines, key=lambda l: l['since']):
+        if l['since'] <= upto: upto = max(upto, l['step'])
+    if not lines or upto < lines[-1]['steps']:
+        warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
+    seconds, pairs = (sum(l[k] for l in lines) for k in ('seconds', 'pairs'))
+    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(pairs/seconds, 1), peak_mib=max(l['peak_mib'] for l in lines))
 
 def tested_on(
     values:dict,      # all parameters of the template
@@ -605,8 +617,10 @@ def read_yaml(path)->dict:
     "A YAML (or JSON) file that holds a mapping"
     import yaml
     try: found = yaml.safe_load(path.read_text('utf-8'))
-    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror})') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise SetupError(f'{path.name}: not a YAML file ({str(e).splitlines()[0]})') from None
+    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror}); give the path of a YAML or JSON file') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        at = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
+        raise SetupError(f'{path.name}{at}: not a YAML file ({getattr(e, "problem", None) or "not UTF-8"}); wanted name: value') from None
     if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
     return found
 
@@ -661,6 +675,7 @@ def itm_data(argv=None)->int:
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
         if given and given not in known: raise SetupError(f'{name} {given!r}{_near(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes': return _scenes_info()
+    if not Path(a.path).is_dir(): raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
         for line in info_layout(a.path, a.layout, a.name): print(line)
         return 0

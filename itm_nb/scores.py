@@ -79,10 +79,12 @@ def asked(
     if not values['img_of']: return _of_data(values, N, M, data(), ids, own)
     img_of = _numbers(values['img_of'], M, 'photos of sentences'); there = np.unique(img_of)
     if there[0] < 0 or there[-1] >= N:
-        raise DataError(values['img_of'], f'photos {there[0]} to {there[-1]}', f'rows of the scores, 0 to {N-1}', 'Count rows from 0.')
+        raise DataError(values['img_of'], f'photos {there[0]} to {there[-1]}', f'rows of the scores, 0 to {N-1}',
+                        'Count rows from 0.')
     what = b''.join(x.tobytes() for x in (img_of, ids, own) if x is not None)
     if own is not None and len(empty := np.setdiff1d(own, own[there])):
-        raise DataError(values['gallery'], f'{len(empty)} galleries in which no sentence searches', 'a question in every gallery', 'Leave them out.')
+        raise DataError(values['gallery'], f'{len(empty)} galleries in which no sentence searches',
+                        'a question in every gallery', 'Leave them out.')
     rest = N - len(there); what += f'of {N}'.encode() * (rest > 0)
     print_ = hashlib.sha256(what).hexdigest()[:16]; label = values['name'] or 'scores from elsewhere'
     data = dict(name='foreign', label=label, fingerprint=print_, split='test', train=0)
@@ -114,7 +116,7 @@ def rank_matrix(
     scores,            # (N, M) array, images in rows; a memory-map is read block by block
     a:Asked,
 )->Ranks:              # of photos that are asked for, and of all sentences
-    "Ranks of both directions, each query in its own gallery; photos that nobody asks for are searched with the others"
+    "Ranks of both directions, each query in its own gallery; photos that nobody asks for are searched, too"
     at = np.arange(scores.shape[0]) if a.rows is None else a.rows
     def part(i, j, own):
         def block(r, c):
@@ -140,7 +142,8 @@ def foreign(
     if path.suffix == '.npz':
         r = _ranks(path); a = asked(values, len(r.i2t), len(r.t2i), data)
         if a.asked is not None:
-            raise DataError(values['img_of'], f'{a.data["unasked"]} photos without a sentence', f'every row of i2t, 0 to {len(r.i2t)-1}',
+            raise DataError(values['img_of'], f'{a.data["unasked"]} photos without a sentence',
+                            f'every row of i2t, 0 to {len(r.i2t)-1}',
                             'Ranks are of queries: leave out photos that nobody asks for.')
     else:
         S = _array(path, 'scores', lambda x: x.ndim == 2 and x.dtype.kind == 'f', 'a matrix of real numbers, photos x sentences')

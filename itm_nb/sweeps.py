@@ -28,7 +28,7 @@ from pathlib import Path
 
 from .bytes import stamped_lines
 from .commands import Parser, check_place, number
-from .read_safely import checked_name
+from .parameters import check_places
 from .runs import (
     BUSY, INPUTS, PLACES, RESUMABLE, SetupError, _near, about_folder, command, done, finished, identity, in_turn, parameters, project,
     read_yaml, resolve, run_id, source_hash, template)
@@ -64,7 +64,7 @@ def read_sweep(
         if k not in _KINDS: raise SetupError(f'{path.name}: no part called {k!r}; there are {", ".join(_KINDS)}')
         _must_be(path, k, v, _KINDS[k])
     missing = [k for k in ('title', 'blocks', 'arms') if not spec.get(k)]
-    if missing: raise SetupError(f'{path.name}: without {", ".join(missing)}')
+    if missing: raise SetupError(f'{path.name}: without {", ".join(missing)}; wanted title, blocks and arms')
     spec = {k: kind() for k, kind in _KINDS.items()} | spec
     for k in ('runs', 'arms', 'controls', 'profiles', 'cost'):
         for n, own in spec[k].items(): _must_be(path, f'{k}: {n}', own or {}, dict)
@@ -76,9 +76,13 @@ def read_sweep(
     if profile: spec = _with_profile(path, spec, dict(spec['profiles'][profile] or {}))
     _check_parts(path, spec)
     if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
-    for n in (*names, *spec['profiles']): checked_name(n, path.name, 'the run', blanks=True)
+    for n in (*names, *spec['profiles']): _checked(n, path.name, 'the run', blanks=True)
     if not allow_code: _only_ours(path, spec)
     return spec
+
+def _checked(*given, **how):
+    from itm_nb.read_safely import checked_name        # here, because the help of a command is wanted at once
+    return checked_name(*given, **how)
 
 def _only_ours(path, spec):
     "Refuse methods and notebooks that are not the package's, and places: a file that was read may not choose them"
@@ -297,7 +301,7 @@ def measured(
 )->list:                 # (settings alike, alike by the epoch, epochs, seconds, MiB, '' or 'records')
     "What finished runs took"
     out = []
-    for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if (p.parent/'DONE').is_file()):    # a guess: not every byte is looked at
+    for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if (p.parent/'DONE').is_file()):
         try:
             values, name = json.loads((at/'params.json').read_text('utf-8')), about_folder(at)['template']
             if not (wall := stamped_lines(at/'wall.jsonl')): continue
@@ -564,7 +568,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--profile', default='', help='a profile of the file: other settings, in a sweep of their own')
     p.add_argument('--jobs', type=number(int, 1), help=f'runs side by side (default: {_jobs()}; with ray what the cluster holds)')
     p.add_argument('--engine', choices=('local', 'ray'), default='local', help='where runs are started: this machine, or a Ray cluster')
-    p.add_argument('--retries', type=number(int), default=2, help='ray: further tries of a run that failed or was lost (default: %(default)s)')
+    p.add_argument('--retries', type=number(int), default=2, help='ray: further tries of a run that failed or was lost (%(default)s)')
     p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N', help='train every run in N processes (default: one)')
     p.add_argument('--runs', default='runs', help='where runs go (default: %(default)s)')
     p.add_argument('--budget', type=_duration, help='time for everything, e.g. 10m: no block is begun that will not be completed')
@@ -588,12 +592,15 @@ def itm_sweep(argv=None)->int:
     _check_given(a)
     path = sweep_file(a.sweep); spec = read_sweep(path, a.profile, a.allow_code); a.told = spec['report']
     a.name, a.places = path.stem + (f'_{a.profile}' if a.profile else ''), dict(a.p) | dict(progress=False)
-    checked_name(a.name, 'itm_sweep', 'the name of the sweep')
+    _checked(a.name, 'itm_sweep', 'the name of the sweep')
     tried = searches(spec, a.name, Path(a.runs), a.places); a.chosen = choose(spec, tried)
-    todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); known = measured(a.runs, project()/'figures'/'results')
-    open_, costs = trials(spec).keys() - a.chosen.keys(), lambda e: estimate(e, known)
-    if a.dry_run or a.status or a.stale: return _look(a, todo, spec, tried, open_, costs)
-    _has_data(tried + todo); _engine(a, tried + todo, costs)
+    todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); look = a.dry_run or a.status or a.stale
+    _check_inputs(tried + todo)
+    if not look: _has_data(tried + todo)
+    known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
+    costs = lambda e: estimate(e, known)
+    if look: return _look(a, todo, spec, tried, open_, costs)
+    _engine(a, tried + todo, costs)
     return _sweep(a, spec, tried, costs)
 
 def _check_given(a):
@@ -602,6 +609,15 @@ def _check_given(a):
     if places.get('cache'): check_place(places['cache'], 'cache')
     for k in ('folder', 'models'):
         if places.get(k) and not Path(places[k]).is_dir(): raise SetupError(f'{k} {places[k]!r}: no such folder; correct -p {k}')
+
+def _check_inputs(todo):
+    "Refuse inputs that are not there and that no run of the sweep will make"
+    for name in {e.template for e in todo}:
+        known = parameters(template(name))
+        for e in (e for e in todo if e.template == name):
+            made = {k: '' for k, p in known.items() if p.rule and p.rule.place in ('out', 'folder')}
+            made |= {k: '' for k in INPUTS if set(e.values.get(k, '').split(',')) & set(e.needs)}
+            check_places(known, e.values | made | dict(data='scenes'))
 
 def _has_data(todo):
     "Refuse a sweep on data that is not there, before anything is started"
@@ -670,6 +686,7 @@ def _report(a, todo)->int:
             more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code); kind = a.told
             code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
     if code: print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
-    if code == 0: print((base/f'table_{name}.md').read_text('utf-8'))
+    for f in (f'table_{name}.md', f'{kind}_{name}.md') if code == 0 else ():    # the second: the template's own words
+        if (base/f).is_file(): print((base/f).read_text('utf-8'))
     for f in sorted(base.glob(f'*{name}*')): print(f)
     return code

@@ -91,21 +91,24 @@ def positives(
     folder,          # of the data; the lists lie in it, or in its folder eccv_caption
     name:str,        # 'eccv' or 'cxc'
     s:Split,         # all test photos of COCO
-)->dict:             # {'i2t': {row: columns}, 't2i': {column: rows}}, and 'missing', as `metrics.many_positives` takes it
-    "All that people call right, as rows and columns of a split; queries without a list are left out, answers not in it are counted"
+)->dict:             # {'i2t': {row: columns}, 't2i': {column: rows}, 'missing': ...}, as `metrics.many_positives` takes it
+    "All that people call right, as rows and columns; queries without a list are left out, answers not there counted"
     if name not in LABELS: raise SetupError(f'no lists called {name!r}; there are {", ".join(LABELS)}')
     cap, img = _places(folder, s); out, missing = {}, {}
     for d, file, home, away in (('i2t', 'image_to_caption', img, cap), ('t2i', 'caption_to_image', cap, img)):
         found = _lists(path := _label_file(folder, f'{name}_{file}.json'))
         try: out[d] = {home[k]: [away[x] for x in v if x in away] for k, v in found.items() if v}
         except KeyError as e: raise DataError(path, f'the id {e.args[0]}', f'ids of {s.source}', 'Take all files from one place.') from None
-        if gone := {home[k]: n for k, v in found.items() if (n := sum(x not in away for x in v))}: missing[d] = _few(gone, found, path, s)
+        gone = {home[k]: n for k, v in found.items() if (n := sum(x not in away for x in v))}
+        if gone: missing[d] = _few(gone, found, path, s)
     return out | (dict(missing=missing) if missing else {})
 
 def _few(gone, found, path, s)->dict:
     "The counts of right answers that are not in a split, if they are few; else the lists are of other data"
     n, every = sum(gone.values()), sum(map(len, found.values()))
-    if n > .05*every: raise DataError(path, f'{n} of {every} right answers are not in {s.source}', 'lists of this split', 'Take all files from one place.')
+    if n > .05*every:
+        raise DataError(path, f'{n} of {every} right answers are not in {s.source}', 'lists of this split',
+                        'Take all files from one place.')
     return gone
 
 # %% ../nbs/16b_test_sets.ipynb #95b2ee88
@@ -146,8 +149,9 @@ def size_said(
     n, m = len(s), len(s.captions)
     if n == PHOTOS and SENTENCES[0] <= m <= SENTENCES[1]: return ''
     if (Path(folder)/'subset.json').is_file() and n < PHOTOS: return f' ({n} photos)'
-    raise DataError(s.source, f'{n:,} photos and {m:,} sentences', f'the {PHOTOS:,} photos and {SENTENCES[0]:,} sentences of COCO\'s test',
-                    'Complete the folder (itm_data check FOLDER --name coco); a smaller one is made by itm_data subset.')
+    wanted = f"the {PHOTOS:,} photos and {SENTENCES[0]:,} sentences of COCO's test"
+    raise DataError(s.source, f'{n:,} photos and {m:,} sentences', wanted,
+                    'Complete the folder (itm_data check FOLDER --name coco); itm_data subset makes a smaller one.')
 
 def _encoded(folders, data, s, device)->list:
     "(model, photos, sentences) of every run; cosines become one product of longer vectors"
@@ -191,7 +195,8 @@ def holds(
     **reading            # of `open_layout`: columns, separator, max_captions, captions_of_split
 )->tuple:                # side of images ('regions', 'boxes', 'pixels'), {part: photos}
     "What a data folder holds"
-    layout = layout or recognise(folder, reading.get('columns', ''), reading.get('separator', '')); sizes, boxes = {}, False
+    table = {k: v for k, v in reading.items() if k in ('columns', 'separator')}
+    layout = layout or recognise(folder, **table); sizes, boxes = {}, False
     for part in ('train', 'val', 'test', *(('testall',) if layout == 'scan' else ())):
         try: s = open_layout(folder, part, layout, **reading)
         except DataError: continue

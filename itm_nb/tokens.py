@@ -15,10 +15,10 @@ from .data import DataError, Vocabulary, padded, read_json, regular_file, write_
 # %% ../nbs/00_tokens.ipynb #168c8544
 ENDS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')      # the first five pieces, as BERT has them
 
-_ACCENTS = r'(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{Mn}+'    # marks without which a word is still the same word
+_ACCENTS = r'(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{Mn}+'      # marks that a word can do without
 
 def _cleaning():
-    "Lower case, accents dropped, vowel signs of other scripts kept; words, punctuation and Chinese characters apart"
+    "Lower case, accents dropped, vowel signs of other scripts kept; words, punctuation, Chinese characters apart"
     from tokenizers import Regex, normalizers, pre_tokenizers
     steps = (normalizers.BertNormalizer(lowercase=True, strip_accents=False), normalizers.NFD(),
              normalizers.Replace(Regex(_ACCENTS), ''), normalizers.NFC())
@@ -56,7 +56,8 @@ class Pieces:
     ):
         "WordPiece, trained on the sentences: lower case, accents dropped"
         from tokenizers import Tokenizer, models, processors
-        t = Tokenizer(models.WordPiece(_learn(sentences, size), unk_token='[UNK]'))
+        known = _learn(sentences, size)            # a Thai sentence is one word: of more than the usual 100 letters
+        t = Tokenizer(models.WordPiece(known, unk_token='[UNK]', max_input_chars_per_word=10_000))
         t.normalizer, t.pre_tokenizer = _cleaning()
         t.add_special_tokens(list(ENDS))
         t.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])

@@ -302,10 +302,10 @@ class Training:
     meter:Tensor = None              # sums of loss, gradient norm, clipped steps, and their number since the last log line
     log_bytes:int = 0
     pick_bytes:int = 0
-    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))    # over log and picks so far
+    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))    # hashes so far
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     code:str = ''                    # hash of the method's source where it is not the package's own
-    recent:list = field(default_factory=list)     # (step, learning rate, costs, gradient norm) since it was last asked whether they are finite
+    recent:list = field(default_factory=list)    # (step, rate, costs, gradient norm) since `refuse_nan`
 
     @cached_property
     def core(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
@@ -551,7 +551,9 @@ def _whole(at)->tuple:   # (tensors, state)
     "A checkpoint, if its seal holds; else a ValueError"
     try:
         found = json.loads((at/'state.json').read_text('utf-8'))
-        if found['seal'] != _seal(found['state'], at/'tensors.safetensors'): raise ValueError('the seal does not match')
+        seal = _seal(found['state'], at/'tensors.safetensors')
+        if found['seal'] != seal: raise ValueError('the seal does not match')
+        if not isinstance(found['state'], dict): raise ValueError('it is no state of a training')
         return load_file(at/'tensors.safetensors'), found['state']
     except (OSError, KeyError, TypeError) as e: raise ValueError(str(e)) from None
 
@@ -621,14 +623,17 @@ def _beside(
     run:Path,
     state:dict,    # of a whole checkpoint
 )->dict:           # running hashes of the log and the picks
-    "Does the rest of a run folder stand as a checkpoint knows it? ValueError with the file's name where it does not"
-    sealed = state.get('sealed', {}); out = {}                  # nothing is sealed in checkpoints of earlier versions: there lengths must do
-    for key, name, n in (('log', 'log.jsonl', state['log_bytes']), ('picks', 'picks.bin', state['pick_bytes'])):
-        try: out[key] = _prefix(run/name, n)
+    "Does the rest of a run folder stand as a checkpoint knows it? ValueError with the file's name where not"
+    sealed = state.get('sealed', {}); out = {}           # {} in checkpoints of earlier versions: lengths must do
+    if not {'step', 'best', 'history', 'log_bytes', 'pick_bytes'} <= state.keys(): raise ValueError('it is no state of a training')
+    lengths = dict(log=state['log_bytes'], picks=state['pick_bytes'])
+    for key, name in (('log', 'log.jsonl'), ('picks', 'picks.bin')):
+        try: out[key] = _prefix(run/name, lengths[key])
         except OSError: raise ValueError(f'{name} is missing') from None
-        if sealed and out[key].hexdigest() != sealed[key]: raise ValueError(f'{name} holds other bytes than it did')
-    if not sealed and state['best'][1] >= 0 and not (run/'best').is_dir(): raise ValueError('best/ is missing')
+        if sealed and out[key].hexdigest() != sealed[key]:
+            raise ValueError(f'{name} holds other bytes than it did')
     if sealed: _best_at(run, sealed['best'])
+    elif state['best'][1] >= 0 and not (run/'best').is_dir(): raise ValueError('best/ is missing')
     return out
 
 # %% ../nbs/14_train.ipynb #fb7f5453
@@ -653,7 +658,7 @@ def _trusted(t:Training, run:Path)->tuple:    # (folder, tensors, state, running
 
 # %% ../nbs/14_train.ipynb #41e59d74
 def _put_best(run:Path):
-    "The checkpoint that knows it is in place: the new best model takes its own; the one before goes to the checkpoint before"
+    "Put the new best model into its place, once the checkpoint that knows it is in its own"
     if not (run/'best.new').is_dir(): return
     old = run/'previous'/'best'; shutil.rmtree(old, ignore_errors=True)
     if (run/'best').is_dir() and (run/'previous').is_dir(): os.replace(run/'best', old)
@@ -676,7 +681,8 @@ def _settle(
     "Make a run folder what a checkpoint knows, or empty"
     _whole_lines(run/'timing.jsonl')
     if at is None:
-        for name in ('last', 'previous', 'new.tmp', 'best.new', 'best'): shutil.rmtree(run/name, ignore_errors=True)
+        for name in ('last', 'previous', 'new.tmp', 'best.new', 'best'):
+            shutil.rmtree(run/name, ignore_errors=True)
         (run/'log.jsonl').write_bytes(b''); (run/'picks.bin').write_bytes(b''); return
     if at.name == 'previous': shutil.rmtree(run/'last', ignore_errors=True)
     if 'sealed' in state: _take_best(run, state['sealed']['best'])
@@ -695,9 +701,9 @@ def resume(
     t:Training,
     run:Path,      # run folder
 )->bool:           # was there anything to go on from?
-    "Go on from the newest checkpoint that can be trusted; the rest is made what it was then. Other settings or data are refused"
+    "Go on from the newest checkpoint that can be trusted; the rest is made what it was then"
     at, tensors, state, running = _trusted(t, run) or (None,)*4
-    t.accelerator.wait_for_everyone()          # of several processes all have looked before the first one changes anything
+    t.accelerator.wait_for_everyone()          # all processes have looked before the first one changes anything
     if leads(): _settle(run, at, state)
     t.accelerator.wait_for_everyone()
     if at is None: return False
@@ -712,7 +718,8 @@ def check_run(
     if not (run/'DONE').is_file() and (run/'last').is_dir():
         try: _beside(run, _whole(run/'last')[1])
         except ValueError as e: why = str(e)
-    if why: raise DataError(run, why, 'the files as the run left them', 'Run it again: what cannot be trusted is made anew.')
+    remedy = 'Run it again: what cannot be trusted is made anew.'
+    if why: raise DataError(run, why, 'the files as the run left them', remedy)
 
 # %% ../nbs/14_train.ipynb #45f03227
 def _same_words(a, b)->bool:
@@ -727,7 +734,8 @@ def warm_start(
     carry:bool=False,    # the last weights with the optimiser's moments; else the best weights alone
 ):
     "Begin with the weights of another run; owners of state begin empty"
-    check_run(folder); folder = Path(folder); remedy = 'The run that is started from needs the same data and model.'
+    check_run(folder)
+    folder = Path(folder); remedy = 'The run that is started from needs the same data and model.'
     if not _same_words(tokens.load(folder/'best'/'vocab.json'), t.vocab):
         raise DataError(folder, 'a run with another vocabulary', 'the words of this training split', remedy)
     found = load_checkpoint(folder/'last') if carry else None
@@ -788,8 +796,8 @@ def _log(t:Training, run:Path, epoch:int, clock:list):
     now = time.perf_counter(); seconds, clock[0] = now-clock[0], now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     with open(run/'timing.jsonl', 'a') as f:
-        f.write(stamped(dict(step=t.step, since=t.step - int(n), steps=t.steps, seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch,
-                             peak_mib=round(peak))))
+        spent = dict(seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak))
+        f.write(stamped(dict(step=t.step, since=t.step - int(n), steps=t.steps) | spent))
 
 PICK = np.dtype([(k, '<i8') for k in ('step', 'epoch', 'image', 'caption', 'other_image', 'other_caption')]      # ids; -1: unknown
                 + [('score', '<f4'), ('positive', '<f4'), ('side', 'S3'), ('source', 'S16')])
@@ -833,7 +841,7 @@ def _validate(t:Training, run:Path, epoch:int):
         if leads(): _new_best(t, run/'best.new')
 
 def _new_best(t:Training, at:Path):
-    "The best model so far, on the disk; it takes its place when the checkpoint that knows it has been written"
+    "The best model so far, on the disk; its place it takes after the checkpoint that knows it"
     shutil.rmtree(at, ignore_errors=True)
     save_pretrained(t.core, at); t.vocab.save(at/'vocab.json')
     for p in (*at.iterdir(), at): sync(p)

@@ -172,7 +172,7 @@ _CONTRAST = dict(of=dict, minus=(int, float), metric=str, delta=(int, float), le
 _SET = dict(about=str, where=dict, folds=bool, metric=str, delta=(int, float), blocks=int)
 _GATE = dict(of=str, metric=str, at_least=(int, float))
 _ERRATUM = dict(test=str, date=str, stood=str, right=str, why=str)
-_BLOCK = re.compile(rb'^errata:[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z)|\n)*', re.M)      # what is not registered, wherever it stands
+_BLOCK = re.compile(rb'^errata:[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z)|\n)*', re.M)      # what is not registered
 
 def _known(path, at, given, kinds, needed):
     "Refuse parts that nobody knows, of the wrong kind, or missing"
@@ -184,18 +184,21 @@ def _known(path, at, given, kinds, needed):
     if gone := [k for k in needed if k not in given]: raise DataError(path, f'{at} without {", ".join(gone)}', 'these parts')
 
 def _corrected(path, raw, spec)->dict:
-    "The list in its right wording; only words of claims can be put right, and the hash is that of the registered part"
+    "The list in its right wording; only words of claims can be put right"
     import yaml
     registered, errata = _BLOCK.sub(b'', raw), spec.get('errata') or []
     if yaml.safe_load(registered) != {k: v for k, v in spec.items() if k != 'errata'}:
-        raise DataError(path, 'errata inside the registered part', 'a block `errata:` of its own', 'Put it at the end of the file.')
+        raise DataError(path, 'errata inside the registered part', 'a block `errata:` of its own',
+                        'Put it at the end of the file.')
     tests = dict(spec['tests'])
     for e in errata:
         _known(path, 'an erratum', e, _ERRATUM, ('test', 'date', 'stood', 'right'))
         if tests.get(e['test'], {}).get('claim') != e['stood']:
-            raise DataError(path, f"an erratum of {e['test']} in which {e['stood']!r} stood", 'a test and its registered claim')
+            raise DataError(path, f"an erratum of {e['test']} in which {e['stood']!r} stood",
+                            'a test and its registered claim')
         tests[e['test']] = tests[e['test']] | dict(claim=e['right'])
-    return dict(draws=10_000) | spec | dict(tests=tests, errata=errata, sha256=hashlib.sha256(registered).hexdigest())
+    sha256 = hashlib.sha256(registered).hexdigest()
+    return dict(draws=10_000) | spec | dict(tests=tests, errata=errata, sha256=sha256)
 
 def read_tests(
     path,           # a YAML file
@@ -206,7 +209,8 @@ def read_tests(
     try: raw = path.read_bytes(); spec = yaml.safe_load(raw)
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'a file of primary tests') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise DataError(path, str(e).splitlines()[0], 'a YAML file') from None
-    _known(path, 'file', spec, dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list), ('alpha', 'sets', 'tests'))
+    kinds = dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list)
+    _known(path, 'file', spec, kinds, ('alpha', 'sets', 'tests'))
     for name, s in spec['sets'].items(): _known(path, f'set {name}', s, _SET, ('where', 'metric', 'delta'))
     for name, t in spec['tests'].items():
         _known(path, f'test {name}', t, _TEST, ('claim', 'contrasts'))
@@ -336,7 +340,8 @@ def _errata(tests)->list:
     mine = [e for e in tests.get('errata', []) if e['test'] in tests['tests']]
     said = [f"Erratum of {e['date']}, {e['test']}: *{e['stood']}* stood, right is *{e['right']}*"
             + (f" ({e['why']})." if e.get('why') else '.') for e in mine]
-    return ['', 'The hash is that of the registered part; errata change words of claims, nothing that is counted.', *said] if said else []
+    note = 'The hash is that of the registered part; errata change words of claims, nothing that is counted.'
+    return ['', note, *said] if said else []
 
 def verdict_table(
     tab:pd.DataFrame,     # from `verdicts`
@@ -354,7 +359,8 @@ def verdict_table(
     names = ('', 'contrast', 'd [95 %]', 'adjusted lower end', 'p (Holm)', 'blocks', 'needed', 'collapsed', 'word')
     if known: out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
     out += map(_verdict_row, known)
-    return '\n'.join([*out, '', f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run.", *_errata(tests), ''])
+    last = f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run."
+    return '\n'.join([*out, '', last, *_errata(tests), ''])
 
 # %% ../nbs/16_verdicts.ipynb #860fbd27
 def weights_of(
@@ -420,44 +426,66 @@ def prices(
 _AOQ_FNE = "FNE's draw as AOQ's online negative"
 _EXPLOITED = 'a gradient through the weight that the draw lets it exploit; superseded by'
 ARMS = dict(         # arm -> (what it is, the method that makes it so, without sizes)
-    vse0=('all negatives of the batch', 'vse0'), vsepp=('the hardest of the batch', 'vsepp'), infonce=('softmax over the batch', 'infonce'),
-    memory_hardest=('the hardest of batch and memory', "fne(pick='hardest')"), memory=('the hardest of batch and memory', "fne(pick='hardest')"),
+    vse0=('all negatives of the batch', 'vse0'), vsepp=('the hardest of the batch', 'vsepp'),
+    infonce=('softmax over the batch', 'infonce'),
+    memory_hardest=('the hardest of batch and memory', "fne(pick='hardest')"),
+    memory=('the hardest of batch and memory', "fne(pick='hardest')"),
     fne_uniform=('drawn evenly above the floor', "fne(pick='uniform')"),
     fne_branch=('and easy candidates cut down; nobody is suspected', 'fne(threshold=1.0)'),
     fne=('and suspected ones by their posterior: the method', 'fne()'),
     fne_faithful=('the method as released', "fne(preset='faithful')"),
-    fne_tau5=('both cut ten times as hard (tau 5)', 'fne(tau=5.0)'), fne_tau50=('a hundred times as hard (tau 50)', 'fne(tau=50.0)'),
-    fne_true_prior=('with the true prior, and tau 5', "fne(tau=5.0, prior='known')"), fne_prior_100=('with a prior of 1 in 100', 'fne(prior=0.01)'),
+    fne_tau5=('both cut ten times as hard (tau 5)', 'fne(tau=5.0)'),
+    fne_tau50=('a hundred times as hard (tau 50)', 'fne(tau=50.0)'),
+    fne_true_prior=('with the true prior, and tau 5', "fne(tau=5.0, prior='known')"),
+    fne_prior_100=('with a prior of 1 in 100', 'fne(prior=0.01)'),
     fne_permuted=('placebo: posteriors dealt out at random', 'fne(permuted=True)'),
-    fne_no_cut=('no cut-down of easy candidates', 'fne(cutdown=False)'), fne_no_floor=('no floor', "fne(floor='none')"),
+    fne_no_cut=('no cut-down of easy candidates', 'fne(cutdown=False)'),
+    fne_no_floor=('no floor', "fne(floor='none')"),
     fne_neither=('no floor and no cut-down', "fne(floor='none', cutdown=False)"),
-    fne_all_negatives=('statistics of all negatives, the true prior, tau 5', "fne(negatives='all', prior='known', tau=5.0)"),
+    fne_all_negatives=('statistics of all negatives, the true prior, tau 5',
+        "fne(negatives='all', prior='known', tau=5.0)"),
     fne_batch=("FNE's draw from the batch alone", "vsepp,on=itm_nb.fne:bank_source(pool='batch')"),
-    fne_m0=('no memory: the batch alone', 'fne()'), fne_m16=('a sixteenth of the memory', 'fne()'), fne_m4=('a quarter of it', 'fne()'),
+    fne_m0=('no memory: the batch alone', 'fne()'), fne_m16=('a sixteenth of the memory', 'fne()'),
+    fne_m4=('a quarter of it', 'fne()'),
     aoq_fne=(f'{_AOQ_FNE}, with {_EXPLOITED} aoq_fne_detached', 'aoq(),on=itm_nb.fne:bank_source()'),
-    aoq_fne_detached=(f'{_AOQ_FNE}, no gradient through the weight', 'aoq_fne()'), aoq_tags=('AOQ and written negatives', "aoq()|tags(sharing='static')"),
+    aoq_fne_detached=(f'{_AOQ_FNE}, no gradient through the weight', 'aoq_fne()'),
+    aoq_tags=('AOQ and written negatives', "aoq()|tags(sharing='static')"),
     fne_tags=('FNE and written negatives', "fne()|tags(sharing='static')"),
-    union=(f'all three papers, with {_EXPLOITED} union_detached', "aoq(),on=itm_nb.fne:bank_source()|tags(sharing='static')"),
+    union=(f'all three papers, with {_EXPLOITED} union_detached',
+        "aoq(),on=itm_nb.fne:bank_source()|tags(sharing='static')"),
     union_detached=('all three papers, no gradient through the weight', "aoq_fne()|tags(sharing='static')"))
 
 # %% ../nbs/16_verdicts.ipynb #a4b0e003
 ARMS |= dict(        # the ladders of AOQ and of TAGS-DC
-    base=('the hardest of the batch', 'vsepp'), base_passes=('more passes of the base, no lists', 'vsepp'), offtri=('offline triplet', "aoq(stage='tri')"),
+    base=('the hardest of the batch', 'vsepp'),
+    base_passes=('more passes of the base, no lists', 'vsepp'),
+    offtri=('offline triplet', "aoq(stage='tri')"),
     offtri_random=('placebo: offline triplet, negatives from anywhere', "aoq(stage='tri', placebo='random')"),
-    offtri_honest=('offline triplet, true pairs taken out of the lists', "aoq(stage='tri')"), offquin=('and unanchored pairs', "aoq(stage='quin')"),
+    offtri_honest=('offline triplet, true pairs taken out of the lists', "aoq(stage='tri')"),
+    offquin=('and unanchored pairs', "aoq(stage='quin')"),
     offtri_twice=('placebo: second draws instead of unanchored pairs', "aoq(stage='quin', placebo='second')"),
-    aoq=('and adaptive weights: the method', 'aoq()'), aoq_permuted=('placebo: weights dealt out at random', "aoq(placebo='permuted')"),
-    aoq_constant=('placebo: one constant weight', "aoq(placebo='constant')"), aoq_detached=('no gradient through the weight', "aoq(placebo='detached')"),
-    aoq_faithful=('the method as released', "aoq(preset='faithful')"), aoq_h30=('half as deep lists', 'aoq()'), aoq_h300=('lists five times as deep', 'aoq()'),
-    vsepp_two=('the hardest of the batch', 'vsepp'), vsepp_mlm=('the lesson of masked words alone', 'vsepp|mlm_warmup(weight=1.0)'),
+    aoq=('and adaptive weights: the method', 'aoq()'),
+    aoq_permuted=('placebo: weights dealt out at random', "aoq(placebo='permuted')"),
+    aoq_constant=('placebo: one constant weight', "aoq(placebo='constant')"),
+    aoq_detached=('no gradient through the weight', "aoq(placebo='detached')"),
+    aoq_faithful=('the method as released', "aoq(preset='faithful')"),
+    aoq_h30=('half as deep lists', 'aoq()'), aoq_h300=('lists five times as deep', 'aoq()'),
+    vsepp_two=('the hardest of the batch', 'vsepp'),
+    vsepp_mlm=('the lesson of masked words alone', 'vsepp|mlm_warmup(weight=1.0)'),
     tags_random=('placebo: words filled in at random', "vsepp|tags(words='random')"),
-    tags_static=('a writer that never changes', "vsepp|tags(sharing='static')"), tags_unshared=('a writer that learns apart', "vsepp|tags(sharing='unshared')"),
-    tags=('a writer that shares all weights', 'vsepp|tags()'), tags_d=('and word discrimination', 'vsepp|tags(discrimination=0.5)'),
+    tags_static=('a writer that never changes', "vsepp|tags(sharing='static')"),
+    tags_unshared=('a writer that learns apart', "vsepp|tags(sharing='unshared')"),
+    tags=('a writer that shares all weights', 'vsepp|tags()'),
+    tags_d=('and word discrimination', 'vsepp|tags(discrimination=0.5)'),
     tags_c=('or word correction', 'vsepp|tags(correction=0.5)'),
-    tags_dc=('and both, discrimination and correction: the method', 'vsepp|tags(discrimination=0.5, correction=0.5)'),
-    tags_dc_shuffled=('placebo: discrimination and correction, heads are shown another image', "vsepp|tags(discrimination=0.5, correction=0.5, misled='heads')"),
-    longer=('the hardest, twice the epochs', 'vsepp'), wide=('the hardest, three times the batch', 'vsepp'))
-OWN = dict.fromkeys(('core_flickr8k', 'factorial_scenes', 'scenes', 'defects_scenes'), dict(       # sweeps, and their profiles, in which a name means something else
+    tags_dc=('and both, discrimination and correction: the method',
+        'vsepp|tags(discrimination=0.5, correction=0.5)'),
+    tags_dc_shuffled=('placebo: discrimination and correction, heads are shown another image',
+        "vsepp|tags(discrimination=0.5, correction=0.5, misled='heads')"),
+    longer=('the hardest, twice the epochs', 'vsepp'),
+    wide=('the hardest, three times the batch', 'vsepp'))
+_STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'defects_scenes')      # their writer learns no more
+OWN = dict.fromkeys(_STATIC, dict(       # sweeps, and their profiles, in which a name means something else
     tags=('negatives written by a model that never changes', "vsepp|tags(sharing='static')")))
 
 def arm_label(
@@ -476,10 +504,12 @@ def _where(records, arm): return {r['data']['label'] for r in records if r['meth
 def current(
     records:list,    # from `read_records`
     arms,            # names, or {name: anything}
-):                   # the same, with arms whose successor ran on all their data sets under the successor's name
+):                   # the same; an arm whose successor ran on all its data sets goes by the successor's name
     "Arms by the names that count now"
-    new = {a: b for a, b in SUPERSEDED.items() if _where(records, b) and _where(records, a) <= _where(records, b)}
-    return {new.get(k, k): v for k, v in arms.items()} if isinstance(arms, dict) else [new.get(k, k) for k in arms]
+    ran = {a: (_where(records, a), _where(records, b)) for a, b in SUPERSEDED.items()}
+    new = {a: SUPERSEDED[a] for a, (old, now) in ran.items() if now and old <= now}
+    if isinstance(arms, dict): return {new.get(k, k): v for k, v in arms.items()}
+    return [new.get(k, k) for k in arms]
 
 def superseded(
     arms,            # names of those shown

@@ -178,7 +178,9 @@ def caption_targets(
     n, at = lengths.clamp(max=max_len), torch.arange(max_len + 1, device=tokens.device)
     last = (at == max_len - 1) & (lengths >= max_len)[:,None]
     labels = labels[:,:max_len+1].masked_fill(last, end).masked_fill(at >= n[:,None], 0)
-    return labels, at < (n + one_more)[:,None]
+    keep = at < (n + one_more)[:,None]
+    if keep.device.type != 'cpu': keep.host = real(on_host(lengths).clamp(max=max_len) + one_more, max_len + 1)
+    return labels, keep
 
 def caption_cost(
     captioner:nn.Module,
@@ -189,7 +191,7 @@ def caption_cost(
     steps:int=0,         # at most so many words are said; the release: max_len - 1; 0: all
 )->Tensor:               # (B,) minus log-probability of the sentence
     "How improbable the true sentence is; steps that no sentence of the batch needs are not made"
-    T = min(steps or labels.shape[1] - 1, int(keep.sum(1).max()) - 1)
+    T = min(steps or labels.shape[1] - 1, int(on_host(keep).sum(1).max()) - 1)
     logp = captioner(regions, num, labels[:,:T]).gather(2, labels[:,1:T+1].unsqueeze(-1)).squeeze(-1)
     return -(logp*keep[:,1:T+1]).sum(1)
 

@@ -4,7 +4,6 @@ It refuses what an accelerator refuses (tensors of two devices in one operation)
 package: `waits` (the host asks for a value and must wait until the device has come so far), `uploads` (copies to the device; 'blocking' ones
 hold the host up) and `operations`. What it cannot show: kernels of a real device, their numerics, their memory.
 """
-import contextlib
 import sys
 from collections import Counter
 
@@ -42,11 +41,14 @@ class Ledger:
     def blocking(self): return Counter({k: n for k, n in self.uploads.items() if k[1] == 'blocking'})
 
 
+HELPERS = ('upload', 'on_host', '_known')     # of `data`: who called them is what one wants to know
+
+
 def place():
     "The innermost line of the package that is being executed"
     f = sys._getframe(1)
     while f:
-        if '/itm_nb/' in f.f_code.co_filename: return f"{f.f_code.co_filename.rsplit('/', 1)[1]}:{f.f_lineno} {f.f_code.co_name}"
+        if '/itm_nb/' in f.f_code.co_filename and f.f_code.co_name not in HELPERS: return f"{f.f_code.co_filename.rsplit('/', 1)[1]}:{f.f_lineno} {f.f_code.co_name}"
         f = f.f_back
     return 'outside'
 
@@ -129,7 +131,7 @@ def copied(x, kw):
 def copied_into(to, x, non_blocking=False):
     "`copy_`"
     if isinstance(x, OnDevice) and not isinstance(to, OnDevice): LEDGER.wait('to the host')
-    if isinstance(to, OnDevice) and not isinstance(x, OnDevice) and x.dim(): LEDGER.upload('behind' if non_blocking else 'blocking')
+    if isinstance(to, OnDevice) and not isinstance(x, OnDevice): LEDGER.upload('behind' if non_blocking else 'blocking')
     raw(to).copy_(raw(x)); return to
 
 

@@ -42,8 +42,10 @@ def test_the_readme_is_short():
 def test_the_readme_begins_with_what_it_is_and_how_to_start():
     text = text_of('README.md'); assert text.startswith('<!-- made from nbs/index.ipynb')
     assert text_of('figures/RESULTS.md').startswith('<!-- made from nbs/results.ipynb')
-    places = [text.index(x) for x in ('> Image-text matching', 'pip install -e . && itm_sweep scenes', "pip install -e '.[dev]' && nbdev_test && pytest",
-                                      '![', '```python', '## What came out', 'How sure is it?', 'Not run:', '## Map')]
+    parts = ('> Image-text matching', 'pip install -e . && itm_sweep scenes',
+             "pip install -e '.[dev]' && nbdev_test && pytest",
+             '![', '```python', '## What came out', 'How sure is it?', 'Not run:', '## Map')
+    places = [text.index(x) for x in parts]
     assert places == sorted(places)
 
 
@@ -55,9 +57,13 @@ def test_links_lead_somewhere(name):
 
 
 def test_links_are_seen_from_the_page(tmp_path):
-    text = '[a](05_losses.ipynb) ![b](../figures/x.svg) [c](https://x.org/y) [d](#part) [e](../figures/RESULTS.md#aoq)'
-    assert runs._links(text, tmp_path/'nbs', tmp_path) == '[a](nbs/05_losses.ipynb) ![b](figures/x.svg) [c](https://x.org/y) [d](#part) [e](figures/RESULTS.md#aoq)'
-    assert runs._links(text, tmp_path/'nbs', tmp_path/'figures').startswith('[a](../nbs/05_losses.ipynb) ![b](x.svg)')
+    text = ('[a](05_losses.ipynb) ![b](../figures/x.svg) [c](https://x.org/y) [d](#part) '
+            '[e](../figures/RESULTS.md#aoq)')
+    seen = runs._links(text, tmp_path/'nbs', tmp_path)
+    assert seen == ('[a](nbs/05_losses.ipynb) ![b](figures/x.svg) [c](https://x.org/y) [d](#part) '
+                    '[e](figures/RESULTS.md#aoq)')
+    inside = runs._links(text, tmp_path/'nbs', tmp_path/'figures')
+    assert inside.startswith('[a](../nbs/05_losses.ipynb) ![b](x.svg)')
 
 
 def test_the_example_runs_as_printed(tmp_path):
@@ -69,7 +75,8 @@ def test_the_example_runs_as_printed(tmp_path):
 def printed(cell):
     "What a cell of a page says itself: prose, and the constant parts of formatted strings"
     if cell['cell_type'] == 'markdown': return re.sub(r'```.*?```|`[^`]*`', '', source(cell), flags=re.S)
-    tree = list(ast.walk(ast.parse(source(cell)))); formats = [n.format_spec for n in tree if isinstance(n, ast.FormattedValue)]
+    tree = list(ast.walk(ast.parse(source(cell))))
+    formats = [n.format_spec for n in tree if isinstance(n, ast.FormattedValue)]
     strings = [n for n in tree if isinstance(n, ast.JoinedStr) and n not in formats]
     return ' '.join(v.value for n in strings for v in n.values if isinstance(v, ast.Constant))
 
@@ -104,8 +111,9 @@ def test_there_are_four_recipes():
 def test_the_method_recipe_trains(tmp_path):
     (tmp_path/'my_method.py').write_text(RECIPES['Add a method'], 'utf-8')
     command = re.search(r'`(itm_run train [^`]*my_method.py:top3)`', text_of('CONTRIBUTING.md'))[1].split()
-    done = subprocess.run([sys.executable, '-c', 'from itm_nb.runs import itm_run; itm_run()', *command[1:], '-p', 'out', 'run', '--quiet'], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    call = [sys.executable, '-c', 'from itm_nb.runs import itm_run; itm_run()', *command[1:]]
+    done = subprocess.run([*call, '-p', 'out', 'run', '--quiet'], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-1500:]
     assert (tmp_path/'run'/'DONE').is_file()
 
@@ -113,19 +121,22 @@ def test_the_method_recipe_trains(tmp_path):
 def test_the_encoder_recipe_makes_a_model(tmp_path):
     run_python(RECIPES['Add an encoder'], tmp_path, 'import torch', 'from itm_nb.similarity import Model',
                "model = Model(dict(kind='region', d_in=64, dim=32), dict(kind='deep_mean', n_words=50, dim=32))",
-               'tokens = torch.randint(1, 50, (3, 7)); v = model.text(tokens, torch.tensor([7, 5, 2]))', 'assert v.shape == (3, 32)',
+               'tokens = torch.randint(1, 50, (3, 7)); v = model.text(tokens, torch.tensor([7, 5, 2]))',
+               'assert v.shape == (3, 32)',
                'tokens[2, 2:] = 0; assert torch.allclose(v[2], model.text(tokens, torch.tensor([7, 5, 2]))[2])')
 
 
 def test_the_layout_recipe_reads_a_folder(tmp_path):
     folder = tmp_path/'data'; folder.mkdir()
     for i in range(20): Image.fromarray(np.full((8, 8, 3), 12*i, np.uint8)).save(folder/f'{i}.png')
-    (folder/'pairs.tsv').write_text(''.join(f'{i}.png\tpicture {i}, said {k}\n' for i in range(20) for k in 'ab'))
-    code = "s = [open_layout('data', p) for p in ('train', 'val', 'test')]"
-    run_python(RECIPES['Add a data layout'], tmp_path, 'from itm_nb.readers import open_layout', code, 'assert sum(map(len, s)) == 20 and len(s[0].captions) == 2*len(s[0])')
-    (folder/'pairs.tsv').write_text('../outside.png\tx\n')
-    run_python(RECIPES['Add a data layout'], tmp_path, 'from itm_nb.data import DataError', 'from itm_nb.readers import open_layout', "try: open_layout('data', 'train')",
-               "except DataError as e: assert 'leaves the folder' in str(e)", "else: raise AssertionError('read a path outside')")
+    lines = [f'{i}.png\tpicture {i}, said {k}\n' for i in range(20) for k in 'ab']
+    (folder/'pairs.tsv').write_text(''.join(lines))
+    bad = tmp_path/'bad'; bad.mkdir(); (bad/'pairs.tsv').write_text('../outside.png\tx\n')
+    run_python(RECIPES['Add a data layout'], tmp_path, 'from itm_nb.data import DataError',
+               'from itm_nb.readers import open_layout', "s = [open_layout('data', p) for p in ('train', 'val', 'test')]",
+               'assert sum(map(len, s)) == 20 and len(s[0].captions) == 2*len(s[0])', "try: open_layout('bad', 'train')",
+               "except DataError as e: assert 'leaves the folder' in str(e)",
+               "else: raise AssertionError('read a path outside')")
 
 
 def test_the_figure_recipe_draws(tmp_path):
@@ -136,35 +147,48 @@ def test_the_figure_recipe_draws(tmp_path):
 
 def test_a_notebook_survives_being_edited_as_text(tmp_path):
     "The commands of CONTRIBUTING: to a script and back; nothing is lost, an edited cell is edited"
-    (tmp_path/'nbs').mkdir(); at = tmp_path/'nbs'/'05_losses.ipynb'; at.write_bytes((ROOT/'nbs'/'05_losses.ipynb').read_bytes())
+    (tmp_path/'nbs').mkdir()
+    at = tmp_path/'nbs'/'05_losses.ipynb'
+    at.write_bytes((ROOT/'nbs'/'05_losses.ipynb').read_bytes())
     block = next(b for b in blocks(text_of('CONTRIBUTING.md'), 'sh') if b.startswith('jupytext'))
-    there, back, *_ = [l.split('#')[0].split() for l in block.splitlines()]; before = json.loads(at.read_text('utf-8'))['cells']
+    there, back, *_ = [l.split('#')[0].split() for l in block.splitlines()]
+    before = json.loads(at.read_text('utf-8'))['cells']
     def call(words):
-        done = subprocess.run([sys.executable, '-m', *words], cwd=tmp_path, capture_output=True, text=True); assert done.returncode == 0, done.stderr
-    call(there); script = tmp_path/'nbs'/'05_losses.py'; script.write_text(script.read_text('utf-8').replace('# # Losses', '# # Costs', 1), 'utf-8'); call(back)
+        done = subprocess.run([sys.executable, '-m', *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    call(there)
+    script = tmp_path/'nbs'/'05_losses.py'
+    script.write_text(script.read_text('utf-8').replace('# # Losses', '# # Costs', 1), 'utf-8')
+    call(back)
     after = json.loads(at.read_text('utf-8'))['cells']
-    assert source(after[0]).startswith('# Costs') and [source(c) for c in after[1:]] == [source(c) for c in before[1:]]
+    assert source(after[0]).startswith('# Costs')
+    assert [source(c) for c in after[1:]] == [source(c) for c in before[1:]]
     assert [c.get('outputs') for c in after] == [c.get('outputs') for c in before]
 
 
 def ids(name, profile=''):
     "The run of each arm and replicate of a sweep"
-    return {(e.arm, e.block): e.out.name for e in sweeps.entries(sweeps.read_sweep(sweeps.sweep_file(name), profile), name, Path('runs'))}
+    todo = sweeps.entries(sweeps.read_sweep(sweeps.sweep_file(name), profile), name, Path('runs'))
+    return {(e.arm, e.block): e.out.name for e in todo}
 
 
 def test_scenes_shares_its_runs_with_the_crossed_study():
     few, many = ids('scenes'), ids('factorial_scenes', 'many')
     assert {a for a, _ in few} >= {'vsepp', 'vsepp_honest', 'aoq', 'fne', 'tags', 'fne_tags'}
-    assert [k for k in few if k not in many] == [('vse0', 0), ('vse0', 1)] and all(many[k] == v for k, v in few.items() if k in many)
+    assert [k for k in few if k not in many] == [('vse0', 0), ('vse0', 1)]
+    assert all(many[k] == v for k, v in few.items() if k in many)
 
 
 def test_records_of_the_former_sweep_are_found_under_its_new_name():
     made = set(ids('rare_scenes').values())
-    kept = [r for p in (ROOT/'figures'/'results').glob('*.json') if (r := json.loads(p.read_text('utf-8')))['sweep'] == 'rare_scenes']
+    every = [json.loads(p.read_text('utf-8')) for p in (ROOT/'figures'/'results').glob('*.json')]
+    kept = [r for r in every if r['sweep'] == 'rare_scenes']
     assert len(kept) == 16 and {r['id'] for r in kept} <= made
 
 
 def test_citation_has_the_papers_and_the_data():
     import yaml
     cited = yaml.safe_load(text_of('CITATION.cff')); titles = ' '.join(r['title'] for r in cited['references'])
-    for words in ('Adaptive Offline Quintuplet Loss', 'False Negative Elimination', 'Tailoring Negative Sentences', 'Framing Image Description'): assert words in titles
+    for words in ('Adaptive Offline Quintuplet Loss', 'False Negative Elimination', 'Tailoring Negative Sentences',
+                  'Framing Image Description'):
+        assert words in titles

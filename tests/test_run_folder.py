@@ -19,7 +19,7 @@ from itm_nb.data import DataError
 from itm_nb.train import config, corpus, fit
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(preset='tiny', dim=16, d_word=8, image_hidden=16, epochs=2, batch=100, dropout=.1, method='vsepp', warmup=1, progress=False, sweep='t')
+TINY = dict(preset='tiny', dim=16, d_word=8, image_hidden=16, epochs=2, batch=100, dropout=.1, method='vsepp', progress=False, sweep='t')
 worlds = {}
 
 
@@ -292,7 +292,7 @@ def only_trained(nb, values, out, bar=False):
     fit(config({k: v for k, v in values.items() if k not in runs.OF_A_RUN}), out, world_of(values), progress=False, every=2); runs.finish(out); return 0
 
 
-SHORT = dict(TINY, batch=400, epochs=2, warmup=0)
+SHORT = dict(TINY, batch=400, epochs=2)
 
 
 def operations(die_at, told):

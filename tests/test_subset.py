@@ -30,7 +30,7 @@ def scan(folder, form='', sizes=SIZES, k=3, most=0):
         np.save(folder/f'{part}_ims.npy', np.repeat(x, per, 0) if form == 'repeated' else x)
         (folder/f'{part}_caps.txt').write_text('\ufeff'*(form == 'bom') + ''.join(lines[j] + '\n' for j in order), 'utf-8')
         (folder/f'{part}_ids.txt').write_text(''.join(f'{i}\n' for i in (ids if form == 'per image' else line_ids[order])))
-        if form == 'counts': np.save(folder/f'{part}_num.npy', g.integers(1, 4, n)); np.save(folder/f'{part}_boxes.npy', g.random((n, 3, 4)))
+        if form == 'counts': np.save(folder/f'{part}_num.npy', g.integers(1, 4, n)); np.save(folder/f'{part}_boxes.npy', np.sort(g.random((n, 3, 2, 2)), 2).reshape(n, 3, 4))
         truth |= {(part, int(i)): (v, sorted(c)) for i, v, c in zip(ids, x.reshape(n, -1, 5), caps)}
     return truth
 
@@ -119,7 +119,7 @@ def test_what_fails_leaves_nothing(what, tmp_path):
     if what == 'link': os.symlink('nowhere', to)
     if what == 'csv': shutil.rmtree(a); a.mkdir(); (a/'captions.csv').write_text('file,caption\na.png,one\n')
     if what == 'nan': x = np.load(a/'test_ims.npy'); x[1] = np.nan; np.save(a/'test_ims.npy', x)
-    if what == 'missing': (a/'dev_ids.txt').unlink()
+    if what == 'missing': (a/'dev_caps.txt').unlink()
     if what == 'pickle': np.save(a/'test_ims.npy', np.array([dict()], object), allow_pickle=True)
     if what == 'bad judgements': (a/'judgements.npz').write_text('no')
     if what == 'bad json': (a/'dataset_toy.json').write_text('{')

@@ -1,4 +1,5 @@
 "What the notebooks 16_verdicts and 16a_controls cannot say about themselves: hand-made verdicts, worked examples, simulated truth, rebuilt tables"
+import hashlib
 import json
 import math
 import shutil
@@ -131,6 +132,35 @@ def test_bad_lists(tmp_path, change, says):
     spec = yaml.safe_load(TESTS.read_text()); change(spec); (tmp_path/'t.yaml').write_text(yaml.safe_dump(spec))
     with pytest.raises(DataError) as e: read_tests(tmp_path/'t.yaml')
     assert says in str(e.value)
+
+REGISTERED = '73bc5814e469187ecbdce5afa995496479ce44d39c697781dbec22c7e077541b'      # the list as it was before the runs
+
+def test_an_erratum_puts_words_right_and_nothing_else():
+    "The hash is that of the registered bytes; contrasts, arms, gates and the registered words are what they were; tables say what stood"
+    raw = TESTS.read_bytes(); before = raw[:raw.index(b'errata:')]; plain, t = yaml.safe_load(before), read_tests(TESTS)
+    assert hashlib.sha256(before).hexdigest() == REGISTERED == t['sha256'] and plain['sets'] == t['sets'] and plain['tests'].keys() == t['tests'].keys()
+    changed = {k for k, x in t['tests'].items() if x != plain['tests'][k]}; assert changed == {'FNE-4'} == {e['test'] for e in t['errata']}
+    assert {k: v for k, v in t['tests']['FNE-4'].items() if k != 'claim'} == {k: v for k, v in plain['tests']['FNE-4'].items() if k != 'claim'}
+    e = t['errata'][0]; assert (e['stood'], e['right'], e['date']) == (plain['tests']['FNE-4']['claim'], t['tests']['FNE-4']['claim'], '2026-11-28')
+    none = pd.DataFrame(columns=['set', 'test', 'verdict', 'why', 'n']); text = verdict_table(none, t); row = next(x for x in text.splitlines() if x.startswith('| FNE-4'))
+    assert e['right'] + ' (erratum)' in row and e['stood'] not in row and f"Erratum of 2026-11-28, FNE-4: *{e['stood']}* stood, right is *{e['right']}*" in text and REGISTERED[:12] in text
+    assert 'rratum' not in verdict_table(none, t | dict(tests={k: x for k, x in t['tests'].items() if k.startswith('AOQ')}))          # another paper's page
+
+ERRATUM = b"errata:\n  - {test: FNE-4, date: '2026-01-01', stood: %b, right: x}\n"
+
+@pytest.mark.parametrize('errata, says', [
+    (ERRATUM % b'something else', 'in which \'something else\' stood'), (ERRATUM.replace(b'FNE-4', b'FNE-9') % b'x', 'FNE-9'), (b'errata:\n  - {test: FNE-4}\n', 'without date, stood, right'),
+    (b'errata: 3\n', 'errata is 3'), (b'errata:\n  - {test: FNE-4, contrasts: []}\n', "no part called 'contrasts'"), (b'errata: {a: 1}\n', 'errata is'), (b'errata:\n- 3\n', 'an erratum is int')])
+def test_errata_that_are_none(tmp_path, errata, says):
+    raw = TESTS.read_bytes(); (tmp_path/'t.yaml').write_bytes(raw[:raw.index(b'errata:')] + errata)
+    with pytest.raises(DataError) as e: read_tests(tmp_path/'t.yaml')
+    assert says in str(e.value)
+
+@pytest.mark.parametrize('change', [(b'delta: 1.0', b'delta: 0.5'), (b'fne_no_cut: -1', b'fne_m0: -1'), (b'alpha: 0.05', b'alpha: 0.1'), (b'likely false negatives helps', b'easy ones helps')])
+def test_a_change_of_the_registered_part_changes_the_hash(tmp_path, change):
+    raw = TESTS.read_bytes(); cut = raw.index(b'errata:'); assert change[0] in raw[:cut]
+    (tmp_path/'t.yaml').write_bytes(raw[:cut].replace(*change)); assert read_tests(tmp_path/'t.yaml')['sha256'] != REGISTERED
+    (tmp_path/'t.yaml').write_bytes(raw + b'draws: 5\n'); assert read_tests(tmp_path/'t.yaml')['sha256'] != REGISTERED       # behind the errata is not among them
 
 @pytest.mark.parametrize('raw', [b'', b'[]', b'\xff\xfe', b'a: [', b'!!python/object/apply:os.system [echo]'])
 def test_damaged_lists(tmp_path, raw):
