@@ -221,6 +221,11 @@ def freeze_parts(
 # %% ../nbs/03_towers.ipynb #96999248
 def _train(self, mode:bool=True):
     "As always, but what is frozen stays in evaluation mode"
+    if self.frozen and self.frozen[0] is self.net:         # all of it: to walk through hundreds of modules costs a third of a small step
+        self.training = mode
+        if self.net.training: self.net.eval()
+        for m in self.children(): m is self.net or m.train(mode)
+        return self
     nn.Module.train(self, mode)
     for m in self.frozen if mode else (): m.eval()
     return self

@@ -49,7 +49,7 @@ from .metrics import Ranks, exact_matmul, galleries, in_galleries, ranks_blocks,
 from .pixels import Pixels, augment
 from .samplers import Step, sight
 from .models import from_pretrained, model_of, save_pretrained
-from .parts import FORMS, describe_image, describe_text, network_of
+from .parts import FORMS, ImageParts, TextParts, describe_image, describe_text, network_of
 from .similarity import Model, are_vectors, devices, join
 from .towers import VisionTower, describe, fill, find, groups, longest, suited, temperature, weights_print
 
@@ -276,7 +276,7 @@ def measure(
     model.eval(); sides = dict(image=len(train.mask), text=len(train.lengths))
     for side, n in sides.items():
         made = getattr(model, f'{side}_tower', None)
-        if not hasattr(made, 'blocks'): continue
+        if not isinstance(made, (TextParts, ImageParts)): continue
         def raw(i):
             inputs = sight(train.images(i))[:2] if side == 'image' else tuple(train.texts(i).values())
             x = made.raw(*inputs); keep = real(inputs[1], x.shape[1]) if x.ndim == 3 else None
