@@ -20,8 +20,8 @@ from .cross_encoder import CrossEncoder, TwoModes, wide
 from .data import DataError, write_atomic
 from .encoders import real
 from .similarity import Model, States, picked_of
+from .parts import tower
 from .towers import parts
-from .vsrn import tower
 
 # %% ../nbs/04a_models.ipynb #54ac4bdc
 class SetModel(nn.Module):

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vsrn import Captioner, tower
+from .parts import tower
+from .vsrn import Captioner
 
 # %% ../nbs/04_similarity.ipynb #7d268af7
 @dataclass(eq=False)

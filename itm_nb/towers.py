@@ -215,17 +215,36 @@ def freeze_parts(
         for k, p in net.named_parameters():
             if depth[k] <= top: p.requires_grad_(False)
     still = lambda m: [p.requires_grad for p in m.parameters()]
+    if still(net) and not any(still(net)): return [net]
     return kept + [m for m in net.modules() if still(m) and not any(still(m))]
 
 # %% ../nbs/03_towers.ipynb #96999248
 def _train(self, mode:bool=True):
     "As always, but what is frozen stays in evaluation mode"
+    if self.frozen and self.frozen[0] is self.net:         # all of it: to walk through hundreds of modules costs a third of a small step
+        self.training = mode
+        if self.net.training: self.net.eval()
+        for m in self.children(): m is self.net or m.train(mode)
+        return self
     nn.Module.train(self, mode)
     for m in self.frozen if mode else (): m.eval()
     return self
 
+@torch.no_grad()
+def _probe_vision(self):
+    "Tokens before the patches, and the length of the vector that is projected"
+    self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
+    if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
+    if x.ndim == 4 and self.kind in ('cls', 'all'):
+        raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
+    patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
+    skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
+    return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
+
 class VisionTower(nn.Module):
     "Pixels to one vector per image, by a vision network of `transformers`"
+    kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
+
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
         dim:int,                # length of the vector that comes out
@@ -243,18 +262,13 @@ class VisionTower(nn.Module):
         self.skip, width = self._probe()
         self.joint = _joint(width, dim, project); self.frozen = freeze_parts(self.net, freeze)
 
-    @torch.no_grad()
-    def _probe(self):
-        "Tokens before the patches, and the length of the vector that is projected"
-        self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
-        if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
-        if x.ndim == 4 and self.kind in ('cls', 'all'):
-            raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
-        patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
-        skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
-        return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
+    _probe = _probe_vision
 
-    def _run(self, feats): return self.net(**self.inputs(pixel_values=normalise(feats, self.mean, self.std)))
+    def computed(self, feats:Tensor):   # (B, S, S, 3) -> what a network of `transformers` gives
+        "The network itself"
+        return self.net(**self.inputs(pixel_values=normalise(feats, self.mean, self.std)))
+
+    def _run(self, feats): return self.kept.run(self, feats) if self.kept and self.kept.serves((feats,)) else self.computed(feats)
 
     train = _train
 
@@ -268,6 +282,7 @@ class VisionTower(nn.Module):
 
     def forward(self, feats:Tensor, num:Tensor=None)->Tensor:   # (B, S, S, 3), ignored -> (B, dim)
         "One vector for every image"
+        if self.kept and (x := self.kept.vector(self, feats)) is not None: return self.joint(x)
         out = self._run(feats)
         if self.kind == 'pooler': return self.joint(out.pooler_output.flatten(1))
         if self.kind == 'cls': return self.joint(out.last_hidden_state[:,0])
@@ -310,8 +325,18 @@ def longest(
     "How many tokens a text network can read"
     with torch.device('meta'): return _places(network(net))[0]       # nothing is allocated or drawn
 
+@torch.no_grad()
+def _probe_text(self)->int:
+    "The length of the vector that is projected"
+    self.net.eval(); out = self._run(torch.ones(1, 2, dtype=torch.long), torch.tensor([2])); self.net.train()
+    if self.kind != 'pooler': return out.last_hidden_state.shape[-1]
+    if getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
+    return out.pooler_output.shape[-1]
+
 class TextTower(nn.Module):
     "Tokens to one vector per sentence, by a text network of `transformers`"
+    kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
+
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
         dim:int,                # length of the vector that comes out
@@ -330,22 +355,19 @@ class TextTower(nn.Module):
         self.joint = _joint(self._probe(), dim, project)
         self.frozen = freeze_parts(self.net, freeze)
 
-    @torch.no_grad()
-    def _probe(self)->int:
-        "The length of the vector that is projected"
-        self.net.eval(); out = self._run(torch.ones(1, 2, dtype=torch.long), torch.tensor([2])); self.net.train()
-        if self.kind != 'pooler': return out.last_hidden_state.shape[-1]
-        if getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
-        return out.pooler_output.shape[-1]
+    _probe = _probe_text
 
     train = _train
 
-    def _run(self, tokens, lengths):
+    def computed(self, tokens:Tensor, lengths:Tensor):   # (B, L), (B,) -> what a network of `transformers` gives
+        "The network itself"
         if not self.training: tokens = F.pad(tokens, (0, max(0, self.even-tokens.shape[1])))
         mask = real(lengths, tokens.shape[1]); ids = tokens.masked_fill(~mask, self.pad)
         if self.most and tokens.shape[1] > self.most: raise ValueError(f'{tokens.shape[1]} tokens, but this network reads {self.most}')
         if self.fill: return self.net(input_ids=F.pad(ids, (0, self.fill-ids.shape[1]), value=self.pad))
         return self.net(input_ids=ids, attention_mask=mask.long())
+
+    def _run(self, *inputs): return self.kept.run(self, *inputs) if self.kept else self.computed(*inputs)
 
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
         "A vector for every token"
@@ -353,6 +375,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
         "One vector for every sentence"
+        if self.kept and (x := self.kept.vector(self, tokens, lengths)) is not None: return self.joint(x)
         out = self._run(tokens, lengths); x = out.last_hidden_state
         if self.kind == 'pooler': return self.joint(out.pooler_output)
         if self.kind == 'cls': return self.joint(x[:,0])
@@ -398,7 +421,8 @@ def parts(
 )->tuple:              # (B, P, dim) vectors of the parts, (B, P) which are real
     "What cross-attention compares words with: regions, or patches, which are all real"
     x = tower.states(feats)
-    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if isinstance(tower, VisionTower) else real(num, x.shape[1])
+    patches = isinstance(getattr(tower, 'inner', tower), VisionTower)
+    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if patches else real(num, x.shape[1])
 
 TOWERS = dict(vision=VisionTower, text=TextTower)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'PICK', 'Corpus', 'corpus', 'in_fold', 'networks', 'vocabulary', 'build', 'optimiser', 'learning_rate',
-           'Training', 'tell', 'share', 'Encoder', 'train_step', 'NotFinite', 'refuse_nan', 'prepare', 'embed',
-           'rank_encoded', 'scores_of', 'rank_split', 'save_checkpoint', 'load_checkpoint', 'resume', 'check_run',
-           'warm_start', 'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks', 'save_ranks', 'load_ranks',
-           'fit', 'evaluate']
+           'remembering', 'measure', 'Training', 'tell', 'share', 'Encoder', 'train_step', 'NotFinite', 'refuse_nan',
+           'prepare', 'embed', 'rank_encoded', 'scores_of', 'rank_split', 'save_checkpoint', 'load_checkpoint',
+           'resume', 'check_run', 'warm_start', 'Busy', 'Stopped', 'leads', 'locked', 'stop_signal', 'load_picks',
+           'save_ranks', 'load_ranks', 'fit', 'evaluate']
 
 # %% ../nbs/14_train.ipynb #27704cd1
 import fcntl
@@ -22,7 +22,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -39,7 +39,9 @@ from .bytes import broken, sha256_of, stamped, stamped_lines, sync
 from .config import CHOICES, VSRN, Config, config
 from .cross_attention import SCORES
 from .data import Batches, DataError, Split, Vocabulary, fingerprint, order, purpose_key, read_scan, write_atomic
+from .encoders import real
 from .folds import Folds, fold_split
+from .frozen_cache import keep_pictures, keep_sentences, reading_of
 from .kept_worlds import kept
 from .language import load_bert
 from .methods import code_of, costs, fetches, in_force, schedule
@@ -47,8 +49,9 @@ from .metrics import Ranks, exact_matmul, galleries, in_galleries, ranks_blocks,
 from .pixels import Pixels, augment
 from .samplers import Step, sight
 from .models import from_pretrained, model_of, save_pretrained
-from .similarity import are_vectors, devices, join
-from .towers import describe, fill, find, groups, longest, suited, temperature, weights_print
+from .parts import FORMS, ImageParts, TextParts, describe_image, describe_text, network_of
+from .similarity import Model, are_vectors, devices, join
+from .towers import VisionTower, describe, fill, find, groups, longest, suited, temperature, weights_print
 
 # %% ../nbs/14_train.ipynb #bda65e38
 @dataclass
@@ -61,6 +64,9 @@ class Corpus:
     models:str = ''          # folder of networks
     workers:int = 0          # threads that load coming batches
     boxes:bool = False       # are the places of regions wanted?
+    states:str = ''          # folder of kept states of frozen networks, see `frozen_cache`; '': networks are run in every step
+    frame:str = 'crop'       # how pictures are cut
+    cut_from:'Corpus' = None # of a fold: the data set whose parts it is cut from
 
     def batches(self, split, vocab, device='cpu', change=None, workers=0)->Batches:
         "A split of this data set on the device"
@@ -85,12 +91,12 @@ def _columns(
 def corpus(
     cfg:Config,
     folder='',       # of a data set that is not embedded
-    cache='',        # where decoded pictures and drawn worlds are kept; '': runs/pixels, runs/worlds
+    cache='',        # where decoded pictures, drawn worlds, states are kept; '': runs/pixels, runs/worlds, runs/states
     models='',       # folder of networks; '': models
     workers:int=0,   # threads that load coming batches
 )->Corpus:
     "Open the data a configuration names"
-    places = dict(models=models, workers=workers, boxes=cfg.boxes)
+    places = dict(models=models, workers=workers, boxes=cfg.boxes, states=str(cache or Path('runs')/'states'), frame=cfg.frame)
     if cfg.vision: places |= dict(pixels=lambda s: Pixels(s.files, cfg.size, cfg.frame, cache or Path('runs')/'pixels', workers))
     if cfg.data == 'scenes':
         world = kept(cache or Path('runs')/'worlds', cfg.preset, cfg.rho, cfg.seed if cfg.world < 0 else cfg.world)
@@ -114,7 +120,7 @@ def in_fold(
     known = Folds.load(file)
     if not 0 <= fold < len(known): raise DataError(file, f'fold {fold} asked for', f'0 to {len(known)-1}', 'Correct -p fold.')
     cut = lru_cache(1)(lambda: fold_split({p: data.split(p) for p in ('train', 'val', 'test')}, known[fold], block))
-    return replace(data, label=f'{data.label}, {len(known)} folds', split=lambda part: cut()[part], world=None)
+    return replace(data, label=f'{data.label}, {len(known)} folds', split=lambda part: cut()[part], world=None, cut_from=data)
 
 # %% ../nbs/14_train.ipynb #50c238e5
 def networks(
@@ -148,30 +154,37 @@ def build(
     d_in:int,        # length of a region's feature vector
     n_words:int,     # size of the vocabulary
     models='',       # folder of networks; '': models
+    seen:Tensor=None,  # (n_words,) bool: which of it occur in training; None: all
 )->nn.Module:
     "The model of a configuration, with the initial weights of its seed"
     torch.manual_seed(purpose_key('init', cfg.seed) % 2**63)
     eye, reader = networks(cfg, models)
-    model = model_of(_described(cfg, d_in, n_words, eye, reader))
-    if eye: fill(model.image_tower, eye)
-    if not reader: return model
-    if not hasattr(model, 'stream'): fill(model.text_tower, reader)
-    elif reader.folder: load_bert(model.stream, reader.folder)
+    seen = torch.ones(n_words, dtype=torch.bool) if seen is None else seen
+    model = model_of(_described(cfg, d_in, n_words, eye, reader, int(seen.sum())))
+    if eye: fill(network_of(model.image_tower), eye)
+    if hasattr(model, 'stream'):
+        if reader and reader.folder: load_bert(model.stream, reader.folder)
+        return model
+    if reader: fill(network_of(model.text_tower), reader)
+    if getattr(model.text_tower, 'bag', None): model.text_tower.bag.start(seen, model.text_tower.words)
     return model
 
-def _described(cfg, d_in, n_words, eye, reader)->dict:
+def _described(cfg, d_in, n_words, eye, reader, n_rows=0)->dict:
     "What `model_of` makes the model of"
     kind = cfg.similarity; config = dict(similarity=kind)
     stream = _stream_side(cfg, d_in, n_words, eye, reader) if kind in ('cross', 'two_modes') else {}
     if eye or kind != 'cross': config |= dict(image=_image_side(cfg, d_in, eye))
     if stream: return config | (stream if kind == 'cross' else dict(text=stream))
-    config |= dict(text=_text_side(cfg, n_words, reader))
+    config |= dict(text=_text_side(cfg, n_words, reader, n_rows))
     if kind in SCORES: config['attention'] = {k: getattr(cfg, k) for k in ('sharp', 'lse', 'agg', 'norm') if getattr(cfg, k)}
     if cfg.captioner: config['captioner'] = dict(n_words=n_words, d_region=cfg.dim, dim=cfg.captioner, d_word=cfg.d_word)
     return config
 
 def _image_side(cfg, d_in, eye)->dict:
     "Kind and arguments of the image tower"
+    sets = cfg.similarity in SCORES
+    if cfg.image_parts:
+        return describe_image(cfg.image_parts, cfg.dim, eye, d_in, cfg.dropout, cfg.size, cfg.freeze, sets)
     if eye: return describe(eye, 'vision', cfg.dim, cfg.image_pool, cfg.size, freeze=cfg.freeze)
     size = dict(d_in=d_in, dim=cfg.dim, dropout=cfg.dropout)
     if cfg.image in VSRN: return dict(kind='vsrn', **size, **VSRN[cfg.image])
@@ -190,8 +203,11 @@ def _stream_side(cfg, d_in, n_words, eye, reader)->dict:
     more = dict(n_words=n_words+1, d_in=cfg.dim if eye else d_in, d_box=7*cfg.boxes, dropout=cfg.dropout)       # one word more: the mask
     return sizes | more
 
-def _text_side(cfg, n_words, reader)->dict:
+def _text_side(cfg, n_words, reader, n_rows)->dict:
     "Kind and arguments of the text tower"
+    sets = cfg.similarity in SCORES
+    if cfg.text_parts:
+        return describe_text(cfg.text_parts, cfg.dim, reader, n_words, n_rows, cfg.d_word, cfg.dropout, cfg.text_freeze, sets)
     if reader: return describe(reader, 'text', cfg.dim, cfg.text_pool, n_words=n_words, freeze=cfg.text_freeze)
     pool = {} if cfg.text == 'gru_last' else dict(pool=cfg.text_pool)
     return dict(kind=cfg.text, n_words=n_words, dim=cfg.dim, d_word=cfg.d_word, dropout=cfg.dropout, **pool)
@@ -213,6 +229,59 @@ def learning_rate(
     if cfg.decay == 'none': return cfg.lr
     if cfg.decay == 'step': return cfg.lr * (1. if step < 2*steps/3 else .1)
     return cfg.lr * .5*(1 + math.cos(math.pi*step/steps))
+
+# %% ../nbs/14_train.ipynb #f0a1c2d4
+def _seen(cfg, vocab, train)->Tensor:   # (n_words,) bool; None where no tower asks
+    "Which pieces occur in training"
+    if 'bag' not in FORMS.get(cfg.text_parts, cfg.text_parts): return None
+    tokens, lengths = vocab.encode(train.captions)
+    out = torch.zeros(len(vocab), dtype=torch.bool)
+    out[tokens[real(lengths, tokens.shape[1])]] = True
+    return out
+
+def _what_is_read(model, side):
+    "What to keep of the network in a tower; None: nothing"
+    made = getattr(model, f'{side}_tower', None)
+    if network_of(made) is None: return None
+    return made.reading if hasattr(made, 'reading') else reading_of(made, not isinstance(model, Model))
+
+def remembering(
+    model:nn.Module,
+    data:Corpus,
+    vocab,
+    parts:tuple=('train', 'val'),   # which will be asked for; of a fold, all parts of the whole
+    augment:str='none',             # what training does to pictures: changed ones are not kept
+    progress:bool=False,            # show a bar where a network has to be run
+)->Corpus:                          # hands out states in place of pictures where they are kept
+    "Let frozen networks be run once: from here on their states are looked up"
+    read, see = (_what_is_read(model, side) for side in ('text', 'image'))
+    if not data.states or not (read or see): return data
+    base, parts = (data.cut_from, ('train', 'val', 'test')) if data.cut_from else (data, parts)
+    splits = [base.split(p) for p in parts]
+    if read:
+        encoded = [vocab.encode(s.captions) for s in splits]
+        keep_sentences(network_of(model.text_tower), encoded, data.states, read, progress)
+    if not see or augment != 'none': return data
+    pictures = [(s.files, partial(base.pixels, s)) for s in splits]
+    kept = keep_pictures(network_of(model.image_tower), pictures, data.states, data.frame, see, progress)
+    return replace(data, pixels=lambda s: kept.pictures(s.files)) if kept else data
+
+@torch.no_grad()
+def measure(
+    model:nn.Module,
+    train:Batches,       # the training part
+    block:int=1024,
+):
+    "Centre and scale the blocks of an encoder on the training part"
+    model.eval(); sides = dict(image=len(train.mask), text=len(train.lengths))
+    for side, n in sides.items():
+        made = getattr(model, f'{side}_tower', None)
+        if not isinstance(made, (TextParts, ImageParts)): continue
+        def raw(i):
+            inputs = sight(train.images(i))[:2] if side == 'image' else tuple(train.texts(i).values())
+            x = made.raw(*inputs); keep = real(inputs[1], x.shape[1]) if x.ndim == 3 else None
+            return x if keep is None else x.flatten(0, 1) if isinstance(network_of(made), VisionTower) else x[keep]
+        made.blocks.measure(lambda: map(raw, torch.arange(n).split(block)))
 
 # %% ../nbs/14_train.ipynb #1c1ddfff
 @dataclass
@@ -396,8 +465,10 @@ def prepare(
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
     change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch, cfg.augment)
+    model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models, _seen(cfg, vocab, train))
+    model = model.to(accelerator.device); data = remembering(model, data, vocab, augment=cfg.augment)
     batches = [data.batches(s, vocab, accelerator.device, change, n) for s, n in ((train, data.workers), (val, 0))]
-    model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models).to(accelerator.device)
+    measure(model, batches[0])
     opt = accelerator.prepare(optimiser(cfg, model))      # not the model: `_sum_devices` does what a wrapper would, for all heads
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models), model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator))
@@ -406,7 +477,10 @@ def prepare(
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
 
 # %% ../nbs/14_train.ipynb #e5db81f2
-def _is_network(model, side)->bool: return getattr(model, 'config', {}).get(side, {}).get('kind') in ('vision', 'text')
+def _is_network(model, side)->bool:
+    "Is there a network that has to be run?"
+    made = network_of(getattr(model, f'{side}_tower', None))
+    return made is not None and made.kept is None
 
 @torch.no_grad()
 def embed(
@@ -648,6 +722,12 @@ def check_run(
     if why: raise DataError(run, why, 'the files as the run left them', remedy)
 
 # %% ../nbs/14_train.ipynb #45f03227
+def _same_words(a, b)->bool:
+    "Do two vocabularies give the same numbers?"
+    if isinstance(a, Vocabulary) or isinstance(b, Vocabulary): return getattr(a, 'words', 0) == getattr(b, 'words', 1)
+    rules = lambda v: json.loads(v.made.to_str()) | dict(truncation=None)       # cutting is switched with every encoding
+    return a.longest == b.longest and rules(a) == rules(b)
+
 def warm_start(
     t:Training,
     folder,              # run folder of a finished run with the same model and vocabulary
@@ -656,7 +736,7 @@ def warm_start(
     "Begin with the weights of another run; owners of state begin empty"
     check_run(folder)
     folder = Path(folder); remedy = 'The run that is started from needs the same data and model.'
-    if Vocabulary.load(folder/'best'/'vocab.json').words != t.vocab.words:
+    if not _same_words(tokens.load(folder/'best'/'vocab.json'), t.vocab):
         raise DataError(folder, 'a run with another vocabulary', 'the words of this training split', remedy)
     found = load_checkpoint(folder/'last') if carry else None
     if carry and found is None: raise DataError(folder, 'no whole checkpoint', 'one, to carry its optimiser on', 'Set carry to False.')
@@ -847,6 +927,7 @@ def evaluate(
     "Ranks of a split by the best model of a run, written to `ranks_<part>.npz`"
     run = Path(run); check_run(run)
     vocab, model = tokens.load(run/'best'/'vocab.json'), from_pretrained(run/'best', device)
+    data = remembering(model, data, vocab, (part,))
     batches = data.batches(data.split(part), vocab, device)
     r = rank_split(model, batches); save_ranks(run/f'ranks_{part}.npz', r)
     return r, batches.split, batches
