@@ -13,7 +13,7 @@ IRREGULAR = {'leaves': 'leaf', 'crosses': 'cross', 'pluses': 'plus'}
 
 def objects(scenes, i):
     "Scene i of a `Scenes` as a list of dicts of plain Python values"
-    from itm_nb.truth import SHAPES, TEXTURES
+    from itm_nb.scenes.grammar import SHAPES, TEXTURES
     return [dict(shape=SHAPES[scenes.shape[i, o]], hue=float(scenes.hue[i, o]), light=float(scenes.light[i, o]), texture=TEXTURES[scenes.texture[i, o]],
                  r=float(scenes.r[i, o]), x=float(scenes.x[i, o]), y=float(scenes.y[i, o])) for o in range(int(scenes.n[i]))]
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itm_nb import runs, sweeps
+from itm_nb import cli
+from itm_nb.runs import sweep_plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = ('README.md', 'figures/RESULTS.md', 'CONTRIBUTING.md')
@@ -59,10 +60,10 @@ def test_links_lead_somewhere(name):
 def test_links_are_seen_from_the_page(tmp_path):
     text = ('[a](05_losses.ipynb) ![b](../figures/x.svg) [c](https://x.org/y) [d](#part) '
             '[e](../figures/RESULTS.md#aoq)')
-    seen = runs._links(text, tmp_path/'nbs', tmp_path)
+    seen = cli._links(text, tmp_path/'nbs', tmp_path)
     assert seen == ('[a](nbs/05_losses.ipynb) ![b](figures/x.svg) [c](https://x.org/y) [d](#part) '
                     '[e](figures/RESULTS.md#aoq)')
-    inside = runs._links(text, tmp_path/'nbs', tmp_path/'figures')
+    inside = cli._links(text, tmp_path/'nbs', tmp_path/'figures')
     assert inside.startswith('[a](../nbs/05_losses.ipynb) ![b](x.svg)')
 
 
@@ -111,7 +112,7 @@ def test_there_are_four_recipes():
 def test_the_method_recipe_trains(tmp_path):
     (tmp_path/'my_method.py').write_text(RECIPES['Add a method'], 'utf-8')
     command = re.search(r'`(itm_run train [^`]*my_method.py:top3)`', text_of('CONTRIBUTING.md'))[1].split()
-    call = [sys.executable, '-c', 'from itm_nb.runs import itm_run; itm_run()', *command[1:]]
+    call = [sys.executable, '-c', 'from itm_nb.cli import itm_run; itm_run()', *command[1:]]
     done = subprocess.run([*call, '-p', 'out', 'run', '--quiet'], cwd=tmp_path, capture_output=True, text=True,
                           timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-1500:]
@@ -119,7 +120,7 @@ def test_the_method_recipe_trains(tmp_path):
 
 
 def test_the_encoder_recipe_makes_a_model(tmp_path):
-    run_python(RECIPES['Add an encoder'], tmp_path, 'import torch', 'from itm_nb.similarity import Model',
+    run_python(RECIPES['Add an encoder'], tmp_path, 'import torch', 'from itm_nb.models.similarity import Model',
                "model = Model(dict(kind='region', d_in=64, dim=32), dict(kind='deep_mean', n_words=50, dim=32))",
                'tokens = torch.randint(1, 50, (3, 7)); v = model.text(tokens, torch.tensor([7, 5, 2]))',
                'assert v.shape == (3, 32)',
@@ -132,8 +133,8 @@ def test_the_layout_recipe_reads_a_folder(tmp_path):
     lines = [f'{i}.png\tpicture {i}, said {k}\n' for i in range(20) for k in 'ab']
     (folder/'pairs.tsv').write_text(''.join(lines))
     bad = tmp_path/'bad'; bad.mkdir(); (bad/'pairs.tsv').write_text('../outside.png\tx\n')
-    run_python(RECIPES['Add a data layout'], tmp_path, 'from itm_nb.data import DataError',
-               'from itm_nb.readers import open_layout', "s = [open_layout('data', p) for p in ('train', 'val', 'test')]",
+    run_python(RECIPES['Add a data layout'], tmp_path, 'from itm_nb.core.errors_files import DataError',
+               'from itm_nb.data.layouts import open_layout', "s = [open_layout('data', p) for p in ('train', 'val', 'test')]",
                'assert sum(map(len, s)) == 20 and len(s[0].captions) == 2*len(s[0])', "try: open_layout('bad', 'train')",
                "except DataError as e: assert 'leaves the folder' in str(e)",
                "else: raise AssertionError('read a path outside')")
@@ -148,8 +149,8 @@ def test_the_figure_recipe_draws(tmp_path):
 def test_a_notebook_survives_being_edited_as_text(tmp_path):
     "The commands of CONTRIBUTING: to a script and back; nothing is lost, an edited cell is edited"
     (tmp_path/'nbs').mkdir()
-    at = tmp_path/'nbs'/'05_losses.ipynb'
-    at.write_bytes((ROOT/'nbs'/'05_losses.ipynb').read_bytes())
+    at = tmp_path/'nbs'/'5_methods/00_losses.ipynb'
+    at.write_bytes((ROOT/'nbs'/'5_methods/00_losses.ipynb').read_bytes())
     block = next(b for b in blocks(text_of('CONTRIBUTING.md'), 'sh') if b.startswith('jupytext'))
     there, back, *_ = [l.split('#')[0].split() for l in block.splitlines()]
     before = json.loads(at.read_text('utf-8'))['cells']
@@ -157,7 +158,7 @@ def test_a_notebook_survives_being_edited_as_text(tmp_path):
         done = subprocess.run([sys.executable, '-m', *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     call(there)
-    script = tmp_path/'nbs'/'05_losses.py'
+    script = tmp_path/'nbs'/'5_methods'/'00_losses.py'
     script.write_text(script.read_text('utf-8').replace('# # Losses', '# # Costs', 1), 'utf-8')
     call(back)
     after = json.loads(at.read_text('utf-8'))['cells']
@@ -168,7 +169,7 @@ def test_a_notebook_survives_being_edited_as_text(tmp_path):
 
 def ids(name, profile=''):
     "The run of each arm and replicate of a sweep"
-    todo = sweeps.entries(sweeps.read_sweep(sweeps.sweep_file(name), profile), name, Path('runs'))
+    todo = sweep_plan.entries(sweep_plan.read_sweep(sweep_plan.sweep_file(name), profile), name, Path('runs'))
     return {(e.arm, e.block): e.out.name for e in todo}
 
 

@@ -8,27 +8,35 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from itm_nb import attacks, folds, methods, readers, released, scores, search, test_sets, tokens, towers, train
-from itm_nb.audit import read_audits
-from itm_nb.compare import find_run
-from itm_nb.data import DataError, read_scan
-from itm_nb.kept_worlds import unpack as unpack_world
-from itm_nb.models import from_pretrained
-from itm_nb.offline import load_lists
-from itm_nb.read_safely import safe_npz
-from itm_nb.records import made_up_record, read_records, write_record
-from itm_nb.report import published
-from itm_nb.runs import SetupError, itm_run
-from itm_nb.sources import unpack, verify
-from itm_nb.subset import subset
-from itm_nb.sweeps import itm_sweep, read_sweep
-from itm_nb.verdicts import read_tests
+from itm_nb.analysis import attacks, coco_protocols, search
+from itm_nb.data import folds, layouts, tokenizers
+from itm_nb.methods import registry
+from itm_nb.models import pretrained, released_checkpoints
+from itm_nb.runs import external_scores
+from itm_nb.training import checkpoint, config, loop
+from itm_nb.core.commands import SetupError
+from itm_nb.core.errors_files import DataError
+from itm_nb.data.download import unpack, verify
+from itm_nb.data.safe_files import safe_npz
+from itm_nb.data.scan_layout import read_scan
+from itm_nb.data.subset import subset
+from itm_nb.scenes.cache import unpack as unpack_world
+from itm_nb.models.factory import from_pretrained
+from itm_nb.methods.offline_mining import load_lists
+from itm_nb.runs.records import made_up_record, read_records, write_record
+from itm_nb.runs.sweep_plan import read_sweep
+from itm_nb.analysis.audit import read_audits
+from itm_nb.analysis.claims import read_tests
+from itm_nb.analysis.compare_runs import find_run
+from itm_nb.analysis.tables import published
+from itm_nb.cli import itm_run, itm_sweep
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -80,8 +88,8 @@ def fires(canary): return pickle.loads(pickle.dumps(Bomb(canary)))
 def test_the_canary_sings(tmp_path):
     "A canary that cannot die would prove nothing"
     at = tmp_path/'canary'; fires(at); assert at.exists()
-    at.unlink(); (tmp_path/'own.py').write_text(f'from itm_nb.methods import vsepp\nopen({str(at)!r}, "w")\ndef f(): return vsepp()\n')
-    methods.named(f'{tmp_path/"own.py"}:f', allow_code=True); assert at.exists()
+    at.unlink(); (tmp_path/'own.py').write_text(f'from itm_nb.methods.method import vsepp\nopen({str(at)!r}, "w")\ndef f(): return vsepp()\n')
+    registry.named(f'{tmp_path/"own.py"}:f', allow_code=True); assert at.exists()
 
 
 def refused(f, *args, **kw):
@@ -92,16 +100,16 @@ def refused(f, *args, **kw):
 
 # ---- strings
 @pytest.mark.parametrize('text', STRINGS)
-def test_a_name_that_was_read_resolves_the_registry_alone(text, canary): refused(methods.named, text.format(c=canary))
+def test_a_name_that_was_read_resolves_the_registry_alone(text, canary): refused(registry.named, text.format(c=canary))
 
 
 @pytest.mark.parametrize('text', ['vsepp', "fne(tau=5.0, queue=64)", 'aoq(),on=itm_nb.fne:bank_source(queue=2048)', "vsepp|tags(words='random')"])
-def test_names_of_committed_records_are_names_of_the_registry(text): assert not methods.own_code(text)
+def test_names_of_committed_records_are_names_of_the_registry(text): assert not registry.own_code(text)
 
 
 def test_every_committed_record_and_sweep_names_only_the_registry():
     names = {r['config'].get(k, '') for r in read_records(ROOT/'figures'/'results') for k in ('method', 'before')}
-    assert len(names) > 60 and not [n for n in names if methods.own_code(n)]
+    assert len(names) > 60 and not [n for n in names if registry.own_code(n)]
     files = sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')); assert len(files) >= 25
     for p in files:
         for profile in ('', *read_sweep(p)['profiles']): read_sweep(p, profile)
@@ -122,20 +130,20 @@ class Callable_:
     def __call__(self, **kw): touch()
 object_ = Callable_()
 ''')
-    refused(methods.named, path, allow_code=True); refused(methods.named, f'vsepp,on={path}', allow_code=True); assert not at.exists()
+    refused(registry.named, path, allow_code=True); refused(registry.named, f'vsepp,on={path}', allow_code=True); assert not at.exists()
 
 
 @pytest.mark.parametrize('what', ['os.system', '3', '"text"', 'dict(pool=1)', '(1, 2)', 'lambda **kw: None'])
 def test_what_comes_back_is_looked_at_before_it_is_used(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path); (tmp_path/'own.py').write_text(f'import os\ndef f(): return {what}\n')
     for text in ('own.py:f', 'vsepp,on=own.py:f'):
-        with pytest.raises((DataError, TypeError, AttributeError)): methods.named(text, allow_code=True)
+        with pytest.raises((DataError, TypeError, AttributeError)): registry.named(text, allow_code=True)
 
 
 def test_a_module_below_the_current_folder_is_found_and_no_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path); monkeypatch.syspath_prepend(str(tmp_path)); (tmp_path/'ours_of_test').mkdir(); (tmp_path/'ours_of_test'/'deep.py').write_text('from itm_nb.methods import vsepp\ndef f(): return vsepp(.1)\n')
-    assert list(methods.named('ours_of_test.deep:f', allow_code=True).terms) == ['hardest'] and len(methods.code_of('ours_of_test.deep:f')) == 12
-    (tmp_path/'os.py').write_text('def system(**kw): raise SystemExit'); refused(methods.named, 'os:system', allow_code=True)       # ours is hidden by the real one
+    monkeypatch.chdir(tmp_path); monkeypatch.syspath_prepend(str(tmp_path)); (tmp_path/'ours_of_test').mkdir(); (tmp_path/'ours_of_test'/'deep.py').write_text('from itm_nb.methods.method import vsepp\ndef f(): return vsepp(.1)\n')
+    assert list(registry.named('ours_of_test.deep:f', allow_code=True).terms) == ['hardest'] and len(registry.code_of('ours_of_test.deep:f')) == 12
+    (tmp_path/'os.py').write_text('def system(**kw): raise SystemExit'); refused(registry.named, 'os:system', allow_code=True)       # ours is hidden by the real one
 
 
 # ---- door 1: a run folder
@@ -143,15 +151,15 @@ def test_a_module_below_the_current_folder_is_found_and_no_other(tmp_path, monke
 def a_run(tmp_path_factory):
     "A small finished run that writes sentences, with what a sweep leaves beside it"
     at = tmp_path_factory.mktemp('runs')/'tiny'/('0'*12); sizes = dict(dim=16, d_word=16, layers=1, heads=2, image_hidden=16)
-    cfg = train.Config(preset='tiny', similarity='two_modes', method='vsepp|tags(copies=2, draws=2)', epochs=1, batch=32, dropout=0., **sizes)
-    train.fit(cfg, at, progress=False); return at
+    cfg = config.Config(preset='tiny', similarity='two_modes', method='vsepp|tags(copies=2, draws=2)', epochs=1, batch=32, dropout=0., **sizes)
+    loop.fit(cfg, at, progress=False); return at
 
 
 def copied(a_run, tmp_path, method=None, **changes):
     "The run folder with another method in it, its seal made anew"
     at = tmp_path/'run'; shutil.copytree(a_run, at); file = at/'last'/'state.json'; d = json.loads(file.read_text())
     d['state']['config'] |= changes | ({} if method is None else dict(method=method))
-    if 'seal' in d: d['seal'] = train._seal(d['state'], at/'last'/'tensors.safetensors')
+    if 'seal' in d: d['seal'] = checkpoint._seal(d['state'], at/'last'/'tensors.safetensors')
     file.write_text(json.dumps(d)); return at
 
 
@@ -172,22 +180,22 @@ def test_a_shelf_asks_for_no_method(a_run, canary, tmp_path):
 def test_the_remedy_is_named_and_works(a_run, canary, tmp_path):
     at = copied(a_run, tmp_path, 'tags(copies=2),syn=mine.py:f')
     with pytest.raises(DataError, match='allow_code=True'): attacks.opened(at)
-    Path('mine.py').write_text('from itm_nb.methods import named\ndef f(train, vocab, model): return named("tags(copies=3, draws=2)", train=train, vocab=vocab, model=model).sources["syn"]\n')
+    Path('mine.py').write_text('from itm_nb.methods.registry import named\ndef f(train, vocab, model): return named("tags(copies=3, draws=2)", train=train, vocab=vocab, model=model).sources["syn"]\n')
     assert attacks.opened(at, allow_code=True).pool.copies == 3
 
 
 @pytest.mark.parametrize('text', ['own.py:f', "vsepp,on=os:system(command='touch {c}')"])
 def test_training_asks_for_leave(text, canary, tmp_path):
-    cfg = train.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method=text.format(c=canary))
-    refused(train.fit, cfg, tmp_path/'run', progress=False); refused(train.fit, train.replace(cfg, method='vsepp', before=cfg.method, warmup=1, epochs=2), tmp_path/'run', progress=False)
+    cfg = config.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method=text.format(c=canary))
+    refused(loop.fit, cfg, tmp_path/'run', progress=False); refused(loop.fit, replace(cfg, method='vsepp', before=cfg.method, warmup=1, epochs=2), tmp_path/'run', progress=False)
 
 
 def test_a_method_of_ones_own_is_gone_on_with_by_its_user(tmp_path, monkeypatch):
     "The same call, with leave, finds its checkpoint; without leave it is refused and the checkpoint stays"
-    monkeypatch.chdir(tmp_path); Path('mine.py').write_text('from itm_nb.methods import vsepp\ndef f(margin=.2): return vsepp(margin)\n')
-    cfg = train.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method='mine.py:f')
-    t = train.fit(cfg, 'run', progress=False, allow_code=True); refused(train.fit, cfg, 'run', progress=False)
-    assert train.fit(cfg, 'run', progress=False, allow_code=True).step == t.step
+    monkeypatch.chdir(tmp_path); Path('mine.py').write_text('from itm_nb.methods.method import vsepp\ndef f(margin=.2): return vsepp(margin)\n')
+    cfg = config.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method='mine.py:f')
+    t = loop.fit(cfg, 'run', progress=False, allow_code=True); refused(loop.fit, cfg, 'run', progress=False)
+    assert loop.fit(cfg, 'run', progress=False, allow_code=True).step == t.step
 
 
 @pytest.mark.parametrize('text', ["vsepp|own.py:f", "tags(),syn=os:system(command='touch {c}')"])
@@ -224,12 +232,12 @@ def test_a_label_of_two_lines_is_refused(canary, tmp_path):
 @pytest.mark.parametrize('text', STRINGS)
 def test_a_record_may_name_any_method_and_nothing_is_run(text, canary, tmp_path):
     "The name of a row is a text: it is looked up nowhere"
-    from itm_nb.report import markdown, table
-    from itm_nb.sweeps import measured
+    from itm_nb.runs.sweep_plan import measured
+    from itm_nb.analysis.tables import markdown, table
     if not text: return
     text = text.format(c=canary); rec = made_up_record(text, 1., cost=dict(seconds=1., peak_mib=1)); rec['config'] = dict(method=text, before=text, epochs=1, rho=.25)
     write_record(tmp_path, rec); recs = read_records(tmp_path); markdown(table(recs, [text], draws=20)); measured(tmp_path, tmp_path)
-    try: methods.preset_of(text)
+    try: registry.preset_of(text)
     except ValueError: pass
 
 
@@ -282,14 +290,14 @@ PROGRAMS = [dict(auto_map=dict(AutoModel='modeling_own.Kind', AutoConfig='config
 def test_a_network_whose_description_names_programs(more, canary, tmp_path):
     "The network is built without them: no kernel is fetched, no module imported"
     shutil.copytree('.', at := tmp_path/'net'); (at/'config.json').write_text(json.dumps(bert(**more)))
-    assert towers.network(towers.find(str(at)).config).config.hidden_size == 16; assert towers.network(bert(**more)).config.hidden_size == 16
+    assert pretrained.network(pretrained.find(str(at)).config).config.hidden_size == 16; assert pretrained.network(bert(**more)).config.hidden_size == 16
     pair = dict(model_type='clip', text_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16) | more, vision_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16) | more)
-    assert towers.network(pair).config.text_config.hidden_size == 16
+    assert pretrained.network(pair).config.text_config.hidden_size == 16
 
 
 @pytest.mark.parametrize('kind', ['own', 'own.Kind', 'modeling_own.Kind', '../own', 'os:system', 'own.py:f', '__class__'])
 def test_kinds_of_networks_towers_scores_and_poolings_are_those_of_the_registry(kind, canary, a_run, tmp_path):
-    refused(towers.network, dict(model_type=kind)); at = copied(a_run, tmp_path); file = at/'best'/'config.json'; sane = json.loads(file.read_text())
+    refused(pretrained.network, dict(model_type=kind)); at = copied(a_run, tmp_path); file = at/'best'/'config.json'; sane = json.loads(file.read_text())
     for change in (dict(similarity=kind), dict(image=sane['image'] | dict(kind=kind)), dict(image=sane['image'] | dict(pool=kind)), dict(attention=dict(norm=kind))):
         file.write_text(json.dumps(sane | change)); refused(from_pretrained, at/'best')
 
@@ -298,29 +306,29 @@ def test_a_tokeniser_that_brings_its_own_code(canary, tmp_path):
     shutil.copytree('.', at := tmp_path/'net'); (at/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'dog']))
     (at/'config.json').write_text(json.dumps(dict(model_type='own', auto_map=dict(AutoConfig='configuration_own.Kind'))))
     (at/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='Kind', auto_map=dict(AutoTokenizer=['tokenization_own.Kind', 'tokenization_own.Kind']))))
-    try: tokens.open_pieces(at)
+    try: tokenizers.open_pieces(at)
     except DataError: pass
     (at/'tokenizer.json').write_bytes(pickle.dumps(Bomb(canary)))
-    with pytest.raises((DataError, ValueError)): tokens.open_pieces(at)
+    with pytest.raises((DataError, ValueError)): tokenizers.open_pieces(at)
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pt', 'model.safetensors'])
 def test_pickled_weights_are_not_read(name, canary, tmp_path):
     (tmp_path/'net').mkdir(); (tmp_path/'net'/'config.json').write_text(json.dumps(bert())); (tmp_path/'net'/name).write_bytes(pickle.dumps(Bomb(canary)))
-    refused(from_pretrained, tmp_path/'net'); source = towers.find(str(tmp_path/'net'))
-    with pytest.raises((DataError, ValueError)): towers.fill(towers.tower(**towers.describe(source, 'text', 16, n_words=30)), source)
+    refused(from_pretrained, tmp_path/'net'); source = pretrained.find(str(tmp_path/'net'))
+    with pytest.raises((DataError, ValueError)): pretrained.fill(pretrained.tower(**pretrained.describe(source, 'text', 16, n_words=30)), source)
 
 
 def test_a_released_checkpoint_that_is_a_program(canary, tmp_path):
-    for i, raw in enumerate((pickle.dumps(Bomb(canary)), pickle.dumps(dict(model=Bomb(canary))))): (tmp_path/f'{i}.pth').write_bytes(raw); refused(released.read_pth, tmp_path/f'{i}.pth')
-    torch.save(dict(model=Bomb(canary)), tmp_path/'z.pth'); refused(released.read_pth, tmp_path/'z.pth'); (tmp_path/'v.pkl').write_bytes(pickle.dumps(Bomb(canary))); refused(released.vocabulary_of, tmp_path/'v.pkl', 'vsepp', 5)
+    for i, raw in enumerate((pickle.dumps(Bomb(canary)), pickle.dumps(dict(model=Bomb(canary))))): (tmp_path/f'{i}.pth').write_bytes(raw); refused(released_checkpoints.read_pth, tmp_path/f'{i}.pth')
+    torch.save(dict(model=Bomb(canary)), tmp_path/'z.pth'); refused(released_checkpoints.read_pth, tmp_path/'z.pth'); (tmp_path/'v.pkl').write_bytes(pickle.dumps(Bomb(canary))); refused(released_checkpoints.vocabulary_of, tmp_path/'v.pkl', 'vsepp', 5)
 
 
 @pytest.mark.parametrize('text', ['load', 'hub.load', 'compile', '__class__'])
 def test_a_type_of_a_released_file_is_a_type(text):
     "`torch.load` has a name of torch, and is no type of numbers"
     import inspect
-    assert 'getattr(torch' not in inspect.getsource(released) and text not in inspect.getsource(released.give)
+    assert 'getattr(torch' not in inspect.getsource(released_checkpoints) and text not in inspect.getsource(released_checkpoints.give)
 
 
 # ---- door 5: a data folder
@@ -338,8 +346,8 @@ def test_arrays_of_objects_are_not_read(name, canary, tmp_path):
     at = scan(tmp_path/'set'); pickled(at/name, canary); refused(read_scan, at, 'train'); (at/name).write_bytes(pickle.dumps(Bomb(canary))); refused(read_scan, at, 'train')
 
 
-READERS = {'judgements': (lambda p: folds._npz_table(p, 'crowd', 4), ('crowd', 'expert')), 'boxes': (safe_npz, ('features', 'norm_bb', 'conf')), 'world': (lambda p: unpack_world(p.read_bytes()), ('x',)),
-           'ranks': (scores._ranks, ('i2t', 't2i'))}
+READERS = {'judgements': (lambda p: folds.npz_table(p, 'crowd', 4), ('crowd', 'expert')), 'boxes': (safe_npz, ('features', 'norm_bb', 'conf')), 'world': (lambda p: unpack_world(p.read_bytes()), ('x',)),
+           'ranks': (external_scores.read_ranks, ('i2t', 't2i'))}
 
 @pytest.mark.parametrize('kind', READERS)
 def test_zip_files_of_objects_are_not_read(kind, canary, tmp_path):
@@ -354,7 +362,7 @@ def test_a_pickle_or_a_program_under_every_name_of_a_layout(name, canary, tmp_pa
     at = tmp_path/'set'; (at/'images').mkdir(parents=True); shutil.copyfile('own_set.py', at/'set.py')
     for raw in (pickle.dumps(Bomb(canary)), Path('own.py').read_bytes(), b'!!python/object/apply:os.system ["touch x"]'):
         (at/name).write_bytes(raw)
-        for f in (readers.recognise, readers.check_layout, lambda p: readers.open_layout(p, 'train')):
+        for f in (layouts.recognise, layouts.check_layout, lambda p: layouts.open_layout(p, 'train')):
             try: f(at)
             except DataError as e: assert '\n' not in str(e)
 
@@ -400,12 +408,12 @@ def test_a_note_of_sources_stays_in_its_folder(text, canary, tmp_path): (tmp_pat
 # ---- door 6: a file of labels
 @pytest.mark.parametrize('name', ['original_caption_to_image.json', 'eccv_image_to_caption.json', 'eccv_caption_to_image.json'])
 def test_labels_are_json_of_numbers(name, canary, tmp_path):
-    for raw in (pickle.dumps(Bomb(canary)), b'{"1": ["__import__(\'own\')"]}', b'[]', b'{"1": "own.py:f"}'): (tmp_path/name).write_bytes(raw); refused(test_sets._lists, tmp_path/name)
+    for raw in (pickle.dumps(Bomb(canary)), b'{"1": ["__import__(\'own\')"]}', b'[]', b'{"1": "own.py:f"}'): (tmp_path/name).write_bytes(raw); refused(coco_protocols._lists, tmp_path/name)
 
 
 def test_label_arrays_hold_no_objects(canary, tmp_path):
-    pickled(tmp_path/'coco_test_ids.npy', canary); refused(test_sets._npy, tmp_path/'coco_test_ids.npy', lambda x: True, 'numbers', '')
-    pickled(tmp_path/'scores.npy', canary); refused(scores._array, tmp_path/'scores.npy', 'scores', lambda x: True, 'numbers')
+    pickled(tmp_path/'coco_test_ids.npy', canary); refused(coco_protocols.open_npy, tmp_path/'coco_test_ids.npy', lambda x: True, 'numbers', '')
+    pickled(tmp_path/'scores.npy', canary); refused(external_scores._array, tmp_path/'scores.npy', 'scores', lambda x: True, 'numbers')
 
 
 @pytest.mark.parametrize('raw', [b'!!python/object/apply:os.system ["touch x"]', b'a: !!python/name:os.system ""', b'a: &a [*a]', b'\x80\x04.'])

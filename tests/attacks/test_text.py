@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from itm_nb import figures, search
-from itm_nb.audit import audit_markdown
-from itm_nb.compare import compare, find_run, scatter
-from itm_nb.methods import as_table
-from itm_nb.read_safely import NAME, checked_name, escape_markup, escape_mathtext, slug
-from itm_nb.records import made_up_record, read_records, write_record
-from itm_nb.report import differences, latex, markdown, table, write_table
-from itm_nb.runs import itm_run
+from itm_nb.analysis import figures, search
+from itm_nb.core.names import NAME, checked_name, escape_markup, escape_mathtext, slug
+from itm_nb.methods.method import as_table
+from itm_nb.runs.records import made_up_record, read_records, write_record
+from itm_nb.analysis.audit import audit_markdown
+from itm_nb.analysis.compare_runs import compare, find_run, scatter
+from itm_nb.analysis.tables import differences, latex, markdown, table, write_table
+from itm_nb.cli import itm_run
 
 ROOT = Path(__file__).parent.parent.parent
 NASTY = ['<script>alert(1)</script>', '$x_{$', '$\\frac{$', '$$', '\\$', 'a | b | c', '![x](http://a.example/b.png)', '[a](javascript:alert(1))', '`a`', '</td></tr></table><script>x</script>', '&lt;b&gt;', '<img src=x onerror=alert(1)>',

@@ -1,0 +1,103 @@
+"""One declaration makes Config, the cells of parameters and the listing; the ids of everything that was ever run stay what they are."""
+import json
+import logging
+import shutil
+from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from itm_nb import cli
+from itm_nb.runs import identity, sweep_plan
+from itm_nb.core.commands import SetupError
+from itm_nb.training.config import (
+    OF_CONFIG, READERS, TEMPLATES, cell_of, config, Config, declared, write_cells)
+
+ROOT = Path(__file__).parents[2]
+HOME = ROOT/'nbs'/'experiments'
+
+
+def cell(name): return next(c for c in json.loads((HOME/f'{name}.ipynb').read_text('utf-8'))['cells'] if 'parameters' in c['metadata'].get('tags', []))
+
+
+def test_cells_of_parameters_are_as_declared(tmp_path):
+    "No template without a declaration, no declaration without a template; writing them anew changes nothing"
+    assert {p.stem for p in HOME.glob('*.ipynb')} == set(TEMPLATES)
+    for p in HOME.glob('*.ipynb'): shutil.copy(p, tmp_path)
+    assert write_cells(tmp_path) == [] and all(''.join(cell(n)['source']) == cell_of(ss) for n, ss in TEMPLATES.items())
+    nb = tmp_path/'train.ipynb'; nb.write_text(nb.read_text().replace('learning rate of Adam', 'of Adam')); assert write_cells(tmp_path) == ['train']
+    assert nb.read_bytes() == (HOME/'train.ipynb').read_bytes()
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_papermill_reads_every_cell_of_parameters_itself(name, caplog):
+    "Its own inspection finds every name with its default, and says nothing (case 02: it counts the signs of equality of a line)"
+    from nbformat import NotebookNode
+    from papermill.translators import PythonTranslator
+    with caplog.at_level(logging.DEBUG): found = PythonTranslator.inspect(NotebookNode(source=''.join(cell(name)['source'])))
+    assert [(p.name, p.default) for p in found] == [(s.name, repr(s.default)) for s in TEMPLATES[name]] and not caplog.records
+    assert all(p.help == s.comment for p, s in zip(found, TEMPLATES[name]))
+
+
+def test_config_has_the_declared_fields():
+    assert [(f.name, f.type, f.default) for f in fields(Config)] == [(s.name, type(s.default), s.default) for s in OF_CONFIG]
+    assert Config(lr=1).lr == 1. and hash(Config()) == hash(config({})) and 'gru_last' in declared('train')['text'].comment
+    with pytest.raises(SetupError, match='did you mean'): config(dict(epoch=3))
+    with pytest.raises(AttributeError): Config().lr = 2.
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_the_listing_is_the_declaration(name, capsys):
+    "`itm_run NAME --parameters`: name, default, type, what it is, what it may be"
+    assert cli.itm_run([name, '--parameters']) == 0; lines = capsys.readouterr().out.splitlines()
+    for s, line in zip(TEMPLATES[name], lines, strict=True):
+        assert line.split()[0] == s.name and s.comment in line and f'{s.default!r} ' in line and (not s.bounds or line.endswith(f'[{s.bounds}]'))
+
+
+def records():
+    for p in sorted((ROOT/'figures'/'results').glob('*.json')): yield json.loads(p.read_text('utf-8'))
+
+
+def test_every_committed_record_keeps_its_id():
+    "Computed anew from the settings it holds, with those that came later at their default"
+    known = {t: {s.name: s.default for s in TEMPLATES[t]} for t in ('train', 'evaluate', 'test_sets')}; n = 0
+    for r in records():
+        t = next(t for t in known if r['config'].keys() <= known[t].keys())
+        assert identity.run_id(t, known[t] | r['config']) == r['id']; n += 1
+    assert n >= 1000
+
+
+def test_every_committed_record_is_in_the_plan_of_its_sweep():
+    "So the ids of parents (runs that mine, that warm up, that write) are what they were too: they are hashed into their children's"
+    of, found = defaultdict(set), defaultdict(dict)
+    for r in records():
+        of[r['sweep']].add(r['id'])
+        if 'search' in r: found[r['sweep']][r['method']] = r['search']
+    files = {p.stem: p for p in (HOME/'sweeps').glob('*.yaml')}
+    for name, ids in of.items():
+        stem = max((s for s in files if name == s or name.startswith(f'{s}_')), key=len); spec = sweep_plan.read_sweep(files[stem], name[len(stem)+1:])
+        assert ids <= {e.out.name for e in sweep_plan.entries(spec, name, Path('runs'), chosen=found[name])}, name
+
+
+PINNED = dict(train='5abd0bb42e25', evaluate='f14d342ef11d', mine='1051fbae3342', test_sets='e4186f1bb8a4')      # of the first records
+
+
+@pytest.mark.parametrize('name', PINNED)
+def test_ids_of_defaults_are_pinned(name):
+    "A reader's setting at its default changes no id; another value does"
+    defaults = {s.name: s.default for s in TEMPLATES[name]}; assert identity.run_id(name, defaults) == PINNED[name]
+    for s in READERS if name != 'test_sets' else ():
+        assert identity.run_id(name, defaults | {s.name: dict(columns='file:image', max_captions=5).get(s.name, 'test')}) != PINNED[name]
+
+
+def test_the_settings_of_readers_reach_them(monkeypatch):
+    "From a configuration to the call that opens a part, and only those that are set"
+    from itm_nb.data import layouts
+    from itm_nb.training import corpus as corpus_module
+    asked = []
+    monkeypatch.setattr(layouts, 'open_layout', lambda *a, **k: asked.append(k)); monkeypatch.setattr(corpus_module, 'read_scan', lambda *a, **k: asked.append(k))
+    own = dict(columns='file:image,caption:comment', separator='|', max_captions=5, captions_of_split='test')
+    corpus_module.corpus(Config(data='images', **own), 'folder').split('test'); assert asked.pop() == own
+    corpus_module.corpus(Config(data='images'), 'folder').split('test'); assert asked.pop() == {}
+    corpus_module.corpus(Config(data='scan', max_captions=5), 'folder').split('test'); assert asked.pop() == dict(dims=None, regions=None, max_captions=5)
