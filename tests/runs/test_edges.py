@@ -47,7 +47,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_once(broken, tmp_path):
 
 def test_a_device_that_is_not_waited_for_names_the_same_step(tmp_path, monkeypatch):
     "As on an accelerator: asked only where the loss is read, the first wrong step is named, and nothing is saved after it"
-    monkeypatch.setattr(train, '_waits', lambda t, *there: any(there)); done = []
+    monkeypatch.setattr(loop, '_waits', lambda t, *there: any(there)); done = []
     with pytest.raises(loop.NotFinite, match='step 4 of'):
         loop.fit(config(asdict(TINY) | dict(method=f'{own(tmp_path, NAN)}:go')), tmp_path/'run', progress=False, allow_code=True, on_step=done.append)
     assert len(done) > 4 and not (tmp_path/'run'/'last').exists()

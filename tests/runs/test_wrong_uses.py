@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from itm_nb import cli
-from itm_nb import cli
 from itm_nb.models.released_checkpoints import itm_convert
 from itm_nb.training.config import TEMPLATES
 
@@ -160,7 +159,8 @@ def here(tmp_path, monkeypatch):
     "A folder with a file, a dead link and a folder of somebody else's, in which commands are given; nothing may be executed"
     (tmp_path/'file').write_text('mine'); (tmp_path/'other').mkdir(); (tmp_path/'other'/'letter.txt').write_text('mine'); (tmp_path/'folder.ipynb').mkdir(); (tmp_path/'lost').symlink_to(tmp_path/'nowhere')
     monkeypatch.chdir(tmp_path)
-    for module, what in ((runs, 'execute'), (sweeps, 'launch'), (sweeps, 'drive')): monkeypatch.setattr(module, what, lambda *a, **k: pytest.fail('a notebook was started'))
+    for what in ('execute', 'launch', 'drive'):
+        monkeypatch.setattr(cli, what, lambda *a, **k: pytest.fail('a notebook was started'))
     return tmp_path
 
 

@@ -68,16 +68,20 @@ def test_every_committed_record_keeps_its_id():
     assert n >= 1000
 
 
+SUPERSEDED = {'aoq_fne', 'union'}     # arms whose records were kept when their sweeps went on with detached weights
+
+
 def test_every_committed_record_is_in_the_plan_of_its_sweep():
     "So the ids of parents (runs that mine, that warm up, that write) are what they were too: they are hashed into their children's"
     of, found = defaultdict(set), defaultdict(dict)
     for r in records():
-        of[r['sweep']].add(r['id'])
+        if r['method'] not in SUPERSEDED: of[r['sweep']].add(r['id'])
         if 'search' in r: found[r['sweep']][r['method']] = r['search']
     files = {p.stem: p for p in (HOME/'sweeps').glob('*.yaml')}
     for name, ids in of.items():
         stem = max((s for s in files if name == s or name.startswith(f'{s}_')), key=len); spec = sweep_plan.read_sweep(files[stem], name[len(stem)+1:])
-        assert ids <= {e.out.name for e in sweep_plan.entries(spec, name, Path('runs'), chosen=found[name])}, name
+        planned = sweep_plan.entries(spec, name, Path('runs'), chosen=found[name])
+        assert ids <= {e.out.name for e in planned}, name
 
 
 PINNED = dict(train='5abd0bb42e25', evaluate='f14d342ef11d', mine='1051fbae3342', test_sets='e4186f1bb8a4')      # of the first records

@@ -180,7 +180,8 @@ def test_bad_settings(bad, wanted):
     with pytest.raises(ValueError, match=wanted): config(asdict(TINY) | bad)
 
 
-@pytest.mark.parametrize('bad,wanted', [(dict(method='vse++'), 'no method called'), (dict(text='lstm'), 'no tower called'), (dict(image_pool='avg'), 'no pooling called')])
+@pytest.mark.parametrize('bad,wanted', [(dict(method='vse+'), 'no method;'), (dict(method='vsep'), 'no method called'),
+                                        (dict(text='lstm'), "text is 'lstm'; there are"), (dict(image_pool='avg'), "image_pool is 'avg'; there are")])
 def test_bad_names_fail_before_training(bad, wanted, tmp_path, world):
     with pytest.raises(ValueError, match=wanted): fit(config(asdict(TINY) | bad), tmp_path, world, progress=False)
     assert not (tmp_path/'last').exists()
