@@ -9,6 +9,7 @@ __all__ = ['Parameter', 'parameters', 'resolve', 'check_places']
 import ast
 import json
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from ..core.commands import suggest, check_place, check_text, SetupError
@@ -27,6 +28,7 @@ class Parameter:
         "The value, of the default's type, allowed by its declaration; SetupError names what is possible"
         kind = type(self.default)
         if kind is bool and str(given).lower() in ('true', 'false'): return str(given).lower() == 'true'
+        if isinstance(given, Integral) and not isinstance(given, bool): given = int(given)      # of numpy, too
         try:
             if not isinstance(given, (str, int, float)) or isinstance(given, bool): raise TypeError
             if kind is bool or (kind is int and isinstance(given, float)): raise ValueError

@@ -30,7 +30,7 @@ from pathlib import Path
 
 def begin(e):
     e.out.mkdir(parents=True, exist_ok=True); tmp = e.out/f'.{os.getpid()}.tmp'
-    tmp.write_text(json.dumps(e.values)); os.replace(tmp, e.out/'params.json')
+    tmp.write_text(json.dumps(e.values, indent=1)); os.replace(tmp, e.out/'params.json')
     return subprocess.Popen([sys.executable, 'worker.py', e.template, e.out/'params.json'], start_new_session=True)
 '''
 DRIVER = '''

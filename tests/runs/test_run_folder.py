@@ -335,7 +335,7 @@ def test_no_commit_where_the_repository_is_anothers(tmp_path):
     git('init', '-q'); git('commit', '-q', '--allow-empty', '-m', 'mine'); shutil.copytree(ROOT/'itm_nb', tmp_path/'itm'/'itm_nb', ignore=shutil.ignore_patterns('__pycache__'))
     (tmp_path/'elsewhere').mkdir()
     def said(env={}):
-        code = 'import itm_nb.runs.run_folder as r; print(r.commit(), r.source_hash())'
+        code = 'import itm_nb.runs.identity as r; print(r.commit(), r.source_hash())'
         r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path/'elsewhere', env=os.environ | dict(PYTHONPATH=str(tmp_path/'itm')) | env, capture_output=True, text=True)
         assert r.returncode == 0, r.stderr; return r.stdout.split()
     assert said() == ['none', identity.source_hash()]                                      # the same files, wherever they lie
@@ -361,7 +361,7 @@ def test_a_lock_that_nobody_holds_stops_nobody(tmp_path):
 
 # ---- ids
 @pytest.mark.parametrize('name,forms', [('rho', (1, 1., '1', '1.0', '1e0', np.float64(1), np.int64(1))), ('lr', ('.003', .003, '3e-3')), ('clip', (0, 0., '-0.0', -0.)),
-                                        ('epochs', (3, '3', ' 3 ', np.int64(3))), ('carry', (True, 'true', 'True')), ('arm', ('5', 5))])
+                                        ('epochs', (3, '3', ' 3 ', np.int64(3))), ('boxes', (False, 'false', 'False')), ('arm', ('5', 5))])
 def test_a_value_has_one_form_whichever_way_it_came(name, forms, tmp_path):
     "Typed, from YAML, set by papermill, in JupyterLab: one id, one value in the record"
     import yaml

@@ -49,7 +49,7 @@ from itm_nb.runs.sweep_driver import drive; from itm_nb.runs.sweep_plan import e
 
 def start(e):
     e.out.mkdir(parents=True, exist_ok=True); tmp = e.out/f'.{os.getpid()}.tmp'
-    tmp.write_text(json.dumps(e.values)); os.replace(tmp, e.out/'params.json')
+    tmp.write_text(json.dumps(e.values, indent=1)); os.replace(tmp, e.out/'params.json')
     return subprocess.Popen([sys.executable, 'worker.py', e.template, e.out/'params.json'], start_new_session=True)
 
 todo = entries(json.loads(Path('spec.json').read_text()), 'toy', Path('runs'))
@@ -75,7 +75,7 @@ def driver(folder, jobs=2): return subprocess.Popen([sys.executable, 'driver.py'
 
 def start_here(folder):
     def start(e):
-        e.out.mkdir(parents=True, exist_ok=True); (e.out/'params.json').write_text(json.dumps(e.values))
+        e.out.mkdir(parents=True, exist_ok=True); (e.out/'params.json').write_text(json.dumps(e.values, indent=1))
         return subprocess.Popen([sys.executable, Path(folder)/'worker.py', e.template, e.out/'params.json'], env=ENV)
     return start
 
@@ -305,8 +305,10 @@ def test_the_first_run_looks_and_the_second_scores_its_best_again(tiny, tmp_path
     assert f"{int(keep.sum()):,} pairs scored again" in said and f"{top['i2t']:.1f} % of images and {top['t2i']:.1f} % of sentences" in said and top['i2t'] < 100
     want, have = ranks_of(rerank(u.core, c, d, first, keep), split.img_of), stored_ranks(short)[0]
     assert (np.minimum(want.i2t, 255) == have.i2t).mean() > .99 and (np.minimum(want.t2i, 255) == have.t2i).mean() > .99
-    for bad in (dict(scores=str(run), rerank=5), dict(scores=two, rerank=-1)):
-        with pytest.raises(commands.SetupError, match='wanted candidates per query'): judge(evaluate_values(**bad), tmp_path/'x', lambda: data)
+    with pytest.raises(commands.SetupError, match='wanted candidates per query'):
+        judge(evaluate_values(scores=str(run), rerank=5), tmp_path/'x', lambda: data)
+    with pytest.raises(commands.SetupError, match='rerank is -1; wanted 0 or more'):
+        judge(evaluate_values(scores=two, rerank=-1), tmp_path/'x', lambda: data)
 
 
 def test_scores_of_other_data_are_refused(tiny, tmp_path):
@@ -326,13 +328,14 @@ def files(folder):
     save = lambda n, x: (np.save(folder/n, x, allow_pickle=True), str(folder/n))[1]
     def text(n, raw): (folder/n).write_bytes(raw); return str(folder/n)
     s, i = save('s.npy', S), save('i.npy', own); np.savez(folder/'r.npz', i2t=np.array([0, 1, 2, -1]), t2i=np.zeros(8, int)); np.savez(folder/'q.npz', i2t=own)
+    np.savez(folder/'w.npz', i2t=np.zeros(4, int), t2i=np.zeros(8, int))
     cut = text('cut.npy', Path(s).read_bytes()[:-7])
     return dict(missing=(dict(scores=str(folder/'no.npy'), img_of=i), ''), cut=(dict(scores=cut, img_of=i), 'mapped'),
                 pickled=(dict(scores=save('o.npy', np.array([[{}]], dtype=object)), img_of=i), ''), empty=(dict(scores=save('e.npy', S[:0]), img_of=i), 'photos x sentences'),
                 text=(dict(scores=text('t.npy', b'1 2'), img_of=i), 'not an npy'), cube=(dict(scores=save('c.npy', S[None]), img_of=i), 'photos x sentences'),
                 bools=(dict(scores=save('b.npy', S > 0), img_of=i), 'real numbers'), turned=(dict(scores=save('u.npy', S.T.copy()), img_of=i), '4 whole numbers'),
-                inf=(dict(scores=save('f.npy', S/0.*0), img_of=i), 'NaN'), far=(dict(scores=s, img_of=save('j.npy', own+1)), 'every row'),
-                lone=(dict(scores=s, img_of=save('k.npy', own*0)), 'every row'), floats=(dict(scores=s, img_of=save('l.npy', own*1.)), 'whole numbers'),
+                inf=(dict(scores=save('f.npy', S/0.*0), img_of=i), 'NaN'), far=(dict(scores=s, img_of=save('j.npy', own+1)), 'Count rows from 0'),
+                lone=(dict(scores=str(folder/'w.npz'), img_of=save('k.npy', own*0)), 'every row of i2t'), floats=(dict(scores=s, img_of=save('l.npy', own*1.)), 'whole numbers'),
                 short=(dict(scores=s, img_of=save('m.npy', own[:-1])), '8 whole numbers'), ids=(dict(scores=s, img_of=i, img_ids=i), '4 whole numbers'),
                 gallery=(dict(scores=s, img_of=i, gallery=save('g.npy', np.zeros(3, int))), '4 whole numbers'), below=(dict(scores=str(folder/'r.npz'), img_of=i), 'from 0'),
                 half=(dict(scores=str(folder/'q.npz'), img_of=i), 'cannot be read'), zipped=(dict(scores=text('z.npz', b'PK\3\4junk'), img_of=i), 'cannot be read'))

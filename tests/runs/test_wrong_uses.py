@@ -53,7 +53,7 @@ def of_places(here):
     table = [setting(k, v) for k, v in out] + [('itm_run', ['train', '-p', 'folder', 'a\udcff'], 'UTF-8')]
     table += [('itm_run', [t, '-p', k, v], k) for t, k, v in (
         ('study', 'records', 'nowhere'), ('study', 'figures', 'file'), ('verdicts', 'tests', 'nowhere.yaml'), ('verdicts', 'audits', 'file'), ('aoq', 'records', 'file'), ('fne', 'runs', 'nowhere'),
-        ('tags_dc', 'attempts', '0'), ('tags_dc', 'runs', 'file'), ('defects', 'delta', '-1'), ('dose', 'records', 'nowhere'), ('factorial', 'figures', '/dev/null/x'), ('audit', 'run', 'nowhere'),
+        ('tags_dc', 'attempts', '0'), ('tags_dc', 'runs', 'file'), ('defects', 'delta', '-1'), ('dose', 'records', 'nowhere'), ('factorial', 'figures', '/dev/null/x'), ('first_look', 'records', 'nowhere'), ('audit', 'run', 'nowhere'),
         ('audit', 'part', 'dev2'), ('audit', 'gallery', '-1'), ('audit', 'judgements', 'nowhere'), ('run_report', 'top', '0'), ('run_report', 'folder', 'nowhere'), ('search', 'query', ' '),
         ('search', 'device', 'banana'), ('search', 'top', '-1'), ('search', 'run', 'other'), ('acceptance', 'preset', 'huge'), ('acceptance', 'epochs', '0'), ('benchmark', 'batches', 'a,b'),
         ('benchmark', 'depth', '3'), ('benchmark', 'rounds', '0'), ('evaluate', 'scores', 'nowhere.npy'), ('evaluate', 'scores', 'nowhere/run'), ('evaluate', 'scores', ' '), ('evaluate', 'rerank', '-1'),
@@ -187,7 +187,7 @@ def test_every_setting_of_every_template_is_checked(capsys, here): count(declare
 def test_a_process_ends_the_same_way(name, argv, here):
     "As a person calls it: exit code 2, one line on the error stream, nothing on the other"
     (here/'s.yaml').write_text(SWEEP + 'base: {epochs: -1}'); before = snapshot(here); began = sum(os.times()[2:4])
-    place = dict(itm_sweep='sweeps', itm_convert='released').get(name, 'runs')
+    place = 'models.released_checkpoints' if name == 'itm_convert' else 'cli'
     r = subprocess.run([sys.executable, '-c', f'from itm_nb.{place} import {name}; {name}()', *argv], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)), timeout=120)
     assert (r.returncode, r.stdout, r.stderr.count('\n')) == (2, '', 1) and REMEDY.search(r.stderr), r.stderr
     assert snapshot(here) == before and sum(os.times()[2:4])-began < 10
