@@ -33,13 +33,13 @@ def run_vectors(
     from itm_nb.data.batches import Batches, Vocabulary
     from itm_nb.models.encode import embed
     from itm_nb.models.factory import from_pretrained
-    from itm_nb.training.config import config
+    from itm_nb.training.config import config, current_names
     from itm_nb.training.corpus import corpus, in_fold
     from itm_nb.training.loop import check_run
     run = Path(run); at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
     check_run(run)
-    settings = read_json(at)['state']['config']; data = corpus(config(settings), folder)
+    settings = read_json(at)['state']['config']; data = corpus(config(current_names(settings)), folder)
     given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
     if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])      # the photographs it has not seen
     split = data.split(part)

@@ -28,7 +28,7 @@ from ..models.encode import embed, rank_encoded, save_ranks, scores_of
 from ..models.factory import from_pretrained
 from ..models.similarity import are_vectors
 from ..training.checkpoint import load_checkpoint
-from ..training.config import config
+from ..training.config import config, current_names
 from ..training.corpus import corpus
 from ..runs.records import record, write_record
 from ..runs.run_folder import done
@@ -138,7 +138,7 @@ def trained_on(
     if not done(folder): raise SetupError(f'{folder}: no finished run ({broken(folder)})')
     found = load_checkpoint(Path(folder)/'last')
     if found is None: raise DataError(folder, 'no whole checkpoint', 'one, for its configuration', 'Run it again.')
-    return config(found[1]['config'])
+    return config(current_names(found[1]['config']))
 
 PHOTOS, SENTENCES = KNOWN['coco'].sizes['testall'][0], (25_000, 25_010)     # of COCO's test
 

@@ -22,7 +22,7 @@ from ..data.splits import fingerprint, Split
 from ..metrics.ranks import Ranks
 from ..metrics.statistics import paired
 from ..models.factory import from_pretrained
-from ..training.config import Config
+from ..training.config import Config, current_names
 from ..training.corpus import corpus, Corpus, in_fold
 from ..runs.external_scores import read_ranks
 from ..runs.identity import about_folder
@@ -145,7 +145,7 @@ def data_of(
     **more               # passed to `corpus`: models, workers
 )->Corpus:               # None where the data are not at hand
     "The data that a run was tested on"
-    c, known = f.record['config'], f.record['data']
+    c, known = current_names(f.record['config']), f.record['data']
     if known['name'] == 'foreign' or (known['name'] != 'scenes' and not folder): return None
     data = corpus(Config(**{k.name: c[k.name] for k in fields(Config) if k.name in c}), folder, **more)
     if c.get('folds'): data = in_fold(data, fold_file(c['folds']), c['fold'])

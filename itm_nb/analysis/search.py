@@ -33,7 +33,7 @@ from ..models.encode import embed
 from ..models.factory import from_pretrained
 from ..models.similarity import image_inputs
 from ..training.checkpoint import load_checkpoint
-from ..training.config import config
+from ..training.config import config, current_names
 from ..training.corpus import corpus, Corpus
 from ..training.loop import check_run
 from .figures import style
@@ -133,7 +133,7 @@ def open_run(
     run = Path(run); check_run(run); found = load_checkpoint(run/'last')
     if not (run/'best'/'config.json').is_file() or found is None:
         raise DataError(run, 'no trained model', 'the folder of a finished run', 'Train one: itm_run train; it says where it lies.')
-    cfg = config(found[1]['config']); given = Path(folder or '.')
+    cfg = config(current_names(found[1]['config'])); given = Path(folder or '.')
     if folder and cfg.data == 'scenes': cfg = replace(cfg, data='scan')
     if folder and not _described(folder, cfg.data):
         data = replace(corpus(replace(cfg, data='images'), given, models=models), split=lambda part: bare(given))

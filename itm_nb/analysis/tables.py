@@ -18,6 +18,7 @@ import pandas as pd
 from ..core.errors_files import DataError
 from ..core.names import escape_markup
 from ..metrics.statistics import bootstrap, corrected_t
+from ..training.config import current_names
 from ..runs.records import (
     made_up_record, mismatches, pack, read_records, recompute, record, stored_ranks, unpack, write_record)
 
@@ -336,7 +337,7 @@ def _provenance(at, r, by_id)->list:
 
 def _settings(part, by_id)->set:
     "What the runs of a row were told, but for names, seeds and folds"
-    rest = lambda r: {k: v for k, v in r['config'].items() if k not in ('arm', 'seed', 'fold')}
+    rest = lambda r: {k: v for k, v in current_names(r['config']).items() if k not in ('arm', 'seed', 'fold')}
     ids = {i for text in part['runs'].dropna() for i in text.split()} if 'runs' in part and by_id else ()
     return {json.dumps(rest(by_id[i]), sort_keys=True) for i in ids if i in by_id}
 

@@ -50,7 +50,7 @@ def caption_findings(s):
     "(level, whether, text) of what a user may want to set for the sentences of a split"
     share, most = run_together(s.captions), int(np.bincount(s.img_of).max())
     return [('warning', share > .5, f'{100*share:.0f} % of the sentences have no blanks between their words: '
-                                    'take word pieces (tokens=pieces)'),
+                                    'take word pieces (tokenizer=pieces)'),
             ('info', most > 5, f'up to {most} sentences an image; papers rank the first five: '
                                'max_captions=5, captions_of_split=test')]
 

@@ -22,6 +22,7 @@ import itm_nb
 from ..core.commands import one_line, printable, SetupError
 from ..core.project import fold_file, template
 from ..core.sealed_files import broken, stamped, write_synced
+from ..training.config import current_names
 from .identity import reported, check_text, identity, run_id
 from .parameters import check_places, parameters, resolve
 from .run_folder import BUSY, RESUMABLE, note_run, claim, finish, finished, parents
@@ -120,10 +121,10 @@ def _admit(
     "Refuse a folder that holds something else, with both named"
     if not out.exists(): return
     if not out.is_dir(): raise SetupError(f'out: {out} is a file; wanted a run folder, or a place for one')
-    there, mine = reported(out), identity(name, values)
+    there, mine = reported(out), current_names(identity(name, values))
     if there:
         if there['id'] == me or 'arm' not in values and there.get('template') == name: return
-        theirs = there.get('identity', {})
+        theirs = current_names(there.get('identity', {}))
         lies = f'in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)})'
         asked = f'asked for is {me} ({name}: {_other(mine, theirs)})'
         raise SetupError(f'out: {lies}; {asked}. Give another out, or remove that folder')

@@ -20,8 +20,9 @@ from pathlib import Path
 from ..core.commands import suggest, SetupError
 from ..core.project import project, read_yaml, template
 from ..core.sealed_files import stamped_lines
-from .identity import INPUTS, about_folder, identity, run_id
-from .parameters import parameters, resolve
+from ..training.config import current_names, tell_earlier
+from .identity import INPUTS, NAME_METHODS, about_folder, identity, run_id
+from .parameters import parameters, resolve, rules
 from .run_folder import finished
 
 # %% ../../nbs/7_runs/06_sweep_plan.ipynb #73faa89a
@@ -83,7 +84,7 @@ def only_registered(path, spec):
     grids = [x if isinstance(x, dict) else dict(each=x) for x in tried]
     said = [spec['base'], *spec['blocks'], *(own or {} for k in PARTS for own in spec[k].values()), dict(report=spec['report']), *grids]
     for k, v in ((k, v) for x in said for k, v in _flat(x)):
-        code = k in ('method', 'before') and ':' in str(v) and _foreign(str(v)) or k in ('template', 'report') and str(v).endswith('.ipynb')
+        code = k in NAME_METHODS and ':' in str(v) and _foreign(str(v)) or k in ('template', 'report') and str(v).endswith('.ipynb')
         if code: raise SetupError(f"{path.name}: {k} names {str(v)[:80]!r}, code of one's own; wanted a name of the package. "
                                   'If you trust this file: itm_sweep --allow-code')
         if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place, which no sweep chooses; places are given by -p')
@@ -170,9 +171,20 @@ class _Maker:
         self.spec, self.name, self.runs, self.places, self.chosen = spec, name, Path(runs), places, chosen
         self.own, self.made, self.open = named_inputs(spec), {}, trials(spec).keys() - chosen.keys()
         self.known = {t: parameters(template(t)) for t in {o['template'] for o in self.own.values()}}
-        every = set().union(*self.known.values())
+        every = self.names()
         for given in (spec['base'], *spec['blocks']):
             for k in given.keys() - every: resolve(next(iter(self.known.values())), {k: given[k]})       # says what is near
+
+    def names(self)->set:
+        "Every name a setting may have; which of those in use are earlier ones is said in one line"
+        older = {s.was: s.name for known in self.known.values() for s in rules(known) if s.was}
+        used = set().union(self.spec['base'], *self.spec['blocks'], *self.own.values())
+        tell_earlier({k: v for k, v in older.items() if k in used})
+        return set(older).union(*self.known.values())
+
+    def today(self, kind, given)->dict:
+        "Settings under the names that their template has today"
+        return current_names(given, rules(self.known[kind]))
 
     def entry(self, arm, b, path=()):
         "The entry of a run in a block, or None where it waits for a search"
@@ -186,8 +198,10 @@ class _Maker:
         links = {k: [self.entry(n, c, path) for n, c in x] for k, x in _links(own, self.own, self.spec, b).items()}
         if any(e is None for es in links.values() for e in es): return None
         kind = own['template']; known = self.known[kind]
-        common = {k: v for k, v in (self.spec['base'] | self.spec['blocks'][b]).items() if k in known}
-        given = common | {k: v for k, v in own.items() if k not in ('template', 'cost')} | (found['settings'] if found else {})
+        common = self.today(kind, self.spec['base']) | self.today(kind, self.spec['blocks'][b])
+        given = {k: v for k, v in common.items() if k in known}
+        given |= {k: v for k, v in self.today(kind, own).items() if k not in ('template', 'cost')}
+        if found: given |= self.today(kind, found['settings'])
         given |= {k: ','.join(str(e.out) for e in es) for k, es in links.items()} | dict(arm=arm, sweep=self.name)
         if found and 'search' in known: given['search'] = json.dumps(found, sort_keys=True)
         values = resolve(known, given | {k: v for k, v in self.places.items() if k in known})
@@ -238,7 +252,8 @@ def searches(
     make = _Maker(spec | dict(search={}), name, runs, places, {})
     for arm, settings in tried.items():
         for i, x in enumerate(settings):
-            out.append(make.new(f'{arm}~{i}', b, make.own[arm] | x | dict(test=False), (arm,), number=-1))
+            own = make.own[arm]; own = make.today(own['template'], own) | make.today(own['template'], x)
+            out.append(make.new(f'{arm}~{i}', b, own | dict(test=False), (arm,), number=-1))
     return list(make.made.values()) + out
 
 def best_of(

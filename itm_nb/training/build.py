@@ -46,13 +46,13 @@ def vocabulary(
 ):                   # Vocabulary or Pieces
     "What turns sentences into numbers"
     _, reader = networks(cfg, models); most = longest(_reading(reader)) if reader else 0
-    if cfg.tokens == 'words':
+    if cfg.tokenizer == 'words':
         made = Vocabulary.build(sentences); n = int(made.encode(sentences)[1].max()) if most else 0
-        if n > most: raise DataError('train', f'a sentence of {n} tokens', f'at most {most}, as the network reads', "Use tokens='pieces'.")
+        if n > most: raise DataError('train', f'a sentence of {n} tokens', f'at most {most}, as the network reads', "Use tokenizer='pieces'.")
         return made
-    cut = min(filter(None, (cfg.longest, most)), default=0)
-    if cfg.tokens == 'pieces': return tokens.Pieces.build(sentences, cfg.pieces, cut)
-    if reader is None or reader.folder is None: raise ValueError("tokens='own' needs a text_model that comes with weights")
+    cut = min(filter(None, (cfg.max_tokens, most)), default=0)
+    if cfg.tokenizer == 'pieces': return tokens.Pieces.build(sentences, cfg.wordpiece_vocab, cut)
+    if reader is None or reader.folder is None: raise ValueError("tokenizer='own' needs a text_model that comes with weights")
     return tokens.open_pieces(reader.folder, cut)
 
 def build(
@@ -82,7 +82,9 @@ def _described(cfg, d_in, n_words, eye, reader, n_rows=0)->dict:
     if eye or kind != 'cross': config |= dict(image=_image_side(cfg, d_in, eye))
     if stream: return config | (stream if kind == 'cross' else dict(text=stream))
     config |= dict(text=_text_side(cfg, n_words, reader, n_rows))
-    if kind in SCORES: config['attention'] = {k: getattr(cfg, k) for k in ('sharp', 'lse', 'agg', 'norm') if getattr(cfg, k)}
+    if kind in SCORES:
+        asked = dict(sharp=cfg.attention_scale, lse=cfg.lse_scale, agg=cfg.agg, norm=cfg.norm)
+        config['attention'] = {k: v for k, v in asked.items() if v}
     if cfg.captioner: config['captioner'] = dict(n_words=n_words, d_region=cfg.dim, dim=cfg.captioner, d_word=cfg.d_word)
     return config
 
@@ -98,11 +100,12 @@ def _image_side(cfg, d_in, eye)->dict:
 
 def _stream_side(cfg, d_in, n_words, eye, reader)->dict:
     "Arguments of the transformer that reads words beside an image: our own sizes, or those of a BERT"
-    sizes = dict(dim=cfg.dim if cfg.similarity == 'cross' else cfg.d_word, layers=cfg.layers, heads=cfg.heads, longest=cfg.longest or 96)
+    sizes = dict(dim=cfg.dim if cfg.similarity == 'cross' else cfg.d_word, layers=cfg.layers, heads=cfg.heads, longest=cfg.max_tokens or 96)
     if reader:
         from transformers import BertConfig
         kind, c = reader.config['model_type'], BertConfig(**{k: v for k, v in reader.config.items() if k != 'model_type'})
-        if reader.folder and cfg.tokens != 'own': raise ValueError(f"{cfg.text_model} knows its own tokens: set tokens='own'")
+        if reader.folder and cfg.tokenizer != 'own':
+            raise ValueError(f"{cfg.text_model} knows its own tokens: set tokenizer='own'")
         if kind != 'bert': raise DataError('text_model', f'a network of type {kind}', f'bert, for similarity={cfg.similarity}')
         sizes = dict(dim=c.hidden_size, layers=c.num_hidden_layers, heads=c.num_attention_heads, ffn=c.intermediate_size,
                      longest=c.max_position_embeddings)
@@ -124,7 +127,7 @@ def optimiser(
 )->torch.optim.Optimizer:
     "Adam, decoupled from weight decay where there is one, with a rate for every depth of a network"
     kind = torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
-    return kind(groups(model, cfg.lr, cfg.layer_decay, cfg.net_rate, cfg.weight_decay), lr=cfg.lr, fused=True)
+    return kind(groups(model, cfg.lr, cfg.layer_decay, cfg.pretrained_lr_scale, cfg.weight_decay), lr=cfg.lr, fused=True)
 
 def learning_rate(
     cfg:Config,

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['VSRN', 'DATA', 'TOWERS', 'TRAINING', 'NETWORKS', 'SIMILARITY', 'PARTS', 'READERS', 'OF_CONFIG', 'CHOICES', 'OF_RUNS',
            'METHOD_SETTINGS', 'KNOWN', 'RUNS', 'REPORTS', 'TEMPLATES', 'Config', 'Setting', 'check', 'method_parts',
-           'check_method', 'check_together', 'declared', 'cell_of', 'write_cells', 'config']
+           'check_method', 'check_together', 'declared', 'cell_of', 'write_cells', 'tell_earlier', 'current_names',
+           'config']
 
 # %% ../../nbs/6_training/00_config.ipynb #98b874bd
 import ast
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,7 @@ class Setting:
     form:tuple=()       # of a text: a pattern, and the same in words
     words:tuple=()      # further values, of another type, e.g. 'known' for a number
     place:str=''        # what must be there where a path is given: 'folder', 'file', finished 'run', 'runs' or 'scores'; 'out': is written
+    was:str=''          # its earlier name: still read, and what ids are hashed with
 
     @property
     def comment(self)->str:
@@ -107,7 +110,7 @@ TRAINING = (
     Setting('method', 'vsepp',
             "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the brackets, see 5_methods/02_method",
             form=(r'.*\S.*', 'the name of a method')),
-    Setting('warmup', 0, 'epochs of another method (see `before`) before this one takes over; fewer than all', within=_NAT),
+    Setting('warmup', 0, 'epochs of `warmup_method` before this one takes over; fewer than all', within=_NAT),
     Setting('margin', .2, 'of the hinges', within=_NOT_NEGATIVE),
     Setting('temperature', .05, 'of InfoNCE; 0: what the pair of networks was trained to', within=_NOT_NEGATIVE),
     Setting('epochs', 12, 'passes over the training sentences', within=_POS),
@@ -122,16 +125,17 @@ NETWORKS = (
     Setting('layout', '', "images: which layout the folder has; '': found out"),
     Setting('vision', '', "network that sees pixels: name, folder or JSON description; '': region features"),
     Setting('text_model', '', "network that reads, likewise; the same pair as `vision` gives its other half; '': the text tower above"),
-    Setting('tokens', 'words', 'what sentences are cut into',
-            dict(words='', pieces='WordPiece trained on the training captions', own="the text network's")),
-    Setting('pieces', 4000, 'size of the trained WordPiece vocabulary', within=_POS),
-    Setting('longest', 0, 'cut sentences to so many pieces; 0: to what the text network can read', within=_NAT),
+    Setting('tokenizer', 'words', 'what sentences are cut into',
+            dict(words='', pieces='WordPiece trained on the training captions', own="the text network's"), was='tokens'),
+    Setting('wordpiece_vocab', 4000, 'size of the trained WordPiece vocabulary', within=_POS, was='pieces'),
+    Setting('max_tokens', 0, 'cut sentences to so many tokens; 0: to what the text network can read', within=_NAT, was='longest'),
     Setting('size', 128, 'side of the pictures', within=_POS, unit='pixels'),
-    Setting('frame', 'crop', 'how pictures become square', dict(crop='the central square', squash='')),
+    Setting('resize', 'crop', 'how pictures become square', dict(crop='the central square', squash=''), was='frame'),
     Setting('augment', 'none', 'what training does to pictures', ('none', 'crop', 'rand')),
     Setting('freeze', '', f'what does not learn in the vision network: {_FROZEN[1]}', form=_FROZEN),
     Setting('text_freeze', '', 'and in the text network', form=_FROZEN),
-    Setting('net_rate', 1., 'learning rate of networks against that of our own layers', within=_NOT_NEGATIVE),
+    Setting('pretrained_lr_scale', 1., 'learning rate of pretrained networks, as a multiple of `lr`', within=_NOT_NEGATIVE,
+            was='net_rate'),
     Setting('layer_decay', 1., 'factor of the learning rate from layer to layer towards the input', within='(0, 1]'),
     Setting('weight_decay', 0., 'of matrices, decoupled (AdamW)', within='[0, 10]'),
     Setting('chunk', 0, 'pairs encoded at a time, to save memory; 0: all of a step', within=_NAT))
@@ -141,15 +145,15 @@ SIMILARITY = (
     Setting('similarity', 'cosine', 'kind of score', ('cosine', 'two_modes', 'cross', *_OF_SETS)),
     Setting('image', 'region', 'image tower', dict(region='', vsrn='as published for Flickr30K', vsrn_coco='as published for COCO')),
     Setting('captioner', 0, "width of VSRN's captioner; 0: none", within=_NAT),
-    Setting('sharp', 0., 'attention: factor inside the softmax; 0: as published', within=_NOT_NEGATIVE),
-    Setting('lse', 0., 'attention: of LogSumExp; 0: as published', within=_NOT_NEGATIVE),
+    Setting('attention_scale', 0., 'attention: factor inside the softmax; 0: as published', within=_NOT_NEGATIVE, was='sharp'),
+    Setting('lse_scale', 0., 'attention: factor inside LogSumExp; 0: as published', within=_NOT_NEGATIVE, was='lse'),
     Setting('agg', '', "attention: how cosines are joined; '': as published", ('', 'LogSumExp', 'Mean', 'Sum', 'Max')),
     Setting('norm', '', "attention: what is done to the products first; '': as published",
             ('', 'l2norm', 'clipped_l2norm', 'l1norm', 'clipped_l1norm', 'softmax', 'clipped', 'no_norm')),
     Setting('layers', 2, "of the transformer of 'two_modes' (width d_word) and 'cross' (width dim)", within=_POS),
     Setting('heads', 4, 'of its attention', within=_POS),
     Setting('boxes', False, 'does it see where regions are?'),
-    Setting('before', 'vse0', 'method of the warm-up epochs', form=(r'.*\S.*', 'the name of a method')))
+    Setting('warmup_method', 'vse0', 'method of the warm-up epochs', form=(r'.*\S.*', 'the name of a method'), was='before'))
 PARTS = (
     Setting('image_parts', '', "image tower out of parts, see 4_models/04_parts: 'vector', 'whole_windows' or e.g. 'regions:16:mean'; "
                                "'': the tower above"),
@@ -310,7 +314,7 @@ def _in_batch(v)->bool:
     "Do all negatives come from the batch, in any phase?"
     alone = {'vse0', 'vsepp', 'semihard', 'infonce', 'fne_warmup'}
     parts = lambda text: {re.split(r'[(,]', p)[0].strip() for p in text.split('|')}
-    return parts(v.method) <= alone or bool(v.warmup) and parts(v.before) <= alone
+    return parts(v.method) <= alone or bool(v.warmup) and parts(v.warmup_method) <= alone
 
 def _of_model(v)->tuple:
     "What cannot be built so"
@@ -330,7 +334,7 @@ def _of_model(v)->tuple:
         (v.similarity.startswith('bfan') and v.agg, 'agg: BFAN takes the mean over the queries'),
         (streams and not v.text_model and width % v.heads, f'{v.heads} heads cannot share a width of {width}'),
         (':' in v.regions and _backwards(v.regions), f'regions {v.regions} are none: the first is not before the last'),
-        (v.tokens == 'own' and not v.text_model, "tokens='own' needs a text_model that comes with weights"),
+        (v.tokenizer == 'own' and not v.text_model, "tokenizer='own' needs a text_model that comes with weights"),
         (v.image_pool in _OWN_POOLS and not v.vision, f'image_pool {v.image_pool} is of a network that sees pixels'),
         (v.text_pool in (*_OWN_POOLS, 'last') and not v.text_model, f'text_pool {v.text_pool} is of a network that reads'),
         (v.captions_of_split and not v.max_captions, 'captions_of_split says where max_captions counts, and that is 0'),
@@ -346,7 +350,7 @@ def _backwards(regions)->bool:
 def _of_methods(v, run)->list:
     "What a method needs of the other settings; `run`: are the inputs of a run among them?"
     out, streams = [], v.similarity in ('two_modes', 'cross')
-    for name, own in method_parts(v.method) + (method_parts(v.before) if v.warmup else []):
+    for name, own in method_parts(v.method) + (method_parts(v.warmup_method) if v.warmup else []):
         mined = own.get('lists') or v.lists or own.get('refresh') or own.get('placebo') == 'random' or own.get('stage') == 'online'
         writes, random = own.get('generator') or v.generator, own.get('words') == 'random'
         out += [
@@ -414,7 +418,7 @@ RUNS = dict(      # templates whose runs are rows of a table, or what such runs 
         Setting('share', 0., "length of the lists, as a share of the sentences (and of the images); 0: the paper's 300 of 145,000",
                 within='[0, 1]'),
         Setting('honest', False, 'scenes: leave out the pairs that are true, to tell hard negatives from false ones'),
-        *DATA, KNOWN['layout'], _like('vision', 'network that sees pixels, as the run has it'), *_some('size frame'),
+        *DATA, KNOWN['layout'], _like('vision', 'network that sees pixels, as the run has it'), *_some('size resize'),
         _like('similarity', 'kind of score, as the run has it'), _like('boxes', 'as the run has it: does it see where regions are?'),
         _like('seed', 'scenes: of the world'), *_some('folds fold'), _like('threads', 'lists are equal for any number'),
         _like('arm', 'name of this run in a sweep'), *_some('sweep out folder cache models device progress'), *READERS),
@@ -527,11 +531,34 @@ def write_cells(
         path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', 'utf-8')
     return changed
 
+# %% ../../nbs/6_training/00_config.ipynb #e4a17c02
+_told = set()      # earlier names that were mentioned, each once in a process
+
+def tell_earlier(
+    names:dict,              # earlier name -> name of today
+):
+    "Say in one line on the error stream which names are earlier ones"
+    fresh = [n for n in names if n not in _told]; _told.update(fresh)
+    said = ', '.join(f'{n} (now {names[n]})' for n in fresh)
+    if said: print(f'earlier names of settings, still read: {said}', file=sys.stderr)
+
+def current_names(
+    given:dict,              # settings by name, of today or earlier
+    settings=OF_CONFIG,      # those that are meant
+    told:bool=False,         # say which names are earlier ones
+)->dict:
+    "Settings, e.g. of an old record, under the names of today; SetupError where one is given under both of its names"
+    names = {s.was: s.name for s in settings if s.was and s.was in given}
+    for old, now in names.items():
+        if now in given: raise SetupError(f'{old} and {now} are one setting; give {now} only')
+    if told: tell_earlier(names)
+    return {names.get(k, k): v for k, v in given.items()}
+
 # %% ../../nbs/6_training/00_config.ipynb #9b6ddf77
 def _check_all(cfg):
     "Every value by its setting, then all together"
     for s in OF_CONFIG: object.__setattr__(cfg, s.name, check(s, getattr(cfg, s.name)))
-    for k in ('method', 'before'): check_method(getattr(cfg, k), False, k)     # a notebook may have methods of its own
+    for k in ('method', 'warmup_method'): check_method(getattr(cfg, k), False, k)     # a notebook may have methods of its own
     check_together(asdict(cfg))
 
 _FIELDS = [(s.name, type(s.default), field(default=s.default)) for s in OF_CONFIG]
@@ -540,10 +567,10 @@ _MORE = dict(__doc__="All that determines a run's result: a field for every sett
 Config = make_dataclass('Config', _FIELDS, frozen=True, namespace=_MORE)
 
 def config(
-    given:dict,     # settings by name
+    given:dict,     # settings by name, of today or of before
 )->Config:
-    "A `Config`; unknown names are refused with the nearest known one"
-    known = [f.name for f in fields(Config)]
+    "A `Config`; SetupError: unknown names are refused with the nearest known one"
+    known = [f.name for f in fields(Config)]; given = current_names(given, told=True)
     for k in given.keys() - set(known):
         near = suggest(k, known)
         raise SetupError(f'no setting called {k!r}{near or f"; there are {known}"}')

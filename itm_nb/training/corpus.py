@@ -62,8 +62,8 @@ def corpus(
     workers:int=0,   # threads that load coming batches
 )->Corpus:
     "Open the data a configuration names"
-    places = dict(models=models, workers=workers, boxes=cfg.boxes, states=str(cache or Path('runs')/'states'), frame=cfg.frame)
-    if cfg.vision: places |= dict(pixels=lambda s: Pixels(s.files, cfg.size, cfg.frame, cache or Path('runs')/'pixels', workers))
+    places = dict(models=models, workers=workers, boxes=cfg.boxes, states=str(cache or Path('runs')/'states'), frame=cfg.resize)
+    if cfg.vision: places |= dict(pixels=lambda s: Pixels(s.files, cfg.size, cfg.resize, cache or Path('runs')/'pixels', workers))
     if cfg.data == 'scenes':
         world = load_or_make(cache or Path('runs')/'worlds', cfg.preset, cfg.rho, cfg.seed if cfg.world < 0 else cfg.world)
         return Corpus(cfg.name or f'scenes {cfg.preset}, rho {cfg.rho:g} %', world.split, world, **places)

@@ -45,7 +45,7 @@ from ..methods.samplers import Step
 from .build import (
     _seen, build, learning_rate, measure, networks, optimiser, remembering, vocabulary)
 from .checkpoint import whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped
-from .config import Config
+from .config import Config, current_names
 from .corpus import corpus, Corpus
 from ..data import tokenizers as tokens
 
@@ -196,7 +196,7 @@ def refuse_nan(
     for step, rate, parts, norm in recent:
         odd = [k for k, v in (parts | {'the gradient': norm}).items() if not v.isfinite()]
         if not odd: continue
-        epoch = step//t.per_epoch; name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.before
+        epoch = step//t.per_epoch; name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.warmup_method
         said = ', '.join(f'{k} is {float((parts | {"the gradient": norm})[k])}' for k in odd)
         raise NotFinite(f'step {step+1} of {t.steps} (epoch {epoch+1}), method {name}: {said}, at learning rate {rate:.3g}; '
                         'give a lower lr, a clip, or look at the data and the method')
@@ -238,7 +238,7 @@ def prepare(
     opt = accelerator.prepare(optimiser(cfg, model))      # not the model: `_sum_devices` does what a wrapper would, for all heads
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models), model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator))
-    phases = schedule(cfg.method, cfg.warmup, cfg.before, allow_code, **settings)
+    phases = schedule(cfg.method, cfg.warmup, cfg.warmup_method, allow_code, **settings)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
 
@@ -313,8 +313,9 @@ def _beside(
 # %% ../../nbs/6_training/04_loop.ipynb #fb7f5453
 def _same(t:Training, run, state):
     "Refuse a checkpoint of another run"
-    same = [(name, state.get(k), want) for name, k, want in
-            (('settings', 'config', asdict(t.cfg)), ('data', 'prints', t.prints), ('source of its method', 'code', t.code))]
+    told = current_names(state.get('config') or {})
+    same = [('settings', told, asdict(t.cfg))] + [(name, state.get(k), want) for name, k, want in
+            (('data', 'prints', t.prints), ('source of its method', 'code', t.code))]
     for name, have, want in same:
         if have == want: continue
         raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}', 'Use another run folder, or remove this one.')

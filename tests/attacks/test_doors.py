@@ -108,7 +108,7 @@ def test_names_of_committed_records_are_names_of_the_registry(text): assert not 
 
 
 def test_every_committed_record_and_sweep_names_only_the_registry():
-    names = {r['config'].get(k, '') for r in read_records(ROOT/'figures'/'results') for k in ('method', 'before')}
+    names = {r['config'].get(k, '') for r in read_records(ROOT/'figures'/'results') for k in ('method', 'before', 'warmup_method')}
     assert len(names) > 60 and not [n for n in names if registry.own_code(n)]
     files = sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml')); assert len(files) >= 25
     for p in files:
@@ -187,7 +187,7 @@ def test_the_remedy_is_named_and_works(a_run, canary, tmp_path):
 @pytest.mark.parametrize('text', ['own.py:f', "vsepp,on=os:system(command='touch {c}')"])
 def test_training_asks_for_leave(text, canary, tmp_path):
     cfg = config.Config(preset='tiny', dim=16, d_word=8, image_hidden=0, epochs=1, batch=32, method=text.format(c=canary))
-    refused(loop.fit, cfg, tmp_path/'run', progress=False); refused(loop.fit, replace(cfg, method='vsepp', before=cfg.method, warmup=1, epochs=2), tmp_path/'run', progress=False)
+    refused(loop.fit, cfg, tmp_path/'run', progress=False); refused(loop.fit, replace(cfg, method='vsepp', warmup_method=cfg.method, warmup=1, epochs=2), tmp_path/'run', progress=False)
 
 
 def test_a_method_of_ones_own_is_gone_on_with_by_its_user(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_method_of_ones_own_is_gone_on_with_by_its_user(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('text', ["vsepp|own.py:f", "tags(),syn=os:system(command='touch {c}')"])
-@pytest.mark.parametrize('key', ['method', 'before'])
+@pytest.mark.parametrize('key', ['method', 'warmup_method', 'before'])
 def test_a_file_of_parameters_is_read_and_not_trusted(text, key, canary, tmp_path, capsys):
     Path('params.json').write_text(json.dumps({'method': 'vsepp', key: text.format(c=canary), 'warmup': 1, 'preset': 'tiny', 'out': str(tmp_path/'out')}))
     assert itm_run(['train', '-f', 'params.json', '--quiet']) == 2

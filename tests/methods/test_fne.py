@@ -365,7 +365,7 @@ def test_wrong_settings_are_refused_before_training(name):
 
 def test_the_released_schedule():
     "One epoch of the released warm-up, then the method; the memory lives from the start, and fills from epoch 1"
-    t = prepare(replace(SMALL, method="fne(preset='faithful', queue=64)", warmup=1, before='fne_warmup'), drawn())
+    t = prepare(replace(SMALL, method="fne(preset='faithful', queue=64)", warmup=1, warmup_method='fne_warmup'), drawn())
     assert [(e, list(m.terms)) for e, m in t.phases] == [(0, ['own']), (1, ['bank'])]; bank, stats = t.stateful()
     assert bank.fill_from == stats.start == 1 and bank.ring.start == 'random' and stats.variance == 'drift'
 

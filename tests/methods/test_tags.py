@@ -319,7 +319,7 @@ def test_tags_trains_through_the_loop_and_goes_on_after_a_stop(tmp_path):
     from itm_nb.training.config import config
     from itm_nb.training.loop import fit
     cfg = config(dict(preset='tiny', similarity='two_modes', dim=16, d_word=16, layers=1, heads=2, image_hidden=16, dropout=0., epochs=2, batch=64, lr=2e-3, warmup=1,
-                      before='infonce|mlm_warmup(weight=2.0)', method='vsepp|tags(copies=2, draws=2, hard=2, tau=1.0, discrimination=0.5, correction=0.05)'))
+                      warmup_method='infonce|mlm_warmup(weight=2.0)', method='vsepp|tags(copies=2, draws=2, hard=2, tau=1.0, discrimination=0.5, correction=0.05)'))
     fit(cfg, tmp_path/'whole', progress=False)
     def stop(step):
         if step == 20: os.kill(os.getpid(), signal.SIGTERM)

@@ -15,10 +15,10 @@ from itm_nb.training.loop import _pack, fit, prepare, train_step
 from test_seam import free_port
 
 torch.set_num_threads(1)
-WARM = dict(preset='tiny', dim=16, d_word=16, layers=1, heads=2, image_hidden=16, dropout=0., epochs=2, batch=32, lr=2e-3, warmup=1, before='infonce|mlm_warmup(weight=2.0)')
+WARM = dict(preset='tiny', dim=16, d_word=16, layers=1, heads=2, image_hidden=16, dropout=0., epochs=2, batch=32, lr=2e-3, warmup=1, warmup_method='infonce|mlm_warmup(weight=2.0)')
 DC = 'vsepp|tags(copies=2, draws=2, hard=2, tau=1.0, discrimination=0.5, correction=0.05{})'
 ARMS = dict(two=dict(similarity='two_modes', method=DC.format('')), unshared=dict(similarity='two_modes', method=DC.format(", sharing='unshared'")),
-            cross=dict(similarity='cross', method=DC.format(''), before='infonce(temperature=1.0)|mlm_warmup(weight=2.0)'))
+            cross=dict(similarity='cross', method=DC.format(''), warmup_method='infonce(temperature=1.0)|mlm_warmup(weight=2.0)'))
 
 
 def cfg_of(arm): return config(WARM | ARMS[arm])

@@ -104,7 +104,7 @@ def data(tmp_path_factory):
 
 
 def settings(name, **kw):
-    return config(dict(data='images', vision=name if name in TWO else 'vit', text_model=name, tokens='own', epochs=1, batch=16, size=32, dim=32) | kw)
+    return config(dict(data='images', vision=name if name in TWO else 'vit', text_model=name, tokenizer='own', epochs=1, batch=16, size=32, dim=32) | kw)
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -181,7 +181,7 @@ def test_what_a_network_can_read_is_known_beforehand(name, shelf):
 @pytest.mark.parametrize('side,network,said', REFUSED, ids=lambda x: x['model_type'] if isinstance(x, dict) else None)
 def test_what_is_not_supported_is_refused_by_name_before_data_are_opened(side, network, said, shelf):
     def nobody(part): raise AssertionError('data were opened')
-    cfg = settings('bert', tokens='words', **{side: json.dumps(network)})
+    cfg = settings('bert', tokenizer='words', **{side: json.dumps(network)})
     with pytest.raises(DataError, match=said): prepare(cfg, Corpus('none', nobody, models=shelf))
 
 

@@ -63,7 +63,7 @@ def drawn(tmp_path_factory):
     return {p: pictures(folder, p, n, s) for p, n, s in (('train', 40, 1000), ('val', 16, 2000), ('test', 16, 3000))}
 
 
-BASE = dict(data='images', size=16, dim=16, d_word=8, epochs=2, batch=16, method='infonce', lr=.003, image_pool='mean', dropout=.1, tokens='pieces', pieces=60)
+BASE = dict(data='images', size=16, dim=16, d_word=8, epochs=2, batch=16, method='infonce', lr=.003, image_pool='mean', dropout=.1, tokenizer='pieces', wordpiece_vocab=60)
 
 
 def data(cfg, drawn, states=''):
@@ -142,7 +142,7 @@ def test_training_does_not_open_the_test_part(drawn, tmp_path):
 
 
 def test_all_folds_share_the_files_of_the_official_parts(drawn, tmp_path):
-    cfg = config(BASE | dict(vision=VIT, text_model=BERT, freeze='all', text_freeze='all', pieces=1000)); d = data(cfg, drawn, tmp_path/'states')
+    cfg = config(BASE | dict(vision=VIT, text_model=BERT, freeze='all', text_freeze='all', wordpiece_vocab=1000)); d = data(cfg, drawn, tmp_path/'states')
     folds(np.concatenate([s.img_ids for s in drawn.values()]), n=4, n_val=8).save(tmp_path/'four.json')
     vocab = load_vocab(drawn); seen = []
     for k in range(4):
@@ -187,7 +187,7 @@ def test_what_is_above_the_frozen_layers_does_not_count(tmp_path):
 def test_a_changed_picture_has_another_file(drawn, tmp_path):
     made = tower(**describe(find(VIT), 'vision', 16, size=16, freeze='all')); f = tmp_path/'a.png'; Image.new('RGB', (20, 20), 'red').save(f)
     keep = lambda **kw: keep_pictures(made, [([f], lambda: Pixels([f], 16))], tmp_path, **kw); keep(); red = made.kept.files.rows(np.array([0])); n = len(files(tmp_path))
-    keep(frame='squash'); assert len(files(tmp_path)) == n + 1
+    keep(resize='squash'); assert len(files(tmp_path)) == n + 1
     Image.new('RGB', (20, 20), 'blue').save(f); os.utime(f, ns=(1, 1)); keep(); assert len(files(tmp_path)) == n + 2 and not same(made.kept.files.rows(np.array([0])), red)
 
 

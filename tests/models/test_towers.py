@@ -35,9 +35,9 @@ VIT, BERT = json.dumps(dict(EYE, model_type='vit')), json.dumps(dict(SMALL, mode
 CLIP = json.dumps(dict(model_type='clip', projection_dim=16, vision_config=EYE, text_config=SMALL))
 SIGLIP = json.dumps(dict(model_type='siglip', vision_config=EYE, text_config=SMALL))
 MOBILE = json.dumps(dict(model_type='mobilenet_v2', depth_multiplier=.1, depth_divisible_by=4, min_depth=4, finegrained_output=False))
-BASE = dict(data='images', size=16, dim=16, d_word=8, epochs=2, batch=16, method='infonce', lr=.003, image_pool='mean', dropout=.1, tokens='pieces', pieces=60)
+BASE = dict(data='images', size=16, dim=16, d_word=8, epochs=2, batch=16, method='infonce', lr=.003, image_pool='mean', dropout=.1, tokenizer='pieces', wordpiece_vocab=60)
 PAIRS = dict(vit_bert=dict(vision=VIT, text_model=BERT, augment='rand'), clip=dict(vision=CLIP, text_model=CLIP, augment='crop'),
-             siglip=dict(vision=SIGLIP, text_model=SIGLIP), mobile=dict(vision=MOBILE, text='gru', tokens='words', freeze='stats'))
+             siglip=dict(vision=SIGLIP, text_model=SIGLIP), mobile=dict(vision=MOBILE, text='gru', tokenizer='words', freeze='stats'))
 COLOURS, SHAPES = ('red', 'green', 'blue', 'white'), ('square', 'bar', 'pole')
 
 
@@ -144,7 +144,7 @@ def test_statistics_drift_unless_they_are_frozen(drawn):
 @pytest.mark.parametrize('name', PAIRS)
 @pytest.mark.parametrize('freeze', ['', '1', 'all'])
 def test_every_weight_that_learns_is_in_one_group(name, freeze, drawn):
-    cfg = config(BASE | PAIRS[name] | dict(freeze=freeze, layer_decay=.5, net_rate=.1, weight_decay=.01)); t = built(cfg, drawn); model = t.core
+    cfg = config(BASE | PAIRS[name] | dict(freeze=freeze, layer_decay=.5, pretrained_lr_scale=.1, weight_decay=.01)); t = built(cfg, drawn); model = t.core
     seen = [id(p) for g in t.opt.param_groups for p in g['params']]
     assert sorted(seen) == sorted(id(p) for p in model.parameters() if p.requires_grad) and len(set(seen)) == len(seen)
     train_step(t, torch.arange(16), 0); rate = t.opt.param_groups[0]['lr']/t.opt.param_groups[0]['scale']
@@ -207,7 +207,7 @@ def shelf(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('cfg', [dict(vision='mobile', text_model='bert', tokens='own', freeze='all'), dict(vision='clip', text_model='clip', tokens='own', temperature=0.)])
+@pytest.mark.parametrize('cfg', [dict(vision='mobile', text_model='bert', tokenizer='own', freeze='all'), dict(vision='clip', text_model='clip', tokenizer='own', temperature=0.)])
 def test_a_model_needs_its_source_only_once(cfg, shelf, drawn, tmp_path):
     "Weights, their own tokens and their own constants of normalisation; afterwards the folder of the source is not looked at again"
     cfg = config(BASE | cfg); t = prepare(cfg, pictures(cfg, drawn, models=shelf)); net = t.core.image_tower.net.state_dict()
@@ -223,8 +223,8 @@ def test_a_model_needs_its_source_only_once(cfg, shelf, drawn, tmp_path):
 
 
 @pytest.mark.parametrize('cfg', [dict(similarity='two_modes', vision=VIT, heads=2, method='vsepp|tags(mlm=0.1)'), dict(similarity='cross', vision='mobile', heads=2, method='vsepp'),
-                                 dict(similarity='cross', vision=VIT, text_model='bert', tokens='own', method='vsepp|tags(mlm=0.1)'),
-                                 dict(similarity='two_modes', vision='clip', text_model='bert', tokens='own', method='infonce|mlm_warmup()')])
+                                 dict(similarity='cross', vision=VIT, text_model='bert', tokenizer='own', method='vsepp|tags(mlm=0.1)'),
+                                 dict(similarity='two_modes', vision='clip', text_model='bert', tokenizer='own', method='infonce|mlm_warmup()')])
 def test_a_stream_beside_patches_and_from_a_bert_learns_and_is_kept(cfg, shelf, drawn, tmp_path):
     cfg = config(BASE | dict(epochs=1, dropout=0.) | cfg); data = pictures(cfg, drawn, models=shelf); t = prepare(cfg, data); start = {k: v.clone() for k, v in t.core.state_dict().items()}
     if cfg.text_model:
@@ -237,13 +237,13 @@ def test_a_stream_beside_patches_and_from_a_bert_learns_and_is_kept(cfg, shelf, 
 
 
 def test_a_stream_wants_a_bert(drawn, shelf):
-    with pytest.raises(ValueError, match="set tokens='own'"): prepare(config(BASE | dict(similarity='cross', vision=VIT, text_model='bert')), pictures(Config(), drawn, models=shelf))
+    with pytest.raises(ValueError, match="set tokenizer='own'"): prepare(config(BASE | dict(similarity='cross', vision=VIT, text_model='bert')), pictures(Config(), drawn, models=shelf))
     with pytest.raises(DataError, match='bert, for similarity=cross'): prepare(config(BASE | dict(similarity='cross', vision=VIT, text_model=CLIP)), pictures(Config(), drawn, models=shelf))
 
 
 def test_other_weights_of_the_same_name_are_noticed(shelf, drawn, tmp_path):
     import shutil
-    cfg = config(BASE | dict(vision='mobile', text='mean', tokens='words')); mine = tmp_path/'models'; shutil.copytree(shelf, mine)
+    cfg = config(BASE | dict(vision='mobile', text='mean', tokenizer='words')); mine = tmp_path/'models'; shutil.copytree(shelf, mine)
     with pytest.raises(Stopped): fit(cfg, tmp_path/'run', pictures(cfg, drawn, models=mine), progress=False, on_step=lambda s: os.kill(os.getpid(), signal.SIGTERM))
     f = mine/'mobile'/'model.safetensors'; raw = bytearray(f.read_bytes()); raw[-3] ^= 1; f.write_bytes(raw)
     with pytest.raises(DataError, match='other data'): fit(cfg, tmp_path/'run', pictures(cfg, drawn, models=mine), progress=False)
@@ -273,16 +273,16 @@ def test_broken_networks_are_named(what, shelf, tmp_path):
 
 @pytest.mark.parametrize('bad,wanted', [(dict(vision='nobody/knows-this'), 'no network of this name'), (dict(vision=VIT, image_pool='avg'), 'no pooling called'),
                                         (dict(vision=MOBILE, image_pool='cls'), 'a grid has no first token'), (dict(vision=VIT, freeze='9'), 'there are 2'), (dict(vision='{"model_type": "vit", "depth": 3}'), "setting 'depth'"),
-                                        (dict(vision=SIGLIP, dim=20), 'set dim to it'), (dict(vision=VIT, text_model=BERT, tokens='own'), 'comes with weights'),
+                                        (dict(vision=SIGLIP, dim=20), 'set dim to it'), (dict(vision=VIT, text_model=BERT, tokenizer='own'), 'comes with weights'),
                                         (dict(vision=VIT, temperature=0.), 'one of a pair'), (dict(), 'no region features')])
 def test_bad_settings_stop_before_training(bad, wanted, drawn, tmp_path):
-    cfg = config(BASE | dict(tokens='words') | bad); data = pictures(cfg, drawn)
+    cfg = config(BASE | dict(tokenizer='words') | bad); data = pictures(cfg, drawn)
     if not cfg.vision: data = replace(data, pixels=None)
     with pytest.raises(ValueError, match=wanted): fit(cfg, tmp_path, data, progress=False)
     assert not (tmp_path/'last').exists()
 
 
-@pytest.mark.parametrize('bad', [dict(augment='mixup'), dict(frame='pad'), dict(tokens='bytes'), dict(size=0), dict(pieces=-1), dict(data='photos')])
+@pytest.mark.parametrize('bad', [dict(augment='mixup'), dict(resize='pad'), dict(tokenizer='bytes'), dict(size=0), dict(wordpiece_vocab=-1), dict(data='photos')])
 def test_bad_choices(bad):
     with pytest.raises(ValueError): config(BASE | bad)
 
@@ -290,7 +290,7 @@ def test_bad_choices(bad):
 def test_long_sentences_are_cut_to_what_a_network_reads(drawn):
     short = json.dumps(dict(json.loads(BERT), max_position_embeddings=5)); cfg = config(BASE | dict(vision=VIT, text_model=short))
     t = prepare(cfg, pictures(cfg, drawn)); assert t.train.lengths.max() == 5 and np.isfinite(float(sum(train_step(t, torch.arange(16), 0).values())))
-    with pytest.raises(DataError, match='at most 5'): prepare(replace(cfg, tokens='words'), pictures(cfg, drawn))
+    with pytest.raises(DataError, match='at most 5'): prepare(replace(cfg, tokenizer='words'), pictures(cfg, drawn))
 
 
 def test_committed_records_keep_their_ids():

@@ -29,9 +29,9 @@ def of_training():
     wrong = dict(
         data='coco', preset='medium', rho='0 -1 100 nan inf much', world='-2 1.5', dims='-1 half', regions='middle 5:3 -1 5,,6 6:x', image_hidden='-1', image_pool='sum cls', text='gru_first lstm',
         text_pool='first last', dim='0 -5 1e3', d_word='0', dropout='1 -0.1 nan', method='nosuch vseppp vsepp( vsepp(5) | fne(tau=-1) fne(tua=5.0) aoq(stage="x") tags(copies=0) vsepp|fne(',
-        before='nosuch', warmup='-1 12 99', margin='nan -5 inf', temperature='-1 0 nan', epochs='0 -1 many', batch='0 1 -8 2.5', lr='0 1e10 -1 nan', decay='linear', clip='-1 nan', precision='fp16',
-        seed='-1 abc 0.5', threads='0 100000', tokens='letters own', pieces='0', longest='-1', size='0 -3', frame='stretch', augment='flip', freeze='half 1++2', text_freeze='top', net_rate='-1',
-        layer_decay='0 1.5', weight_decay='-5 1e6', chunk='-1', similarity='cosin dot', image='resnet', captioner='-1 8', sharp='-1', lse='inf', agg='Median', norm='l3', layers='0', heads='0',
+        warmup_method='nosuch', warmup='-1 12 99', margin='nan -5 inf', temperature='-1 0 nan', epochs='0 -1 many', batch='0 1 -8 2.5', lr='0 1e10 -1 nan', decay='linear', clip='-1 nan', precision='fp16',
+        seed='-1 abc 0.5', threads='0 100000', tokenizer='letters own', wordpiece_vocab='0', max_tokens='-1', size='0 -3', resize='stretch', augment='flip', freeze='half 1++2', text_freeze='top', pretrained_lr_scale='-1',
+        layer_decay='0 1.5', weight_decay='-5 1e6', chunk='-1', similarity='cosin dot', image='resnet', captioner='-1 8', attention_scale='-1', lse_scale='inf', agg='Median', norm='l3', layers='0', heads='0',
         boxes='perhaps true', columns='a;b', max_captions='-1', captions_of_split='tset', folds='flikr8k_5', fold='0 -2', carry='true', test='no', sweep='../x a/b .hidden', workers='-1 9999',
         device='banana cuda:x', progress='perhaps')
     return [setting(k, v) for k, vs in wrong.items() for v in vs.split()] + [('itm_run', ['train', '-p', 'method', ' '], 'method')]
@@ -42,7 +42,7 @@ def together():
     many = ('similarity=two_modes text_freeze=all', 'similarity=scan_t2i image=vsrn', 'similarity=cross image=vsrn', 'similarity=bfan_prob agg=Max', 'similarity=cross heads=3', 'boxes=true vision=x',
             'method=vse0|caption()', 'method=vsepp|tags()', 'method=mlm_warmup()', 'method=aoq()', 'method=vsepp|tags(sharing="static")', 'data=scan folder=. method=vsepp(honest=True)',
             'data=scan folder=. method=fne(prior="known")', 'data=scan', 'data=images', 'captions_of_split=test', 'max_captions=5', 'data=scan folder=. columns=file:a', 'epochs=2 warmup=2',
-            'folds=flickr8k_5', 'fold=1', 'method=infonce|semihard batch=1', 'lr=1 weight_decay=2', 'before=mlm_warmup() warmup=2', 'image_pool=all', 'text_pool=pooler')
+            'folds=flickr8k_5', 'fold=1', 'method=infonce|semihard batch=1', 'lr=1 weight_decay=2', 'warmup_method=mlm_warmup() warmup=2', 'image_pool=all', 'text_pool=pooler')
     return [('itm_run', ['train', *(x for pair in many_.split() for x in ('-p', *pair.split('=', 1)))], many_.split()[-1].split('=')[0]) for many_ in many]
 
 

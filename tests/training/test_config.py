@@ -1,6 +1,7 @@
 """One declaration makes Config, the cells of parameters and the listing; the ids of everything that was ever run stay what they are."""
 import json
 import logging
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import fields
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from itm_nb import cli
-from itm_nb.runs import identity, sweep_plan
+from itm_nb.runs import identity, parameters, sweep_plan
 from itm_nb.core.commands import SetupError
+from itm_nb.training import config as config_module
 from itm_nb.training.config import (
-    OF_CONFIG, READERS, TEMPLATES, cell_of, config, Config, declared, write_cells)
+    OF_CONFIG, READERS, TEMPLATES, cell_of, config, Config, current_names, declared, write_cells)
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT/'nbs'/'experiments'
@@ -63,8 +65,8 @@ def test_every_committed_record_keeps_its_id():
     "Computed anew from the settings it holds, with those that came later at their default"
     known = {t: {s.name: s.default for s in TEMPLATES[t]} for t in ('train', 'evaluate', 'test_sets')}; n = 0
     for r in records():
-        t = next(t for t in known if r['config'].keys() <= known[t].keys())
-        assert identity.run_id(t, known[t] | r['config']) == r['id']; n += 1
+        told = current_names(r['config']); t = next(t for t in known if told.keys() <= known[t].keys())
+        assert identity.run_id(t, known[t] | told) == identity.run_id(t, r['config']) == r['id']; n += 1
     assert n >= 1000
 
 
@@ -82,6 +84,81 @@ def test_every_committed_record_is_in_the_plan_of_its_sweep():
         stem = max((s for s in files if name == s or name.startswith(f'{s}_')), key=len); spec = sweep_plan.read_sweep(files[stem], name[len(stem)+1:])
         planned = sweep_plan.entries(spec, name, Path('runs'), chosen=found[name])
         assert ids <= {e.out.name for e in planned}, name
+
+
+# ---- settings that were called something else
+EARLIER = {s.name: s.was for s in OF_CONFIG if s.was}
+
+
+@pytest.fixture
+def untold(monkeypatch):
+    "As in a new process: no earlier name was mentioned yet"
+    monkeypatch.setattr(config_module, '_told', set())
+
+
+def test_the_earlier_names():
+    assert EARLIER == dict(warmup_method='before', max_tokens='longest', wordpiece_vocab='pieces', attention_scale='sharp', lse_scale='lse',
+                           resize='frame', pretrained_lr_scale='net_rate', tokenizer='tokens')
+    assert not set(EARLIER.values()) & {s.name for ss in TEMPLATES.values() for s in ss}            # so that no name has two meanings
+
+
+GIVEN = dict(warmup_method='vsepp', max_tokens='40', wordpiece_vocab='8000', attention_scale='9.0', lse_scale='6.0', resize='squash',
+             pretrained_lr_scale='0.1', tokenizer='pieces')
+
+
+@pytest.mark.parametrize('name', EARLIER)
+def test_an_earlier_name_is_read_and_said_once(name, untold, capsys, monkeypatch, tmp_path):
+    "With -p, from a file, in `config` and in a notebook that is run: the same value, the same id, one line on the error stream"
+    old, value, known = EARLIER[name], GIVEN[name], parameters.parameters(HOME/'train.ipynb')
+    new = parameters.resolve(known, {name: value}); assert capsys.readouterr().err == ''
+    for _ in range(2): assert parameters.resolve(known, {old: value}) == new
+    assert capsys.readouterr().err == f'earlier names of settings, still read: {old} (now {name})\n'
+    assert identity.run_id('train', new) == identity.run_id('train', {old if k == name else k: v for k, v in new.items()})
+    assert old in identity.identity('train', new) and name not in identity.identity('train', new)
+    assert config({old: new[name]}) == config({name: new[name]}) and getattr(config({old: new[name]}), name) == new[name]
+    file = tmp_path/'given.json'; file.write_text(json.dumps({old: new[name]})); seen = []
+    def work(nb, values, out, bar): seen.append(values); return 1
+    monkeypatch.setattr(cli, 'execute', work)
+    for given in (['-p', old, value], ['-f', str(file)]): cli.itm_run(['train', *given, '-p', 'out', str(tmp_path/'out'), '--quiet'])
+    assert seen[0] == seen[1] == new | dict(out=str(tmp_path/'out'))
+
+
+def test_both_names_at_once_are_refused():
+    known = parameters.parameters(HOME/'train.ipynb')
+    for f in (config, lambda x: parameters.resolve(known, x)):
+        with pytest.raises(SetupError, match='give warmup_method only'): f(dict(before='vsepp', warmup_method='vse0'))
+
+
+@pytest.mark.parametrize('path', sorted((HOME/'sweeps').glob('*.yaml')), ids=lambda p: p.stem)
+def test_a_sweep_file_in_its_earlier_form_is_the_same_plan(path, untold, capsys, tmp_path):
+    "The very runs, under every profile; one line on the error stream where a name is an earlier one"
+    text = path.read_text('utf-8'); old = tmp_path/path.name
+    for name, was in EARLIER.items(): text = re.sub(rf'(?<=[{{,\s]){name}(?=: )', was, text)
+    old.write_text(text, 'utf-8')
+    def plan(at, profile):
+        spec = sweep_plan.read_sweep(at, profile); chosen = {a: dict(settings=x[0]) for a, x in sweep_plan.trials(spec).items()}
+        return [*sweep_plan.entries(spec, path.stem, Path('runs'), chosen=chosen), *sweep_plan.searches(spec, path.stem, Path('runs'))]
+    for profile in ('', *sweep_plan.read_sweep(path)['profiles']):
+        assert [(e.arm, e.values) for e in plan(path, profile)] == [(e.arm, e.values) for e in plan(old, profile)]
+    assert capsys.readouterr().err.count('\n') == (text != path.read_text('utf-8'))
+
+
+def test_a_search_in_earlier_names(untold, tmp_path):
+    "Tried under either name, over a run that has it under the other"
+    text = 'title: t\nblocks: [{seed: 0}]\nbase: {frame: squash}\narms: {a: {warmup: 1, before: vsepp}}\nsearch: {arms: {a: {%s: [vse0, infonce]}}}\n'
+    found = []
+    for name in ('before', 'warmup_method'):
+        (tmp_path/'s.yaml').write_text(text % name); spec = sweep_plan.read_sweep(tmp_path/'s.yaml')
+        found.append([e.values for e in sweep_plan.searches(spec, 's', Path('runs'))])
+    assert found[0] == found[1] and [v['warmup_method'] for v in found[0]] == ['vse0', 'infonce'] and found[0][0]['resize'] == 'squash'
+
+
+def test_a_notebook_of_ones_own_keeps_its_names(tmp_path):
+    "What is no setting of ours may be called as one of ours was"
+    cell = dict(cell_type='code', execution_count=None, id='0', metadata=dict(tags=['parameters']), outputs=[], source="frame = 'a'\nresize = 'b'")
+    (tmp_path/'own.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    known = parameters.parameters(tmp_path/'own.ipynb')
+    assert parameters.resolve(known, dict(frame='x')) == dict(frame='x', resize='b') == identity.identity('own', dict(frame='x', resize='b'))
 
 
 PINNED = dict(train='5abd0bb42e25', evaluate='f14d342ef11d', mine='1051fbae3342', test_sets='e4186f1bb8a4')      # of the first records
