@@ -329,7 +329,7 @@ def test_every_run_of_a_sweep_can_be_built(name, tmp_path):
         if e.block or e.template != 'train': continue
         cfg = config({k: v for k, v in e.values.items() if k not in OF_A_RUN}); cfg = replace(cfg, dim=min(cfg.dim, 16), d_word=min(cfg.d_word, 8), captioner=min(cfg.captioner, 8)); kind = (cfg.similarity, cfg.image, cfg.text, cfg.captioner, cfg.dim, cfg.d_word)
         model = built[kind] = built.get(kind) or build(cfg, 20, 50)
-        m = schedule(cfg.method, cfg.warmup, cfg.before, margin=cfg.margin, model=model, train=train, lists=str(tmp_path) if e.values['lists'] else '')[-1][1]
+        m = schedule(cfg.method, cfg.warmup, cfg.warmup_method, margin=cfg.margin, model=model, train=train, lists=str(tmp_path) if e.values['lists'] else '')[-1][1]
         assert ('off' in m.sources) == (e.values['lists'] != '' or 'random' in cfg.method)
         if e.values['init']: assert {k: built_like(folders[e.values['init']], k) for k in KIND} == {k: e.values[k] for k in KIND}       # what it goes on from is the same model
     mines = [e for e in found if e.template == 'mine']; assert len(mines) >= len(spec['blocks'])

@@ -67,7 +67,7 @@ BASE = dict(data='images', size=16, dim=16, d_word=8, epochs=2, batch=16, method
 
 
 def data(cfg, drawn, states=''):
-    return Corpus('drawn', drawn.__getitem__, pixels=lambda s: Pixels(s.files, cfg.size, cfg.frame), states=str(states))
+    return Corpus('drawn', drawn.__getitem__, pixels=lambda s: Pixels(s.files, cfg.size, cfg.resize), states=str(states))
 
 
 def files(folder): return sorted(p.name for p in Path(folder).glob('states-*.npy'))

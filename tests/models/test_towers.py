@@ -60,7 +60,7 @@ def drawn(tmp_path_factory):
 
 
 def pictures(cfg, drawn, cache=None, workers=0, models=''):
-    return Corpus('drawn', drawn.__getitem__, pixels=lambda s: Pixels(s.files, cfg.size, cfg.frame, cache), workers=workers, models=models)
+    return Corpus('drawn', drawn.__getitem__, pixels=lambda s: Pixels(s.files, cfg.size, cfg.resize, cache), workers=workers, models=models)
 
 
 def digest(run):
