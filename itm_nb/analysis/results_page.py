@@ -150,7 +150,8 @@ CLAIMS = {   # claim -> short wording
     'TAGS-2': 'sharing weights with the generator keeps them hard',
     'TAGS-3': 'word discrimination and word correction help',
     'TAGS-4': 'synthetic negatives make a model robust to unseen foils'}
-VERDICTS = ('confirmed', 'refuted', 'reversed', 'unresolved', 'not testable', 'not run')   # the protocol's
+VERDICTS = ('confirmed', 'refuted', 'reversed', 'unresolved', 'not testable',
+            'not testable (base)', 'not run')   # the protocol's
 
 def verdicts(
     rows:list,              # of verdicts.csv

@@ -20,6 +20,7 @@ from ..core.errors_files import DataError
 from .aoq import aoq, caption
 from .fne import aoq_fne, bank_source, fne, fne_warmup
 from .method import METHODS, Method
+from .rivals import RIVALS
 from .samplers import Source
 from .tags_dc import mlm_warmup, tags
 
@@ -78,7 +79,7 @@ def own_code(
 def _part(text, kw, allow_code)->Method:
     "One method of a mixture, with its sources replaced where that is asked for"
     (first, own), *swaps = _call(split_outside(text, ',')[0]), *split_outside(text, ',')[1:]
-    method, new = _made(first, _maker(first, METHODS | PAPERS, 'method', allow_code), Method, kw, own), {}
+    method, new = _made(first, _maker(first, METHODS | PAPERS | RIVALS, 'method', allow_code), Method, kw, own), {}
     for name, _, path in (x.partition('=') for x in swaps):
         path, own = _call(path.strip()); new[name.strip()] = _made(path, _maker(path, SOURCES, 'source', allow_code), Source, kw, own)
     return method.but(**new)

@@ -251,6 +251,29 @@ METHOD_SETTINGS['aoq_fne'] = (
     *(s for s in METHOD_SETTINGS['aoq'] if s.name in ('preset', 'stage', 'share', 'lists')), _MARGIN, _SEED,
     Setting('detach', True, "no gradient through AOQ's weight; False exploits it"),
     *(s for s in METHOD_SETTINGS['fne'] if s.name not in ('preset', 'margin', 'seed')))
+_TEMPERATURE = METHOD_SETTINGS['infonce'][0]
+METHOD_SETTINGS |= dict(      # rivals, see 5_methods/08_rivals
+    multi_positive=(_TEMPERATURE, Setting('copies', 'sum', 'what other captions of the photo are',
+                                          ('negatives', 'masked', 'out', 'sum'))),
+    sigmoid=(Setting('scale', 10., 'of the scores, at first', within='(0, inf)'), Setting('bias', -10., 'of the logits, at first'),
+             Setting('rate', 1e-3, 'step size of both; 0: they stay', within='[0, 1]'),
+             Setting('copies', 'masked', 'what other captions of the photo are', ('negatives', 'masked', 'positives'))),
+    margin_filter=(_MARGIN, Setting('relative', .05, 'margin of the filter, as a share; 0: none', within=_NOT_NEGATIVE),
+                   Setting('absolute', 0., 'margin of the filter; 0: none', within=_NOT_NEGATIVE),
+                   Setting('pool', 'memory', 'where is mined', ('memory', 'batch')),
+                   Setting('queue', 2048, 'places of the memory', within=_NAT),
+                   Setting('momentum', .995, 'of the slow copy', within='[0, 1]'), _SEED),
+    gist=(_TEMPERATURE, Setting('slack', 0., 'margin of the guide'),
+          Setting('relative', False, "is it a share of the guide's score of the pair?"),
+          Setting('by', 'pairs', 'what the guide compares', dict(pairs='', captions='with captions')),
+          Setting('within', False, 'are both own sides candidates too?'),
+          Setting('copies', False, 'may other captions of the photo be negatives?'),
+          Setting('start', 0, 'epoch from which the guide is there', within=_NAT)),
+    glofnd=(_TEMPERATURE, Setting('alpha', .01, 'share of the data set that counts as false', within='[0, 1)'),
+            Setting('rate', .05, 'step size of the thresholds', within='(0, 1]'),
+            Setting('start', 0, 'epoch from which they learn and filter', within=_NAT),
+            Setting('first', 'quantile', 'where a threshold starts', dict(quantile='of the first batch', one='as released')),
+            Setting('count', 'visits', "what corrects Adam", dict(visits='', epoch='as released'))))
 
 # %% ../../nbs/6_training/00_config.ipynb #b16a0f99
 _ARGS = r"""\((?:[^()'"]|'[^']*'|"[^"]*"|\([^()]*\))*\)"""
@@ -312,7 +335,7 @@ def _of_training(v)->tuple:
 
 def _in_batch(v)->bool:
     "Do all negatives come from the batch, in any phase?"
-    alone = {'vse0', 'vsepp', 'semihard', 'infonce', 'fne_warmup'}
+    alone = {'vse0', 'vsepp', 'semihard', 'infonce', 'fne_warmup', 'multi_positive', 'gist', 'glofnd'}
     parts = lambda text: {re.split(r'[(,]', p)[0].strip() for p in text.split('|')}
     return parts(v.method) <= alone or bool(v.warmup) and parts(v.warmup_method) <= alone
 
