@@ -22,6 +22,7 @@ from ..data.splits import fingerprint
 from ..models.similarity import gather, image_inputs
 from ..models.vsrn import caption_cost, caption_targets
 from .losses import hinge, LossTerm
+from .method import Method
 from .offline_mining import SHARE, Anywhere, depth, Draw, Lists, load_lists, mine_model
 from .samplers import Candidates, draw, hardest, in_batch, Selection, semi_hard, Source, Step, DirectedStep
 
@@ -312,7 +313,7 @@ def aoq(
     refresh:int=0,               # the model mines anew every so many epochs; 0: never, as in the paper
     m_off:float=0., alpha:float=.3, beta:float=1.5,
     **switches                   # of the preset; `detach` unsaid: also wherever `on` or `pool` is another
-)->tuple:                        # ({name: Source}, {name: LossTerm}): what a `Method` is made of
+)->Method:
     "The adaptive offline quintuplet loss, or one of the steps that lead to it"
     _known(stage, placebo); watch, s = WeightMonitor(), switches_of(preset, **switches)
     detach = _stopped(on, pool, switches, s) or placebo == 'detached'
@@ -320,11 +321,12 @@ def aoq(
     sources = dict(on=Source(pool, on if callable(on) else ONLINE[on]))
     hyper = margin, m_off, alpha, beta, placebo, watch
     term = aoq_term(stage, 'on', 'off', s['clamp'], detach, s['reduce'], *hyper)
-    if stage == 'online': return sources, dict(aoq=term)
+    if stage == 'online': return Method(sources, dict(aoq=term))
     draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None
     off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'], placebo == 'permuted')
-    return sources | dict(off=Source(off.pool, hardest, off.fetch, stateful=(watch, *keeper))), dict(aoq=term)
+    sources['off'] = Source(off.pool, hardest, off.fetch, stateful=(watch, *keeper))
+    return Method(sources, dict(aoq=term))
 
 def _known(stage, placebo):
     "Refuse a stage or a placebo that there is not"
@@ -361,7 +363,7 @@ def caption(
     weight:float=0.,           # 0: the preset's
     max_len:int=60,            # a longer sentence is cut
     model=None,                # must have a captioner
-)->tuple:                      # sources, terms
+)->Method:                     # one source without negatives, one term
     "The captioner's lesson (VSRN, sec. 3.4), to be added to a method"
     if preset not in CAPTION: raise ValueError(f'no preset called {preset!r}; there are {sorted(CAPTION)}')
     if model is not None and not hasattr(model, 'captioner'):
@@ -373,4 +375,4 @@ def caption(
         return Candidates(none, none.bool(), view.positive(), lambda idx: {}, dict(cost=cost))
     pick = lambda c, view: Selection(c.score.long(), c.eligible)
     term = LossTerm(lambda n: n['caption.cost'], ('caption',), weight or p['weight'], sides=('i2t',))
-    return dict(caption=Source(pool, pick)), dict(caption=term)
+    return Method(dict(caption=Source(pool, pick)), dict(caption=term))

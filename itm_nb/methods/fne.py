@@ -20,6 +20,7 @@ from ..scenes.dataset import true_pairs
 from .aoq import aoq
 from .losses import LossTerm, triplet_term
 from .memory_bank import Bank, refuse
+from .method import Method
 from .offline_mining import SHARE
 from .samplers import (
     Candidates, draw_at, hardest, exclude_false_negatives, in_batch, Selection, Source, Step, DirectedStep)
@@ -308,7 +309,7 @@ def fne(
     world=None,             # the drawn world, for a known prior and for an oracle
     parts:tuple=None,       # from `fne_parts`, to share memory and statistics with other sources; preset, queue, ... say nothing then
     **kw                    # tau, floor, cutdown, permuted, monotone, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
-)->tuple:                   # ({'bank': Source}, {'bank': LossTerm}): what a `Method` is made of
+)->Method:
     "A hinge against one negative per anchor, drawn from batch and memory (FNE)"
     if model is not None: refuse(model, queue)
     changed = {k: v for k, v in dict(negatives=negatives, window=window, first=first).items() if v}
@@ -316,7 +317,8 @@ def fne(
     bank, statistics, given = parts or fne_parts(preset, queue, momentum, seed, start, **changed)
     choose = _chosen(pick, statistics, margin, _prior(prior, world), given, kw)
     pool = exclude_false_negatives(bank.pool, true_pairs(world)) if honest else bank.pool
-    return dict(bank=Source(pool, choose, stateful=(bank, statistics))), dict(bank=triplet_term('bank', margin))
+    source = Source(pool, choose, stateful=(bank, statistics))
+    return Method(dict(bank=source), dict(bank=triplet_term('bank', margin)))
 
 # %% ../../nbs/5_methods/06_fne.ipynb #5930590e
 def only_own(view:DirectedStep)->Candidates:
@@ -326,9 +328,9 @@ def only_own(view:DirectedStep)->Candidates:
     eligible = torch.ones_like(score, dtype=torch.bool); eligible[at, at+view.step.first] = False
     return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(), lambda idx: {'': view.at(view.other, idx)})
 
-def fne_warmup(margin:float=.2)->tuple:   # ({'own': Source}, {'own': LossTerm})
+def fne_warmup(margin:float=.2)->Method:
     "Hardest negative of the batch as in the release's first epoch"
-    return dict(own=Source(only_own, hardest)), dict(own=triplet_term('own', margin))
+    return Method(dict(own=Source(only_own, hardest)), dict(own=triplet_term('own', margin)))
 
 # %% ../../nbs/5_methods/06_fne.ipynb #fdcdc75f
 def bank_source(
@@ -340,7 +342,8 @@ def bank_source(
 )->Source:
     "FNE's draw as a source, in the place of another"
     if pool not in ('memory', 'batch'): raise ValueError(f"pool is 'memory' or 'batch', not {pool!r}")
-    source = fne(margin=margin, seed=seed, model=model if pool == 'memory' else None, world=world, **kw)[0]['bank']
+    suits = model if pool == 'memory' else None
+    source = fne(margin=margin, seed=seed, model=suits, world=world, **kw).sources['bank']
     return source if pool == 'memory' else Source(in_batch, source.selector, stateful=source.stateful[1:])
 
 def refined(
@@ -365,9 +368,8 @@ def aoq_fne(
     model=None,                # in training
     world=None,                # the drawn world, for a known prior and for an oracle
     **kw                       # queue, tau, floor, ...: of `fne`
-)->tuple:                      # ({'on': Source, 'off': Source}, {'aoq': LossTerm})
+)->Method:                     # sources 'on' and 'off', term 'aoq'
     "AOQ whose online negative is drawn by FNE"
     drawn = bank_source(pool, margin, seed, model, world, preset=preset, **kw)
     given = dict(lists=lists, train=train, model=model, margin=margin, detach=detach)
-    sources, terms = aoq(stage, preset, share, **given)
-    return sources | dict(on=drawn), terms
+    return aoq(stage, preset, share, **given).but(on=drawn)

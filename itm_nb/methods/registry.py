@@ -99,7 +99,7 @@ def _made(path, maker, kind, kw, own):
             hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(known)}'
             raise ValueError(f'{path} has no setting {odd[0]!r}; {hint}')
         maker = maker(**{k: v for k, v in kw.items() if k in known} | own)
-    if kind is Method and isinstance(maker, tuple): maker = Method(*maker)      # (sources, terms), from rooms that come before this one
+    if kind is Method and isinstance(maker, tuple): maker = Method(*maker)      # a user's function may return (sources, terms)
     if isinstance(maker, kind): return maker
     raise DataError(path, f'a {type(maker).__name__}', f'a {kind.__name__}, or a function that returns one', 'Return it from the function.')
 

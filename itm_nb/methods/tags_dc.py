@@ -21,6 +21,7 @@ from ..models.factory import from_pretrained, model_of
 from .generator import (
     Captions, judge_of, lexicon, Synthetic, synthetic_source, Tally, units_of, TextGenerator)
 from .losses import average, hinge, LossTerm
+from .method import Method
 from .samplers import Source, top
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #a96ba063
@@ -195,7 +196,7 @@ def tags(
     world=None,                 # the drawn world, where there is one: it judges a part of what is kept
     seed:int=0,
     **switches                  # single switches of the preset's pool: blind, drop, others, inside, special
-)->tuple:                       # ({'syn': Source}, {name: LossTerm})
+)->Method:                      # source 'syn'
     "Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and correction TAGS-DC)"
     learns, heads, pool_of = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0, pool_switches(preset, **switches)
     if heads or pool_of['blind']: _streaming(model, 'the model in training')
@@ -207,7 +208,7 @@ def tags(
     if pool_of['special']: _reading(model, known.lexicon)
     pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads, corrects=correction > 0,
                      tally=Tally(known.lexicon, judge_of(world)), knows=judge_of(world) if honest else None, **pool_of)
-    return dict(syn=synthetic_source(pool, hard)), terms
+    return Method(dict(syn=synthetic_source(pool, hard)), terms)
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #d601473c
 def mlm_warmup(
@@ -218,10 +219,10 @@ def mlm_warmup(
     train=None,           # Batches of the training split
     vocab=None,           # its words
     model=None,           # in training
-)->tuple:                 # ({'mask': Source}, {'masked': LossTerm})
+)->Method:                # source 'mask', term 'masked'
     "The lesson of masked words; no sentence is written"
     pool = Synthetic(captions_of(train, _streaming(model, 'the model in training'), vocab, units), copies, 0, share=share)
-    return dict(mask=Source(pool.pool, top(1))), dict(masked=mlm_term('mask', weight))
+    return Method(dict(mask=Source(pool.pool, top(1))), dict(masked=mlm_term('mask', weight)))
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #06dcd167
 def word_counts(
