@@ -64,7 +64,8 @@ def quintuplet(
     given = some if off_ok is None else some & off_ok
     w = torch.where(given, adaptive_weight(on, off, **kw), 1.) if at == 3 else 1.
     if at == 3 and deal: w = deal(w)
-    cost = dict(online=torch.where(some, hinge(pos if pos_on is None else pos_on, torch.where(some, on, 0.), m_on), 0.) * w)
+    cost = dict(online=torch.where(some, hinge(pos if pos_on is None else pos_on, torch.where(some, on, 0.),
+                                               m_on), 0.) * w)
     if at > 0: cost['offline'] = _only(hinge(pos, off, m_off), off_ok)
     if at > 1: cost['apart'] = _only(hinge(pos, apart, m_off), unanchored_valid)
     return cost
@@ -75,7 +76,9 @@ def _only(x, ok): return x if ok is None else torch.where(ok, x, 0.)
 PRESETS = dict(
     faithful=dict(clamp=False, detach=False, true_pairs=True, same_image=True, tied=True, reduce='sum'),
     corrected=dict(clamp=True, detach=False, true_pairs=False, same_image=False, tied=False, reduce='mean'),
-)   # clamp, detach: of the weight; true_pairs: (I3,T3) and (I4,T4) count even where I3 = I4; same_image: other captions of the anchor's own
+# clamp, detach: of the weight; true_pairs: (I3,T3) and (I4,T4) count even where I3 = I4; same_image: other
+# captions of the anchor's own
+)
 #     image are negatives in the batch; tied: one draw for the ranks of T3 and I3; reduce: over the anchors
 
 def switches_of(
@@ -89,7 +92,8 @@ def switches_of(
     return PRESETS[name] | kw
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #303bb422
-COUNTS = ('anchors', 'both', 'weight', 'negative', 'gap', 'online', 'offline', 'apart', 'pulled', 'collisions')
+COUNTS = ('anchors', 'both', 'weight', 'negative', 'gap', 'online', 'offline', 'apart', 'pulled',
+          'collisions')
 
 @torch.no_grad()
 def tally(
@@ -97,15 +101,17 @@ def tally(
     same:Tensor=None,                                  # (B,) is the unanchored pair a true one (I3 = I4)?
     off_ok:Tensor=None, unanchored_valid:Tensor=None, pos_on:Tensor=None,
     alpha:float=.3, beta:float=1.5, clamp:bool=False, m_on:float=.2, m_off:float=0.,
-)->tuple:                                              # (10,) sums in the order of `COUNTS`, smallest weight (inf: none)
+)->tuple:  # (10,) sums in the order of `COUNTS`, smallest weight (inf: none)
     "Add up over the anchors of one direction"
     every, some = torch.ones_like(pos, dtype=torch.bool), on > -torch.inf
     off_ok, unanchored_valid = (every if x is None else x for x in (off_ok, unanchored_valid))
     both, hard = some & off_ok, torch.where(some, on, 0.)
     w, c = adaptive_weight(on, off, alpha, beta, clamp), hinge(pos if pos_on is None else pos_on, hard, m_on)
     active = off_ok & (hinge(pos, off, m_off) > 0)
-    rows = (every, both, both*w, both & (w < 0), both*(off-hard), some & (c*torch.where(both, w, 1.) != 0), active,
-            unanchored_valid & (hinge(pos, apart, m_off) > 0), both & (c/alpha > active.float()), ~every if same is None else same)
+    rows = (every, both, both*w, both & (w < 0), both*(off-hard), some & (c*torch.where(both, w, 1.) != 0),
+            active,
+            unanchored_valid & (hinge(pos, apart, m_off) > 0), both & (c/alpha > active.float()),
+            ~every if same is None else same)
     return torch.stack([r.double().sum() for r in rows]), torch.where(both, w, torch.inf).amin().double()
 
 def monitors(
@@ -113,16 +119,21 @@ def monitors(
     least:Tensor,        # smallest weight
 )->dict:                 # name -> float
     "Shares and means"
-    n = dict(zip(COUNTS, sums.tolist())); both, anchors = max(n['both'], 1.), max(n['anchors'], 1.)
-    out = {f'active_{k}': n[k]/anchors for k in ('online', 'offline', 'apart')} | dict(collisions=n['collisions']/anchors)
+    n = dict(zip(COUNTS, sums.tolist()))
+    both, anchors = max(n['both'], 1.), max(n['anchors'], 1.)
+    out = ({f'active_{k}': n[k]/anchors for k in ('online', 'offline', 'apart')}
+           | dict(collisions=n['collisions']/anchors))
     if not n['both']: return out
-    return out | dict(weight_mean=n['weight']/both, weight_min=float(least), weight_negative=n['negative']/both, off_minus_on=n['gap']/both,
+    return out | dict(weight_mean=n['weight']/both, weight_min=float(least),
+                      weight_negative=n['negative']/both, off_minus_on=n['gap']/both,
                       pulled=n['pulled']/both)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #1b0c95a8
 class WeightMonitor:
     "Sums of an epoch, for the log; and the mean weight since the beginning of the run"
-    def __init__(self): self.run = torch.zeros(2).double(); self.start_epoch(0)
+    def __init__(self):
+        self.run = torch.zeros(2).double()
+        self.start_epoch(0)
 
     def start_epoch(self, epoch:int):
         "Count anew; the mean goes on"
@@ -131,9 +142,11 @@ class WeightMonitor:
     def take(self, *given, **kw):   # of `tally`
         "Count a batch of all devices, unless somebody is only looking"
         if not torch.is_grad_enabled(): return
-        sums, least = tally(*given, **kw); sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
+        sums, least = tally(*given, **kw)
+        sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
         self.sums, self.least, self.run = (x.to(sums.device) for x in (self.sums, self.least, self.run))
-        self.sums, self.least, self.run = self.sums + sums, torch.minimum(self.least, least), self.run + sums[1:3].flip(0)
+        self.sums, self.least, self.run = (self.sums + sums, torch.minimum(self.least, least),
+                                           self.run + sums[1:3].flip(0))
 
     def mean(self, w:Tensor)->Tensor:   # (B,) -> (B,)
         "Every weight the mean of all so far"
@@ -153,7 +166,8 @@ def _one(n, k, fill):
 def _given(n, on, off)->dict:
     "What `quintuplet` wants to know, from the named tensors of two sources"
     ok, pos = n[f'{off}.valid'].squeeze(1), n[f'{off}.pos']
-    return dict(pos=pos, on=_one(n, on, -torch.inf), off=_one(n, off, 0.), apart=n.get(f'{off}.apart', pos.detach()), off_ok=ok,
+    return dict(pos=pos, on=_one(n, on, -torch.inf), off=_one(n, off, 0.),
+                apart=n.get(f'{off}.apart', pos.detach()), off_ok=ok,
                 unanchored_valid=n.get(f'{off}.unanchored_valid', ok) & ok, pos_on=n[f'{on}.pos'])
 
 def aoq_term(
@@ -174,7 +188,8 @@ def aoq_term(
         if stage == 'online': return quintuplet(x, _one(n, on, -torch.inf), x, x, m_on, stage=stage)['online']
         given = _given(n, on, off)
         if watch: watch.take(**given, **hyper, m_on=m_on, m_off=m_off, same=n.get(f'{off}.same'))
-        deal = dict(permuted=lambda w: w[n[f'{off}.shuffle'].argsort()], constant=lambda w: watch.mean(w)).get(placebo)
+        deal = dict(permuted=lambda w: w[n[f'{off}.shuffle'].argsort()],
+                    constant=lambda w: watch.mean(w)).get(placebo)
         kw = hyper | dict(detach=detach, deal=deal) if stage == 'adap' else {}
         return sum(quintuplet(**given, m_on=m_on, m_off=m_off, stage=stage, **kw).values())
     return LossTerm(cost, (on,) if stage == 'online' else (on, off), reduce=reduce)
@@ -190,28 +205,38 @@ class Offline:
         true_pairs:bool=False,     # does (I3,T3) count where T3 describes I3?
         shuffle:bool=False,        # numbers to deal weights out by: a placebo
     ):
-        self.draw, self.second, self.apart, self.true_pairs, self.shuffle = draw, second, apart, true_pairs, shuffle
+        self.draw, self.second, self.apart, self.true_pairs, self.shuffle = (draw, second, apart, true_pairs,
+            shuffle)
         ids = split.cap_ids, split.img_ids, split.img_of
-        self.cap_ids, self.img_ids, self.img_of = (torch.as_tensor(np.asarray(x), dtype=torch.int64) for x in ids)
+        self.cap_ids, self.img_ids, self.img_of = (torch.as_tensor(np.asarray(x), dtype=torch.int64)
+                                                   for x in ids)
         self.sorted = self.cap_ids.argsort()
 
     def fetch(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> {name: ids}; an anchor without negatives gets itself
         "What comes with a batch"
-        at = self.sorted[torch.searchsorted(self.cap_ids[self.sorted], cap.contiguous())]; d = self.draw(at, seed, epoch)
-        if self.second: more = self.second(at, seed, epoch); d |= dict(T4=more['T3'], I4=more['I3'])
+        at = self.sorted[torch.searchsorted(self.cap_ids[self.sorted], cap.contiguous())]
+        d = self.draw(at, seed, epoch)
+        if self.second:
+            more = self.second(at, seed, epoch)
+            d |= dict(T4=more['T3'], I4=more['I3'])
         text = lambda x: self.cap_ids[torch.where(x < 0, at, x)]
         image = lambda x: self.img_ids[torch.where(x < 0, self.img_of[at], x)]
         both = ('3', '4') if self.apart else ('3',)
-        return {f'text.off{k}': text(d[f'T{k}']) for k in both} | {f'image.off{k}': image(d[f'I{k}']) for k in both}
+        return ({f'text.off{k}': text(d[f'T{k}']) for k in both}
+                | {f'image.off{k}': image(d[f'I{k}']) for k in both})
 
     def pool(self, view:DirectedStep)->Candidates:
         "One candidate per anchor"
-        s, name = view.step, 'text.off3' if view.i2t else 'image.off3'; mine = s.batch[name]
+        s, name = view.step, 'text.off3' if view.i2t else 'image.off3'
+        mine = s.batch[name]
         score, ok = view.pairs(view.anchor, s.fetched(name))[:,None], (mine['img_ids'] != s.img)[:,None]
         caption = mine['cap_ids'] if view.i2t else torch.full_like(mine['img_ids'], -1)
-        also = self.unanchored(view) | (dict(shuffle=view.uniform('aoq/permuted').squeeze(1)) if self.shuffle else {})
-        return Candidates(score.detach().masked_fill(~ok, -torch.inf), ok, view.positive(), lambda idx: {'': score.gather(1, idx)}, also,
-                          lambda: {'image': mine['img_ids'][:,None], 'caption': caption[:,None], 'same image': ~ok})
+        also = self.unanchored(view) | (dict(shuffle=view.uniform('aoq/permuted').squeeze(1)) if self.shuffle
+                                        else {})
+        return Candidates(score.detach().masked_fill(~ok, -torch.inf), ok, view.positive(),
+                          lambda idx: {'': score.gather(1, idx)}, also,
+                          lambda: {'image': mine['img_ids'][:,None], 'caption': caption[:,None],
+                                   'same image': ~ok})
 
     def unanchored(self, view:DirectedStep)->dict:
         "Scores of (I3,T3) for i2t, of (I4,T4) for t2i - or of second draws - and whether they are negatives"
@@ -221,7 +246,8 @@ class Offline:
             name = 'text.off4' if view.i2t else 'image.off4'
             return dict(apart=view.pairs(view.anchor, s.fetched(name)), unanchored_valid=who(name) != s.img)
         img, txt = ('image.off3', 'text.off3') if view.i2t else ('image.off4', 'text.off4')
-        t3, i3 = who('text.off3'), who('image.off3'); real, same = (t3 != s.img) & (i3 != s.img) & (who('text.off4') == i3), t3 == i3
+        t3, i3 = who('text.off3'), who('image.off3')
+        real, same = (t3 != s.img) & (i3 != s.img) & (who('text.off4') == i3), t3 == i3
         score = s.model.pairs(s.fetched(img), s.fetched(txt))
         return dict(apart=score, unanchored_valid=real if self.true_pairs else real & ~same, same=real & same)
 
@@ -232,7 +258,9 @@ def kept(old, new, rows:int=4096)->float:   # (N, a), (N, b) ids, -1 where there
     "Which share of new lists was in the old ones"
     both = n = 0
     for a, b in zip(_ids(old).split(rows), _ids(new).split(rows)):
-        x = torch.cat([a, b], 1).sort(1).values; both += int(((x[:,1:] == x[:,:-1]) & (x[:,1:] >= 0)).sum()); n += int((b >= 0).sum())
+        x = torch.cat([a, b], 1).sort(1).values
+        both += int(((x[:,1:] == x[:,:-1]) & (x[:,1:] >= 0)).sum())
+        n += int((b >= 0).sum())
     return both/max(n, 1)
 
 class Refresh:
@@ -242,7 +270,9 @@ class Refresh:
         h:tuple,         # how many captions, how many images are listed
         every:int,       # epochs
         model, train,    # what mines, and what
-    ): self.lists, self.h, self.every, self.model, self.train, self.share = lists, h, every, model, train, torch.tensor(torch.nan)
+    ):
+        self.lists, self.h, self.every, self.model, self.train, self.share = (lists, h, every, model, train,
+            torch.tensor(torch.nan))
 
     def start_epoch(self, epoch:int):
         "Mine, if it is time"
@@ -253,19 +283,29 @@ class Refresh:
         self.lists.update(new)
 
     def monitor(self)->dict: return {} if self.share.isnan() else dict(lists_kept=self.share.item())
-    def state_dict(self)->dict: return dict(share=self.share) | {k: _ids(x.idx) for k, x in self.lists.items()}
+    def state_dict(self)->dict:
+        return dict(share=self.share) | {k: _ids(x.idx) for k, x in self.lists.items()}
     def load_state_dict(self, d:dict):
-        self.share = d['share'].clone(); self.lists.update({k: Lists(d[k].cpu(), None) for k in ('i2t', 't2i') if k in d})
+        self.share = d['share'].clone()
+        self.lists.update({k: Lists(d[k].cpu(), None) for k in ('i2t', 't2i') if k in d})
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #afade933
-ONLINE = dict(hardest=hardest, semi_hard=semi_hard, uniform=draw(purpose='aoq/online'))    # picks of the online negative
-PLACEBOS = dict(random=STAGES[1:], second=STAGES[2:], permuted=STAGES[3:], constant=STAGES[3:], detached=STAGES[3:])   # and their stages
+# picks of the online negative
+ONLINE = dict(hardest=hardest, semi_hard=semi_hard, uniform=draw(purpose='aoq/online'))
+# and their stages
+PLACEBOS = dict(random=STAGES[1:], second=STAGES[2:], permuted=STAGES[3:], constant=STAGES[3:],
+                detached=STAGES[3:])
 
 def but_own(view:DirectedStep)->Candidates:
-    "The other side of the batch; nothing is barred but the own pair (as released: captions of the same image are negatives)"
-    score = view.search(view.other); at = torch.arange(len(score), device=score.device)
-    eligible = torch.ones_like(score, dtype=torch.bool); eligible[at,at+view.step.first] = False; s = view.step
-    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(), lambda idx: {'': view.at(view.other, idx)},
+    ("The other side of the batch; nothing is barred but the own pair (as released: captions of the same "
+     "image are negatives)")
+    score = view.search(view.other)
+    at = torch.arange(len(score), device=score.device)
+    eligible = torch.ones_like(score, dtype=torch.bool)
+    eligible[at,at+view.step.first] = False
+    s = view.step
+    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(),
+                      lambda idx: {'': view.at(view.other, idx)},
                       about=lambda: {'image': s.all_img, 'caption': s.all_cap, 'own pair': ~eligible})
 
 def lists_of(
@@ -277,22 +317,28 @@ def lists_of(
     wanted = 'lists: the folder of a finished run of the template mine'
     if not folder: raise DataError('aoq', 'no mined lists', wanted, "Mine first, or say placebo='random'.")
     at = Path(folder)/'lists' if (Path(folder)/'lists').is_dir() else Path(folder)
-    n, m = len(split), len(split.captions); lists, want = load_lists(at, dict(data=fingerprint(split))), depth(m, n, share)
+    n, m = len(split), len(split.captions)
+    lists, want = load_lists(at, dict(data=fingerprint(split))), depth(m, n, share)
     for side, h, most in zip(('i2t', 't2i'), want, (m, n)):
         have = lists[side].idx.shape[1] if side in lists else 0
         if have >= min(h, most): continue
-        raise DataError(at, f'lists of {have} entries ({side})', f'{h}, as share={share:g} asks for', 'Mine deeper or use a smaller share.')
+        raise DataError(at, f'lists of {have} entries ({side})', f'{h}, as share={share:g} asks for',
+                        'Mine deeper or use a smaller share.')
     return lists, *want
 
 def _draws(train, tied, share, folder, random, refresh=0, model=None):
     "Purpose -> a draw from lists, or from anywhere; who keeps the lists up to date"
-    if train is None: raise DataError('aoq', 'no training data', 'train: Batches of the training split', 'Give train=...')
+    if train is None:
+        raise DataError('aoq', 'no training data', 'train: Batches of the training split', 'Give train=...')
     img_of = torch.as_tensor(np.asarray(train.split.img_of), dtype=torch.int64)
-    if random and refresh: raise ValueError("refresh has nothing to do where placebo='random': nothing is mined")
+    if random and refresh:
+        raise ValueError("refresh has nothing to do where placebo='random': nothing is mined")
     if random: return lambda purpose: Anywhere(img_of, len(train.split), purpose), ()
     if refresh and model is None: raise ValueError('refresh: give the model that is trained')
-    lists, *h = lists_of(folder, train.split, share) if folder or not refresh else ({}, *depth(len(img_of), len(train.split), share))
-    return lambda purpose: Draw(lists, img_of, *h, tied, purpose), (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ()
+    lists, *h = (lists_of(folder, train.split, share) if folder or not refresh
+                 else ({}, *depth(len(img_of), len(train.split), share)))
+    return (lambda purpose: Draw(lists, img_of, *h, tied, purpose),
+            (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ())
 
 def _stopped(on, pool, switches, s)->bool:
     "Is the weight detached? As said; else as the preset has it, and always beside another online negative"
@@ -315,7 +361,8 @@ def aoq(
     **switches                   # of the preset; `detach` unsaid: also wherever `on` or `pool` is another
 )->Method:
     "The adaptive offline quintuplet loss, or one of the steps that lead to it"
-    _known(stage, placebo); watch, s = WeightMonitor(), switches_of(preset, **switches)
+    _known(stage, placebo)
+    watch, s = WeightMonitor(), switches_of(preset, **switches)
     detach = _stopped(on, pool, switches, s) or placebo == 'detached'
     pool = pool or (but_own if s['same_image'] else in_batch)
     sources = dict(on=Source(pool, on if callable(on) else ONLINE[on]))
@@ -324,7 +371,8 @@ def aoq(
     if stage == 'online': return Method(sources, dict(aoq=term))
     draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None
-    off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'], placebo == 'permuted')
+    off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'],
+                  placebo == 'permuted')
     sources['off'] = Source(off.pool, hardest, off.fetch, stateful=(watch, *keeper))
     return Method(sources, dict(aoq=term))
 
@@ -332,8 +380,10 @@ def _known(stage, placebo):
     "Refuse a stage or a placebo that there is not"
     if stage not in STAGES: raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
     if not placebo: return
-    if placebo not in PLACEBOS: raise ValueError(f'no placebo called {placebo!r}; there are {sorted(PLACEBOS)}')
-    if stage not in PLACEBOS[placebo]: raise ValueError(f'placebo {placebo!r} is for the stages {PLACEBOS[placebo]}, not {stage!r}')
+    if placebo not in PLACEBOS:
+        raise ValueError(f'no placebo called {placebo!r}; there are {sorted(PLACEBOS)}')
+    if stage not in PLACEBOS[placebo]:
+        raise ValueError(f'placebo {placebo!r} is for the stages {PLACEBOS[placebo]}, not {stage!r}')
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #f1a0ef0b
 CAPTION = dict(
@@ -345,11 +395,14 @@ def uncounted(
     module:nn.Module,
 ):
     "Inside, batch normalisation uses the statistics of the batch and leaves its running ones alone"
-    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+    norms = [(m, m.momentum, m.num_batches_tracked.clone())
+             for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
     for m, *_ in norms: m.momentum = 0.
     try: yield
     finally:
-        for m, momentum, n in norms: m.momentum = momentum; m.num_batches_tracked.copy_(n)
+        for m, momentum, n in norms:
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(n)
 
 def _spoken(s:Step, max_len, one_more, steps)->Tensor:   # (B,)
     "Minus log-probability of every anchor's sentence, given the regions of its image"
@@ -371,7 +424,8 @@ def caption(
     p = CAPTION[preset]
     def pool(view):
         if not view.i2t: return None
-        cost = _spoken(view.step, max_len, p['one_more'], p['steps']); none = cost.detach()[:,None][:,:0]
+        cost = _spoken(view.step, max_len, p['one_more'], p['steps'])
+        none = cost.detach()[:,None][:,:0]
         return Candidates(none, none.bool(), view.positive(), lambda idx: {}, dict(cost=cost))
     pick = lambda c, view: Selection(c.score.long(), c.eligible)
     term = LossTerm(lambda n: n['caption.cost'], ('caption',), weight or p['weight'], sides=('i2t',))

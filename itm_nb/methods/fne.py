@@ -56,7 +56,7 @@ def variances(
 @torch.no_grad()
 def observed(
     score:Tensor,                # (B, B) images by sentences, true pairs on the diagonal
-    same:Tensor=None,            # (B, B) pairs of one image, no negatives; None: only the diagonal, as released
+    same:Tensor=None,  # (B, B) pairs of one image, no negatives; None: only the diagonal, as released
     least:float=-torch.inf,      # lower limit of a negative; the release puts 0 on the diagonal before it takes the maximum
     negatives:str='hardest',     # 'hardest' of each row and column, or 'all' of them
 )->Tensor:                       # (2, 3) moments: positives, negatives
@@ -64,8 +64,10 @@ def observed(
     own = torch.eye(len(score), dtype=torch.bool, device=score.device)
     off = score.masked_fill(own if same is None else own | same, -torch.inf)
     pos, hard = score.diagonal(), torch.stack([off.amax(1), off.amax(0)])
-    ok = ((pos >= hard) & (hard.clamp(min=least) > -torch.inf)).all(0)      # a pair without a rival proves nothing
-    if negatives == 'hardest': return torch.stack([moments(pos, ok), moments(hard.clamp(min=least), ok.expand(2, -1))])
+    # a pair without a rival proves nothing
+    ok = ((pos >= hard) & (hard.clamp(min=least) > -torch.inf)).all(0)
+    if negatives == 'hardest':
+        return torch.stack([moments(pos, ok), moments(hard.clamp(min=least), ok.expand(2, -1))])
     both = torch.stack([off, off.T])
     return torch.stack([moments(pos, ok), moments(both, ok[:,None] & (both > -torch.inf))])
 
@@ -80,7 +82,8 @@ def log_odds(
     (mp, mn), (vp, vn) = m[:,1].to(score.dtype), variances(m).clamp(min=1e-12).to(score.dtype)
     if monotone:
         turn = (mp*vn - mn*vp) / (vn-vp)
-        score = torch.where(vp < vn, torch.minimum(score, turn), torch.where(vp > vn, torch.maximum(score, turn), score))
+        score = torch.where(vp < vn, torch.minimum(score, turn),
+                            torch.where(vp > vn, torch.maximum(score, turn), score))
     return .5*((score-mn)**2/vn - (score-mp)**2/vp) + .5*torch.log(vn/vp) + float(np.log(prior/(1-prior)))
 
 def posterior(
@@ -101,10 +104,11 @@ def floor_of(
     m:Tensor,                 # (2, 3) moments
     pos:Tensor,               # (B,) scores of the anchors' own pairs
     margin:float=.2,
-    floor:str='global',       # 'global': mean of positives - margin; 'per_anchor': own positive - margin; 'none'
+    floor:str='global',  # 'global': mean of positives - margin; 'per_anchor': own positive - margin; 'none'
 )->Tensor:                    # (B, 1), of the type of `pos`
     "Candidates that score no higher than this are never drawn"
-    if floor not in ('global', 'per_anchor', 'none'): raise ValueError(f"floor is 'global', 'per_anchor' or 'none', not {floor!r}")
+    if floor not in ('global', 'per_anchor', 'none'):
+        raise ValueError(f"floor is 'global', 'per_anchor' or 'none', not {floor!r}")
     if floor == 'none': return torch.full_like(pos, -torch.inf)[:,None]
     return (m[0,1].to(pos.dtype).expand_as(pos) if floor == 'global' else pos)[:,None] - margin
 
@@ -146,8 +150,11 @@ def fallback_negative(
 )->tuple:                       # (B, 1) places, (B, 1) is that a negative?
     "The negative of an anchor all of whose weights are 0"
     if fallback == 'hardest': idx = torch.where(eligible, score, -torch.inf).argmax(1, keepdim=True)
-    elif fallback == 'hinge': idx = torch.where(eligible, (margin+score-pos[:,None]).clamp(min=0), 0.).argmax(1, keepdim=True)
-    elif fallback == 'none': return torch.zeros_like(pos, dtype=torch.int64)[:,None], torch.zeros_like(pos, dtype=torch.bool)[:,None]
+    elif fallback == 'hinge':
+        idx = torch.where(eligible, (margin+score-pos[:,None]).clamp(min=0), 0.).argmax(1, keepdim=True)
+    elif fallback == 'none':
+        return torch.zeros_like(pos, dtype=torch.int64)[:,None], torch.zeros_like(pos, dtype=torch.bool)[:,
+            None]
     else: raise ValueError(f"fallback is 'hardest', 'hinge' or 'none', not {fallback!r}")
     return idx, eligible.gather(1, idx)
 
@@ -171,7 +178,8 @@ class Statistics:
         for k, v, known in (('variance', variance, ('exact', 'drift')), ('window', window, ('epoch', 'run')),
                             ('negatives', kw.get('negatives', 'all'), ('hardest', 'all'))):
             if v not in known: raise ValueError(f'{k} is one of {known}, not {v!r}')
-        self.variance, self.window, self.mask_same, self.start, self.kw = variance, window, mask_same, start, kw
+        self.variance, self.window, self.mask_same, self.start, self.kw = (variance, window, mask_same, start,
+            kw)
         self.moments, self.epoch = torch.zeros(2, 3, dtype=torch.double), -1
 
     def observe(self, step:Step):
@@ -186,11 +194,13 @@ class Statistics:
 
     def monitor(self)->dict:
         "Both distributions as they are, for the curves of a run"
-        (n, mp, qp), (k, mn, qn) = self.moments.tolist(); sd = lambda q, n: (q/max(n-1, 1))**.5
+        (n, mp, qp), (k, mn, qn) = self.moments.tolist()
+        sd = lambda q, n: (q/max(n-1, 1))**.5
         return dict(accepted=n, pos_mean=mp, pos_sd=sd(qp, n), neg_mean=mn, neg_sd=sd(qn, k))
 
     def state_dict(self)->dict: return dict(moments=self.moments, epoch=torch.tensor(self.epoch))
-    def load_state_dict(self, d:dict): self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
+    def load_state_dict(self, d:dict):
+        self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
 
 # %% ../../nbs/5_methods/06_fne.ipynb #4b29a159
 def above(
@@ -198,21 +208,27 @@ def above(
     least:Tensor,     # (B, 1)
 )->tuple:             # (B, m) places in order, (B, m) which of them are real; m as large as the fullest row wants, at least 1
     "Where the scores exceed the floor (numpy compares five times as fast as torch does)"
-    B, K = score.shape; at = np.flatnonzero(score.numpy() > least.numpy())
-    count = np.diff(np.searchsorted(at, np.arange(B+1)*K)); real = np.arange(count.max(initial=1)) < count[:,None]
-    place = np.zeros(real.shape, np.int64); place[real] = at - np.repeat(np.arange(B)*K, count)
+    B, K = score.shape
+    at = np.flatnonzero(score.numpy() > least.numpy())
+    count = np.diff(np.searchsorted(at, np.arange(B+1)*K))
+    real = np.arange(count.max(initial=1)) < count[:,None]
+    place = np.zeros(real.shape, np.int64)
+    place[real] = at - np.repeat(np.arange(B)*K, count)
     return torch.from_numpy(place), torch.from_numpy(real)
 
-_KNOWN = dict(floor=('global', 'per_anchor', 'none'), fallback=('hardest', 'hinge', 'none'), space=('log', 'linear'))
+_KNOWN = dict(floor=('global', 'per_anchor', 'none'), fallback=('hardest', 'hinge', 'none'),
+              space=('log', 'linear'))
 
 def _checked(kw):
     "Refuse a wrong setting when a method is made, not when it first draws"
     names = {'fallback'} | {k for f in (weights, posterior) for k in inspect.signature(f).parameters}
     names -= {'score', 'pos', 'm', 'eligible', 'shuffle', 'kw'}
-    if odd := kw.keys() - names: raise ValueError(f'no setting called {sorted(odd)}; there are {sorted(names)}')
+    if odd := kw.keys() - names:
+        raise ValueError(f'no setting called {sorted(odd)}; there are {sorted(names)}')
     for k in kw.keys() & _KNOWN:
         if kw[k] not in _KNOWN[k]: raise ValueError(f'{k} is one of {_KNOWN[k]}, not {kw[k]!r}')
-    if not 0 < kw.get('prior', .5) < 1: raise ValueError(f"prior is {kw['prior']}; wanted a share between 0 and 1")
+    if not 0 < kw.get('prior', .5) < 1:
+        raise ValueError(f"prior is {kw['prior']}; wanted a share between 0 and 1")
 
 def fne_pick(
     statistics,                 # owner of `moments`
@@ -228,7 +244,8 @@ def fne_pick(
     _checked(dict(floor=floor, fallback=fallback) | kw)
     def pick(c:Candidates, view:DirectedStep)->Selection:
         m, pos = statistics.moments.to(c.score.device), c.pos.detach()
-        on_cpu = c.score.device.type == 'cpu'; some = compact and floor != 'none' and on_cpu
+        on_cpu = c.score.device.type == 'cpu'
+        some = compact and floor != 'none' and on_cpu
         place, eligible = above(c.score, floor_of(m, pos, margin, floor)) if some else (None, c.eligible)
         score = c.score.gather(1, place) if some else c.score
         mix = dict(shuffle=view.uniform(f'{purpose}/permuted', score.shape[1])) if permuted else {}
@@ -239,14 +256,16 @@ def fne_pick(
             other, may = fallback_negative(c.score, pos, c.eligible, margin, fallback)
             idx, ok = torch.where(ok, idx, other), ok | may
         if torch.is_grad_enabled(): return Selection(idx, ok)
-        whole = torch.zeros_like(c.score).scatter_add(1, place, w) if some else w          # only whoever looks on wants to know
+        # only whoever looks on wants to know
+        whole = torch.zeros_like(c.score).scatter_add(1, place, w) if some else w
         return Selection(idx, ok, torch.where(ok | (fallback == 'hinge'), with_fallback(whole, idx), 0.))
     return pick
 
 # %% ../../nbs/5_methods/06_fne.ipynb #eac5acfd
 PRESETS = dict(
     faithful=dict(bank=dict(start='random', fill_from=1),
-                  statistics=dict(variance='drift', least=0., mask_same=False, start=1), pick=dict(space='linear', fallback='hinge')),
+                  statistics=dict(variance='drift', least=0., mask_same=False, start=1),
+                  pick=dict(space='linear', fallback='hinge')),
     corrected=dict(bank={}, statistics={}, pick={}))     # what each room is given beside its defaults
 
 def fne_parts(
@@ -260,30 +279,37 @@ def fne_parts(
 )->tuple:                      # (Bank, Statistics, settings of the pick)
     "The state and the settings of a preset, to be put together at will"
     if preset not in PRESETS: raise ValueError(f'no preset {preset!r}; there are {sorted(PRESETS)}')
-    p = PRESETS[preset]; bank, statistics = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
+    p = PRESETS[preset]
+    bank, statistics = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
     if first: bank['start'] = first
-    return Bank(queue, momentum, seed=seed, **p['bank'] | bank), Statistics(**p['statistics'] | statistics | kw), dict(p['pick'])
+    return Bank(queue, momentum, seed=seed, **p['bank'] | bank), Statistics(**p['statistics'] | statistics
+        | kw), dict(p['pick'])
 
 # %% ../../nbs/5_methods/06_fne.ipynb #b13c0dfa
 def true_share(
     world,                # a drawn world, as in `scenes`
     part:str='train',
 )->float:                 # share, 0..1
-    "How many of all pairs of an image and a stranger's sentence are true; half-true ones count on neither side"
-    halves, own = world.matrix(part), world.split(part).img_of; other = np.arange(len(halves))[:,None] != own
+    ("How many of all pairs of an image and a stranger's sentence are true; half-true ones count on neither "
+     "side")
+    halves, own = world.matrix(part), world.split(part).img_of
+    other = np.arange(len(halves))[:,None] != own
     return float((other & (halves == 2)).sum() / (other & (halves != 1)).sum())
 
 def _prior(prior, world):
     "A number, or what the world knows"
     if prior != 'known': return prior
-    if world is None: raise ValueError("prior='known' needs a world that knows the truth (data='scenes'); give a number")
+    if world is None:
+        raise ValueError("prior='known' needs a world that knows the truth (data='scenes'); give a number")
     return true_share(world)
 
-_DEAD = dict(draw=set(), uniform={'tau', 'threshold', 'cutdown', 'permuted', 'min_count', 'monotone', 'space'})
+_DEAD = dict(draw=set(), uniform={'tau', 'threshold', 'cutdown', 'permuted', 'min_count', 'monotone',
+                                  'space'})
 
 def _chosen(pick, statistics, margin, prior, given, kw):
     "The pick of a name; a setting that could do nothing is refused"
-    if pick not in ('draw', 'uniform', 'hardest'): raise ValueError(f"pick is 'draw', 'uniform' or 'hardest', not {pick!r}")
+    if pick not in ('draw', 'uniform', 'hardest'):
+        raise ValueError(f"pick is 'draw', 'uniform' or 'hardest', not {pick!r}")
     dead = kw.keys() & _DEAD.get(pick, kw.keys()) or (pick != 'draw' and prior != PRIOR and {'prior'})
     if dead: raise ValueError(f'pick={pick!r} knows no {", ".join(sorted(dead))}')
     if pick == 'hardest': return hardest
@@ -322,11 +348,14 @@ def fne(
 
 # %% ../../nbs/5_methods/06_fne.ipynb #5930590e
 def only_own(view:DirectedStep)->Candidates:
-    "The other side of the batch; nothing is barred but the own pair (as released: sentences of the same image are negatives)"
+    ("The other side of the batch; nothing is barred but the own pair (as released: sentences of the same "
+     "image are negatives)")
     with torch.no_grad(): score = view.matrix(view.anchor.detach(), view.other.detach())
     at = torch.arange(len(score), device=score.device)
-    eligible = torch.ones_like(score, dtype=torch.bool); eligible[at, at+view.step.first] = False
-    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(), lambda idx: {'': view.at(view.other, idx)})
+    eligible = torch.ones_like(score, dtype=torch.bool)
+    eligible[at, at+view.step.first] = False
+    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(),
+                      lambda idx: {'': view.at(view.other, idx)})
 
 def fne_warmup(margin:float=.2)->Method:
     "Hardest negative of the batch as in the release's first epoch"

@@ -39,12 +39,15 @@ def word_classes(
     "What every word of a caption is, by its part of speech"
     from textblob.en import tag                                   # slow to import, and only wanted here
     tags = [t for _, t in tag(' '.join(said), tokenize=False)] if said else []
-    if len(tags) != len(said): return ['entity']*len(said)        # a word the tagger splits: every word is a unit of its own
+    # a word the tagger splits: every word is a unit of its own
+    if len(tags) != len(said): return ['entity']*len(said)
     out = []
     for k, t in enumerate(tags):
         before, after = (tags[k-1] if k else ''), (tags[k+1] if k+1 < len(tags) else '')
-        participle = t in ('VBN', 'VBG', 'VBD') and before[:2] in ('DT', 'JJ', 'CD') and after[:2] in ('NN', 'JJ')
-        out.append('attribute' if t.startswith(_ATTRIBUTE) or participle else 'entity' if t.startswith(_ENTITY)
+        participle = (t in ('VBN', 'VBG', 'VBD') and before[:2] in ('DT', 'JJ', 'CD')
+                      and after[:2] in ('NN', 'JJ'))
+        out.append('attribute' if t.startswith(_ATTRIBUTE) or participle else 'entity'
+                   if t.startswith(_ENTITY)
                    else '' if before == 'EX' else 'relation' if t.startswith(_RELATION) else '')
     return out
 
@@ -62,7 +65,8 @@ def pack(
 )->Tensor:             # (M, U) int64 masks, 0 where a caption has fewer units
     "Units as bit masks; empty ones are left out"
     masks = [[sum({1 << (p+offset) for p in u if p+offset < 63}) for u in g] for g in groups]
-    masks = [[m for m in g if m] for g in masks]; most = max(map(len, masks), default=0)
+    masks = [[m for m in g if m] for g in masks]
+    most = max(map(len, masks), default=0)
     return torch.tensor([g + [0]*(most - len(g)) for g in masks], dtype=torch.int64).view(len(masks), -1)
 
 def members(
@@ -105,10 +109,13 @@ def mask_copies(
     share:float=.15,     # as in `unit_law`
 )->tuple:                # (B, K, L) masked copies, (B, K, L) which places are to be refilled
     "Masked copies; what is masked depends on caption, copy, seed and epoch, on nothing else"
-    (B, L), K = tokens.shape, copies; ids = (cap[:,None]*K + torch.arange(K, device=cap.device)).flatten()
+    (B, L), K = tokens.shape, copies
+    ids = (cap[:,None]*K + torch.arange(K, device=cap.device)).flatten()
     draws = lambda what, n: uniform(ids, f'mask/{what}', n, seed, epoch).view(B, K, n)
-    member = members(units, L) & (tokens != 0)[:,None]; filled = member.any(-1).sum(1)
-    chosen = draw_units(unit_law(member, share), filled, draws('unit', units.shape[1]), draws('forced', 1)[...,0])
+    member = members(units, L) & (tokens != 0)[:,None]
+    filled = member.any(-1).sum(1)
+    chosen = draw_units(unit_law(member, share), filled, draws('unit', units.shape[1]),
+                        draws('forced', 1)[...,0])
     hit = (chosen[...,None] & member[:,None]).any(2)
     fate, other = draws('fate', L), draws('word', L)
     strange = lexicon.ordinary.to(tokens.device)[(other*len(lexicon.ordinary)).long()]
@@ -125,7 +132,8 @@ def spell(
     "A rolling hash of a word's letters in lower case, a blank before it"
     text = text[2:] if text.startswith('##') and len(text) > 2 else f' {text}'
     key, factor = 0, 1
-    for ch in unicodedata.normalize('NFC', text).lower(): key, factor = _wrap(key*_BASE + ord(ch) + 1), _wrap(factor*_BASE)
+    for ch in unicodedata.normalize('NFC', text).lower():
+        key, factor = _wrap(key*_BASE + ord(ch) + 1), _wrap(factor*_BASE)
     return key, factor
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +163,7 @@ class Lexicon:
     def key(self, tokens:Tensor)->Tensor:   # (.., L) -> (..)
         "One number per sentence; the same spelling has the same number"
         key, factor = upload(self.table, tokens.device)[tokens].unbind(-1)
-        behind = factor.flip(-1).cumprod(-1).flip(-1)                              # of this word and all behind it
+        behind = factor.flip(-1).cumprod(-1).flip(-1)  # of this word and all behind it
         return (key*torch.cat([behind[..., 1:], torch.ones_like(behind[..., :1])], -1)).sum(-1)
 
     def say(self, tokens:Tensor)->str:   # (L,)
@@ -169,9 +177,12 @@ def lexicon(
     vocab,              # Vocabulary or Pieces
 )->Lexicon:             # one id more than the vocabulary: build models with `len(lexicon.names)` words
     "The lexicon of a vocabulary; of pieces, the mask is their own"
-    if isinstance(vocab, Vocabulary): return Lexicon.of((*vocab.words, '<mask>'), {0, 1, 2, 3, len(vocab)}, len(vocab))
-    table = vocab.made.get_vocab(); ends = {table[x] for x in ENDS if x in table}
-    return Lexicon.of((*sorted(table, key=table.get), '<mask>'), {0, *ends, len(table)}, table.get('[MASK]', len(table)))
+    if isinstance(vocab, Vocabulary):
+        return Lexicon.of((*vocab.words, '<mask>'), {0, 1, 2, 3, len(vocab)}, len(vocab))
+    table = vocab.made.get_vocab()
+    ends = {table[x] for x in ENDS if x in table}
+    return Lexicon.of((*sorted(table, key=table.get), '<mask>'), {0, *ends, len(table)},
+                      table.get('[MASK]', len(table)))
 
 def units_of(
     vocab,              # Vocabulary or Pieces
@@ -180,7 +191,8 @@ def units_of(
 ):                      # what `Captions.of` takes
     "Units of sentences; where words are cut into pieces, the units of the words become units of pieces"
     if not isinstance(units, str) or isinstance(vocab, Vocabulary): return units
-    vocab.encode(list(sentences)[:1]); out = []                                     # sets how long a sentence may be
+    vocab.encode(list(sentences)[:1])
+    out = []                                     # sets how long a sentence may be
     for s, e in zip(sentences, vocab.made.encode_batch(list(sentences))):
         spans, word = {}, [-1 if w is None else w for w in e.word_ids]
         for w, (a, b) in zip(word, e.offsets): spans.setdefault(w, [a, b])[1] = b
@@ -206,12 +218,19 @@ def draw_words(
     u:Tensor,         # (n, S) uniforms
     width:int=64,     # words of a block
 )->Tensor:            # (n, S) ids
-    "Draw words, with replacement: a block of the vocabulary, then a word of it, so that only the blocks drawn are summed word by word"
-    n, V = law.shape; S = u.shape[1]; parts = F.pad(law, (0, -V % width)).view(n, -1, width)
-    cum = parts.sum(-1).cumsum(-1, dtype=torch.double); point = _below(u*cum[:,-1:], cum[:,-1:])
-    block = torch.searchsorted(cum, point, right=True); first = F.pad(cum, (1, 0)).gather(1, block)
-    inner = parts[torch.arange(n, device=law.device)[:,None], block].cumsum(-1, dtype=torch.double)          # (n, S, width)
-    rest = _below((point - first).clamp(min=0)[...,None], inner[...,-1:])              # the two sums may differ in their last bits
+    ("Draw words, with replacement: a block of the vocabulary, then a word of it, so that only the blocks "
+     "drawn are summed word by word")
+    n, V = law.shape
+    S = u.shape[1]
+    parts = F.pad(law, (0, -V % width)).view(n, -1, width)
+    cum = parts.sum(-1).cumsum(-1, dtype=torch.double)
+    point = _below(u*cum[:,-1:], cum[:,-1:])
+    block = torch.searchsorted(cum, point, right=True)
+    first = F.pad(cum, (1, 0)).gather(1, block)
+    # (n, S, width)
+    inner = parts[torch.arange(n, device=law.device)[:,None], block].cumsum(-1, dtype=torch.double)
+    # the two sums may differ in their last bits
+    rest = _below((point - first).clamp(min=0)[...,None], inner[...,-1:])
     return block*width + torch.searchsorted(inner, rest, right=True)[...,0]
 
 def fill(
@@ -228,7 +247,8 @@ def earlier(
 )->Tensor:        # (B, N)
     "Has this key been there before in its row?"
     value, place = key.sort(dim=1, stable=True)
-    again = torch.cat([torch.zeros_like(value[:,:1], dtype=torch.bool), value[:,1:] == value[:,:-1]], 1)[:,:key.shape[1]]
+    again = torch.cat([torch.zeros_like(value[:,:1], dtype=torch.bool), value[:,1:] == value[:,:-1]], 1)[:,
+        :key.shape[1]]
     return torch.zeros_like(again).scatter(1, place, again)
 
 def suspects(
@@ -239,7 +259,8 @@ def suspects(
     "Which candidates are captions of the image, made of the words of its captions, or repeated"
     key, theirs = lexicon.key(made), lexicon.key(own)
     theirs = torch.where((own != 0).any(-1), theirs, torch.iinfo(torch.int64).min)
-    known = torch.zeros(len(made), len(lexicon.names), dtype=torch.bool, device=made.device).scatter(1, own.flatten(1), True)
+    known = torch.zeros(len(made), len(lexicon.names), dtype=torch.bool, device=made.device).scatter(1,
+        own.flatten(1), True)
     known[:,0] = True
     inside = known.gather(1, made.flatten(1)).view(made.shape).all(-1)
     return dict(caption=(key[...,None] == theirs[:,None]).any(-1), inside=inside, repeat=earlier(key))
@@ -250,7 +271,8 @@ def penalty(
 )->Tensor:           # (B, N) float
     "What the release subtracts: 3 from a copy of the caption, 2 from what comes again later"
     same = (made == caption[:,None]).all(-1)
-    plain = Lexicon.of([''] * (int(made.max())+2 if made.numel() else 1), set(), 0, spelled=False)      # ids count, not spelling
+    # ids count, not spelling
+    plain = Lexicon.of([''] * (int(made.max())+2 if made.numel() else 1), set(), 0, spelled=False)
     return 3.*same + 2.*earlier(plain.key(made + 1).flip(1)).flip(1)
 
 # %% ../../nbs/5_methods/07_generator.ipynb #fdadd636
@@ -277,21 +299,29 @@ class Captions:
         if isinstance(units, str) and units not in ('chunk', 'words'):
             raise ValueError(f"units are 'chunk', 'words' or lists, not {units!r}")
         if len(units) != len(count) and not isinstance(units, str):
-            raise DataError('units', f'{len(units)} lists for {len(count)} captions', 'one list per caption', 'Take both from one file.')
+            raise DataError('units', f'{len(units)} lists for {len(count)} captions', 'one list per caption',
+                            'Take both from one file.')
         if isinstance(units, str):
-            units = [chunk(words(c)) if units == 'chunk' else [[k] for k in range(n)] for c, n in zip(split.captions, count)]
+            units = [chunk(words(c)) if units == 'chunk' else [[k] for k in range(n)]
+                     for c, n in zip(split.captions, count)]
         if pieces is not None:
-            units = [[[k for k, w in enumerate(at) if w in set(u)] for u in g] for g, at in zip(units, pieces)]
-        by_image = np.argsort(split.img_of, kind='stable'); first = np.searchsorted(split.img_of[by_image], np.arange(len(split)+1))
-        each = np.diff(first); at = first[:-1,None] + np.arange(each.max())
+            units = [[[k for k, w in enumerate(at) if w in set(u)] for u in g]
+                     for g, at in zip(units, pieces)]
+        by_image = np.argsort(split.img_of, kind='stable')
+        first = np.searchsorted(split.img_of[by_image], np.arange(len(split)+1))
+        each = np.diff(first)
+        at = first[:-1,None] + np.arange(each.max())
         table = np.where(at < first[1:,None], by_image[at.clip(max=len(by_image)-1)], -1)[split.img_of]
-        ids = torch.as_tensor(np.array(split.cap_ids)); ids, place = ids.sort()
+        ids = torch.as_tensor(np.array(split.cap_ids))
+        ids, place = ids.sort()
         return cls(tokens.cpu(), pack(units), torch.as_tensor(table), ids, place, lexicon)
 
     def at(self, cap:Tensor)->Tensor:   # (B,) caption ids -> (B,) places
         "Where captions stand"
         k = torch.searchsorted(self.ids, cap).clamp(max=len(self.ids)-1)
-        if (self.ids[k] != cap).any(): raise DataError('captions', f'id {int(cap[self.ids[k] != cap][0])}', 'an id of the prepared split')
+        if (self.ids[k] != cap).any():
+            raise DataError('captions', f'id {int(cap[self.ids[k] != cap][0])}',
+                            'an id of the prepared split')
         return self.place[k]
 
     def own(self, at:Tensor)->Tensor:   # (B,) -> (B, C, L)
@@ -306,11 +336,13 @@ def buckets(
 )->list:              # (rows, longest) of each
     "Rows by length"
     group = (lengths + width-1)//width
-    return [(rows, int(lengths[rows].max())) for g in group.unique().tolist() for rows in [(group == g).nonzero()[:,0]]]
+    return [(rows, int(lengths[rows].max())) for g in group.unique().tolist()
+            for rows in [(group == g).nonzero()[:,0]]]
 
 # %% ../../nbs/5_methods/07_generator.ipynb #abedc134
 class TextGenerator:
-    "A generator beside the model; with a step size it goes on learning from what its own lesson adds to the loss"
+    ("A generator beside the model; with a step size it goes on learning from what its own lesson adds to "
+     "the loss")
     def __init__(self,
         model,            # with `regions`, `tokens` and a `stream`
         lr:float=0.,      # of Adam; 0: static
@@ -342,7 +374,9 @@ class TextGenerator:
         self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith('model.')})
         moments = {}
         for k, v in state.items():
-            if k.startswith('opt.'): i, name = k[4:].split('.', 1); moments.setdefault(int(i), {})[name] = v.clone()
+            if k.startswith('opt.'):
+                i, name = k[4:].split('.', 1)
+                moments.setdefault(int(i), {})[name] = v.clone()
         if self.opt: self.opt.load_state_dict(self.opt.state_dict() | dict(state=moments))
 
 # %% ../../nbs/5_methods/07_generator.ipynb #548b534a
@@ -357,11 +391,12 @@ def refill(
     (B, K, L), at, out = copies.shape, [], []
     lengths, send = (tokens.cpu() != 0).sum(1), partial(upload, device=copies.device)
     for rows, long in buckets(lengths):
-        h, r = hit[rows,:,:long].flatten(0, 1), send(rows)           # on the host: nothing waits for the device
+        h, r = hit[rows,:,:long].flatten(0, 1), send(rows)  # on the host: nothing waits for the device
         l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]
         c, j = h.gather(1, l).nonzero(as_tuple=True)
         states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1), send(l))
-        out.append(model.stream.guess(states[send(c), send(j)])); at.append((rows[c//K]*K + c%K)*L + l[c,j])
+        out.append(model.stream.guess(states[send(c), send(j)]))
+        at.append((rows[c//K]*K + c%K)*L + l[c,j])
     return send(torch.cat(at)), torch.cat(out)
 
 def lesson(
@@ -379,32 +414,40 @@ def lesson(
 def judge_of(
     world,           # a drawn world; None: nobody knows
     part:str='train',
-):                   # (image ids, sentences) -> (n,) half units of truth, 255 where it is no sentence of good grammar; None
+):  # (image ids, sentences) -> (n,) half units of truth, 255 where it is no sentence of good grammar; None
     "Who judges written sentences"
     if world is None: return None
-    ids = np.asarray(world.split(part).img_ids); order = np.argsort(ids, kind='stable'); facts = world.scenes(part).facts
+    ids = np.asarray(world.split(part).img_ids)
+    order = np.argsort(ids, kind='stable')
+    facts = world.scenes(part).facts
     def ask(images, said):
-        at = order[np.searchsorted(ids, np.asarray(images), sorter=order)]; codes, _, good = grammar.encode(list(said))
+        at = order[np.searchsorted(ids, np.asarray(images), sorter=order)]
+        codes, _, good = grammar.encode(list(said))
         return np.where(good, grammar.judge(facts, codes, at), np.uint8(grammar.NONE))
     return ask
 
 class Tally:
-    "Counts what a generator yields in an epoch (on this device); some of what is kept is judged, and noted down"
+    ("Counts what a generator yields in an epoch (on this device); some of what is kept is judged, and "
+     "noted down")
     def __init__(self,
         lexicon:Lexicon,
         judge=None,         # from `judge_of`
         every:int=50,       # one batch of so many is judged
         anchors:int=64,     # of its captions so many
     ):
-        self.lexicon, self.judge, self.every, self.anchors, self.batch, self.epoch = lexicon, judge, every, anchors, 0, 0
-        self.n = torch.zeros(8, dtype=torch.double)      # captions, candidates, clean, captions without any; false, half, true, bad
-        self.said = {}                                   # epoch -> (anchors, k, L) tokens, 0 where none was kept; last its caption's id
+        self.lexicon, self.judge, self.every, self.anchors, self.batch, self.epoch = (lexicon, judge, every,
+            anchors, 0, 0)
+        # captions, candidates, clean, captions without any; false, half, true, bad
+        self.n = torch.zeros(8, dtype=torch.double)
+        self.said = {}  # epoch -> (anchors, k, L) tokens, 0 where none was kept; last its caption's id
 
     def start_epoch(self, epoch:int): self.n, self.batch = torch.zeros_like(self.n), 0
 
     def count(self, eligible:Tensor, epoch:int):   # (B, N)
         "A batch of candidates"
-        clean = eligible.sum(1); self.batch += 1; self.n, self.epoch = self.n.to(eligible.device), epoch
+        clean = eligible.sum(1)
+        self.batch += 1
+        self.n, self.epoch = self.n.to(eligible.device), epoch
         size = [clean.new_full((), n) for n in (len(eligible), eligible.numel())]
         self.n[:4] += torch.stack([*size, clean.sum(), (clean == 0).sum()])
 
@@ -412,21 +455,26 @@ class Tally:
         "Note down and judge the kept of the first anchors, if it is time"
         if (self.batch-1) % self.every: return
         tokens, ok, img, cap = (x[:self.anchors].cpu() for x in (tokens, ok, img, cap))
-        if self.batch == 1: self.said[self.epoch] = torch.cat([tokens*ok[...,None], cap[:,None,None].expand(-1, ok.shape[1], 1)], -1)
+        if self.batch == 1:
+            self.said[self.epoch] = torch.cat([tokens*ok[...,None],
+                                               cap[:,None,None].expand(-1, ok.shape[1], 1)], -1)
         if self.judge is None or not ok.any(): return
         t = self.judge(img[ok.nonzero()[:,0]].numpy(), [self.lexicon.say(x) for x in tokens[ok]])
-        self.n[4:] += torch.as_tensor([float((t == v).sum()) for v in (0, 1, 2, grammar.NONE)], device=self.n.device, dtype=torch.double)
+        self.n[4:] += torch.as_tensor([float((t == v).sum()) for v in (0, 1, 2, grammar.NONE)],
+                                      device=self.n.device, dtype=torch.double)
 
     def monitor(self)->dict:
         "Means over the epoch so far; percent of what was judged"
-        rows, made, clean, empty, *seen = self.n.tolist(); told = sum(seen)
+        rows, made, clean, empty, *seen = self.n.tolist()
+        told = sum(seen)
         out = dict(syn_clean=clean/rows, syn_dropped=(made-clean)/rows, syn_empty=empty) if rows else {}
         names = ('syn_false', 'syn_half', 'syn_true', 'syn_bad')
         return out | ({k: 100*x/told for k, x in zip(names, seen)} if told else {})
 
     def state_dict(self)->dict:
         "Counts and notes"
-        return dict(n=self.n, batch=torch.tensor([self.batch, self.epoch])) | {f'said.{k}': v for k, v in self.said.items()}
+        return (dict(n=self.n, batch=torch.tensor([self.batch, self.epoch]))
+                | {f'said.{k}': v for k, v in self.said.items()})
 
     def load_state_dict(self, d:dict):
         "Go on from there"
@@ -444,7 +492,7 @@ class Synthetic:
     share:float=.15           # of a caption's places that are masked in a copy, if not fewer than a unit
     writer:TextGenerator=None        # None: the model in training writes
     words:str='model'         # 'model': drawn from its law; 'random': any word (a placebo)
-    learns:bool=True          # does the model in training take the lesson, also where it is not the one that writes?
+    learns:bool=True  # does the model in training take the lesson, also where it is not the one that writes?
     misled:tuple=()           # who is shown another image of the batch (placebos): 'writer', 'heads'
     heads:bool=False          # give what discrimination and correction need
     corrects:bool=True        # or discrimination alone
@@ -455,37 +503,53 @@ class Synthetic:
     special:bool=False        # may padding, ends and the mask be drawn?
     rows:int=4096             # candidates scored at a time
     tally:Tally=None          # counts what comes out
-    knows:Callable=None       # from `judge_of`: what it knows to be true is barred (an oracle, which waits for the device)
+    # from `judge_of`: what it knows to be true is barred (an oracle, which waits for the device)
+    knows:Callable=None
 
     def __post_init__(self):
-        if self.drop not in ('mask', 'penalty'): raise ValueError(f"drop is 'mask' or 'penalty', not {self.drop!r}")
-        if self.words not in ('model', 'random'): raise ValueError(f"words is 'model' or 'random', not {self.words!r}")
-        if odd := set(self.misled) - {'writer', 'heads'}: raise ValueError(f"misled are 'writer' and 'heads', not {sorted(odd)}")
-        if self.copies < 1 or self.draws < 0 or self.temperature <= 0: raise ValueError('copies >= 1, draws >= 0, temperature > 0')
+        if self.drop not in ('mask', 'penalty'):
+            raise ValueError(f"drop is 'mask' or 'penalty', not {self.drop!r}")
+        if self.words not in ('model', 'random'):
+            raise ValueError(f"words is 'model' or 'random', not {self.words!r}")
+        if odd := set(self.misled) - {'writer', 'heads'}:
+            raise ValueError(f"misled are 'writer' and 'heads', not {sorted(odd)}")
+        if self.copies < 1 or self.draws < 0 or self.temperature <= 0:
+            raise ValueError('copies >= 1, draws >= 0, temperature > 0')
 
     def pool(self, view:DirectedStep)->Candidates:   # None for the direction that has none
         "Write, drop, score"
         if not view.i2t: return None
-        s = view.step; device = s.img.device; cap = on_host(s.cap); at = self.known.at(cap); tokens = self.known.tokens[at]
+        s = view.step
+        device = s.img.device
+        cap = on_host(s.cap)
+        at = self.known.at(cap)
+        tokens = self.known.tokens[at]
         tokens = tokens[:,:int((tokens != 0).sum(1).max())]
-        copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed, s.epoch, self.share)
+        copies, hit = mask_copies(tokens, self.known.units[at], cap, self.copies, self.known.lexicon, s.seed,
+                                  s.epoch, self.share)
         own, there, copies, wanted = (upload(x, device) for x in (self.known.own(at), tokens, copies, hit))
         place, logits, also = _lessons(self, s, tokens, there, copies, hit)
         made = _draw(self, s.cap, place, logits, copies, wanted, s)
         eligible, minus, why = _legal(self, made, own, there)
-        if self.knows: why['true of it'] = _true(self, s, made, eligible); eligible = eligible & ~why['true of it']
-        long = (tokens != 0).sum(1); score = _score(self, s, made, eligible, long) - minus
+        if self.knows:
+            why['true of it'] = _true(self, s, made, eligible)
+            eligible = eligible & ~why['true of it']
+        long = (tokens != 0).sum(1)
+        score = _score(self, s, made, eligible, long) - minus
         pos = s.model.blind(s.images, there) if self.blind else view.positive()
         if self.tally and torch.is_grad_enabled(): self.tally.count(eligible, s.epoch)
-        rescore = lambda idx: _rescore(self, s, made, eligible, wanted, there, long, idx, int(hit.sum(-1).max()))
-        who = lambda: dict(image=s.img[:,None].expand_as(eligible), caption=torch.full_like(eligible, -1, dtype=torch.int64)) | why
+        rescore = lambda idx: _rescore(self, s, made, eligible, wanted, there, long, idx,
+                                       int(hit.sum(-1).max()))
+        who = lambda: dict(image=s.img[:,None].expand_as(eligible),
+                           caption=torch.full_like(eligible, -1, dtype=torch.int64)) | why
         return Candidates(score, eligible, pos, rescore, also | dict(clean=eligible.sum(1)), who)
 
 def elsewhere(
     img:Tensor,   # (B,) image ids
 )->Tensor:        # (B,) rows
     "For every row the next one of another image; itself where there is none"
-    B = len(img); at = (torch.arange(B, device=img.device)[:,None] + torch.arange(B, device=img.device)) % B
+    B = len(img)
+    at = (torch.arange(B, device=img.device)[:,None] + torch.arange(B, device=img.device)) % B
     other = img[at] != img[:,None]
     return at.gather(1, other.byte().argmax(1, keepdim=True))[:,0]
 
@@ -510,30 +574,40 @@ def _lessons(g, s, tokens, there, copies, hit):
 def _draw(g, cap, place, logits, copies, hit, s):
     "(B, K*S, L) refilled copies"
     (B, K, L), S, lex = copies.shape, g.draws, g.known.lexicon
-    ids = ((cap[:,None]*K + torch.arange(K, device=cap.device))[...,None]*S + torch.arange(S, device=cap.device)).flatten()
+    ids = ((cap[:,None]*K + torch.arange(K, device=cap.device))[...,None]*S + torch.arange(S,
+        device=cap.device)).flatten()
     u = uniform(ids, 'refill', L, s.seed, s.epoch).view(B*K, S, L)[place//L,:,place % L]
-    ordinary = upload(lex.ordinary, cap.device); never = None if g.special or logits is None else upload(lex.special, cap.device)
-    new = ordinary[(u*len(ordinary)).long()] if logits is None else draw_words(refill_law(wide(logits), g.temperature, never), u)
+    ordinary = upload(lex.ordinary, cap.device)
+    never = None if g.special or logits is None else upload(lex.special, cap.device)
+    new = (ordinary[(u*len(ordinary)).long()] if logits is None
+           else draw_words(refill_law(wide(logits), g.temperature, never), u))
     drawn = copies.new_zeros(B*K*L, S).index_copy(0, place, new)
     return fill(copies, hit, drawn.view(B, K, L, S).permute(0, 1, 3, 2))
 
 def _legal(g, made, own, tokens):
     "What may be a negative, what its score loses, and why one may not"
-    if g.drop == 'penalty': return torch.ones(made.shape[:2], dtype=torch.bool, device=made.device), penalty(made, tokens), {}
-    bad = suspects(made, own if g.others else tokens[:,None], g.known.lexicon); bad['inside'] = bad['inside'] & g.inside
-    why = {'a caption of the image': bad['caption'], 'words of its captions only': bad['inside'], 'was there before': bad['repeat']}
+    if g.drop == 'penalty':
+        return torch.ones(made.shape[:2], dtype=torch.bool, device=made.device), penalty(made, tokens), {}
+    bad = suspects(made, own if g.others else tokens[:,None], g.known.lexicon)
+    bad['inside'] = bad['inside'] & g.inside
+    why = {'a caption of the image': bad['caption'], 'words of its captions only': bad['inside'],
+           'was there before': bad['repeat']}
     return ~(bad['caption'] | bad['repeat'] | bad['inside']), 0., why
 
 def _true(g, s, made, eligible):
     "Which of the clean sentences are true of their image, by somebody who knows"
-    b, j = eligible.nonzero(as_tuple=True); out = torch.zeros_like(eligible)
-    told = g.knows(s.img[b].cpu().numpy(), [g.known.lexicon.say(x) for x in made[b,j].cpu()]) if len(b) else np.zeros(0)
-    out[b,j] = torch.as_tensor(told == 2, device=eligible.device); return out
+    b, j = eligible.nonzero(as_tuple=True)
+    out = torch.zeros_like(eligible)
+    told = g.knows(s.img[b].cpu().numpy(), [g.known.lexicon.say(x)
+                                            for x in made[b,j].cpu()]) if len(b) else np.zeros(0)
+    out[b,j] = torch.as_tensor(told == 2, device=eligible.device)
+    return out
 
 def _score(g, s, made, eligible, lengths):
     "Scores of what is eligible, bucket by bucket; -inf elsewhere"
-    score, N, there = torch.full(eligible.shape, -torch.inf, device=made.device), made.shape[1], upload(lengths, made.device)
-    clean = eligible.sum(1).tolist()                                              # the one wait for the device
+    score, N, there = torch.full(eligible.shape, -torch.inf,
+                                 device=made.device), made.shape[1], upload(lengths, made.device)
+    clean = eligible.sum(1).tolist()  # the one wait for the device
     with searching(s.model):
         for rows, long in buckets(lengths):
             n, r = sum(clean[i] for i in rows.tolist()), upload(rows, made.device)
@@ -545,12 +619,17 @@ def _score(g, s, made, eligible, lengths):
 
 def _read(g, s, e, lengths):
     "Scores of sentences (B, k, L) and, where heads ask, their states with the regions, bucket by bucket"
-    (B, k, L), m, seen = e.shape, s.model, _seen(s, s.model, 'heads' in g.misled) if g.heads else None; score, states, rows = [], [], []
+    (B, k, L), m, seen = e.shape, s.model, _seen(s, s.model, 'heads' in g.misled) if g.heads else None
+    score, states, rows = [], [], []
     there = upload(lengths, e.device)
     for row, long in buckets(lengths):
-        r = upload(row, e.device); of = r.repeat_interleave(k); flat = e[r,:,:long].flatten(0, 1); rows.append(r)
+        r = upload(row, e.device)
+        of = r.repeat_interleave(k)
+        flat = e[r,:,:long].flatten(0, 1)
+        rows.append(r)
         score.append(m.pairs(s.images[of], m.text(flat, there[of])).view(-1, k))
-        if g.heads: states.append(F.pad(m.tokens(seen[of], flat).view(len(r), k, long, -1), (0, 0, 0, L - long)))
+        if g.heads:
+            states.append(F.pad(m.tokens(seen[of], flat).view(len(r), k, long, -1), (0, 0, 0, L - long)))
     back = torch.cat(rows).argsort()
     return torch.cat(score)[back], torch.cat(states)[back] if g.heads else None
 
@@ -558,23 +637,29 @@ def _rescore(g, s, made, eligible, hit, tokens, lengths, idx, most):
     "Scores of what was picked, with gradient, and what its words say"
     (B, k), L, m = idx.shape, made.shape[2], s.model
     if not k: return {'': torch.zeros(B, 0, device=made.device), 'tokens': made}
-    e = made.gather(1, idx[...,None].expand(-1, -1, L)); score, states = _read(g, s, e, lengths); out = {'': score, 'tokens': e}
+    e = made.gather(1, idx[...,None].expand(-1, -1, L))
+    score, states = _read(g, s, e, lengths)
+    out = {'': score, 'tokens': e}
     if g.tally and torch.is_grad_enabled(): g.tally.look(e, eligible.gather(1, idx), s.img, s.cap)
     if not g.heads: return out
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
-    out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e), hit=was)
+    out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e),
+                hit=was)
     return out | (_corrections(m, states, was, tokens, most) if g.corrects else {})
 
 def _masked_places(hit, most, exact):
     """Where words were masked, in the flattened (B, k, L). Not `exact`, since counting would stop the stream of an accelerator:
     `most` places of every sentence, those among them"""
     if exact: return hit.flatten().nonzero()[:,0]
-    rows = hit.flatten(0, 1); at = rows.byte().argsort(dim=1, descending=True, stable=True)[:,:most]
+    rows = hit.flatten(0, 1)
+    at = rows.byte().argsort(dim=1, descending=True, stable=True)[:,:most]
     return (torch.arange(len(rows), device=hit.device)[:,None]*hit.shape[-1] + at).flatten()
 
 def _corrections(model, states, hit, tokens, most):
-    "Cost of the original words at masked places, and whether they are the first guess: the vocabulary at no other places"
-    place = _masked_places(hit, most, hit.device.type == 'cpu'); there = hit.flatten()[place]
+    ("Cost of the original words at masked places, and whether they are the first guess: the vocabulary at "
+     "no other places")
+    place = _masked_places(hit, most, hit.device.type == 'cpu')
+    there = hit.flatten()[place]
     true = tokens[:,None].expand(hit.shape).flatten()[place]
     z = wide(model.stream.correct(states.flatten(0, 2).index_select(0, place)))
     nll = torch.where(there, F.cross_entropy(z, true, reduction='none'), 0.)

@@ -55,8 +55,10 @@ class LossTerm:
     sides:tuple=('i2t', 't2i')       # retrieval directions it is applied in
 
     def __post_init__(self):
-        if self.reduce not in ('mean', 'sum'): raise ValueError(f"reduce is 'mean' or 'sum', not {self.reduce!r}")
-        if not self.sides or set(self.sides) - {'i2t', 't2i'}: raise ValueError(f"sides are 'i2t' and 't2i', not {self.sides}")
+        if self.reduce not in ('mean', 'sum'):
+            raise ValueError(f"reduce is 'mean' or 'sum', not {self.reduce!r}")
+        if not self.sides or set(self.sides) - {'i2t', 't2i'}:
+            raise ValueError(f"sides are 'i2t' and 't2i', not {self.sides}")
 
     def __call__(self, named:dict, world:int=1)->Tensor:   # scalar: this device's share of the global value
         "The term's value"
@@ -70,8 +72,10 @@ def triplet_term(
     **kw,                   # weight, reduce, sides of the `LossTerm`
 )->LossTerm:
     "Hinges against the negatives of one source"
-    return LossTerm(lambda n: over(hinge(n[f'{source}.pos'][:,None], n[source], margin), n[f'{source}.valid']), (source,), **kw)
+    return LossTerm(lambda n: over(hinge(n[f'{source}.pos'][:,None], n[source], margin),
+                                   n[f'{source}.valid']), (source,), **kw)
 
 def infonce_term(source:str, temperature:float=.05, **kw)->LossTerm:
     "InfoNCE against the negatives of one source"
-    return LossTerm(lambda n: infonce(n[f'{source}.pos'], n[source], n[f'{source}.valid'], temperature), (source,), **kw)
+    return LossTerm(lambda n: infonce(n[f'{source}.pos'], n[source], n[f'{source}.valid'], temperature),
+                    (source,), **kw)

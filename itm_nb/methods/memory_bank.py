@@ -25,9 +25,11 @@ class Momentum:
         buffers:str='own',      # 'own': the copy's passes feed them; 'copied' from the model
         dropout:bool=True,      # does the copy drop out as the model does in training?
     ):
-        if buffers not in ('own', 'copied'): raise ValueError(f"buffers are 'own' or 'copied', not {buffers!r}")
+        if buffers not in ('own', 'copied'):
+            raise ValueError(f"buffers are 'own' or 'copied', not {buffers!r}")
         if not 0 <= keep <= 1: raise ValueError(f'keep is {keep}; wanted a share, 0 to 1')
-        self.model, self.keep, self.buffers, self.dropout = copy.deepcopy(model).requires_grad_(False), keep, buffers, dropout
+        self.model, self.keep, self.buffers, self.dropout = (copy.deepcopy(model).requires_grad_(False), keep,
+            buffers, dropout)
 
     @torch.no_grad()
     def follow(self, model:nn.Module):
@@ -56,38 +58,49 @@ class Ring:
         self.size, self.start, self.seed, self.at, self.written, self.images = size, start, seed, 0, 0, None
 
     def make(self, like:Tensor):   # (B, D)
-        "Room for vectors of this length, type and device, if there is none yet; what was loaded goes where the batch is"
+        ("Room for vectors of this length, type and device, if there is none yet; what was loaded goes "
+         "where the batch is")
         if self.images is not None:
             self.images, self.texts, self.ids, self.caps = (x.to(like.device) for x in self._all)
             return
         g = generator(self.seed, 'memory')
-        fresh = lambda: nn.functional.normalize(torch.randn(self.size, like.shape[1], generator=g), dim=1).to(like)
-        self.images, self.texts = (fresh() if self.start == 'random' else like.new_zeros(self.size, like.shape[1]) for _ in range(2))
+        fresh = lambda: nn.functional.normalize(torch.randn(self.size, like.shape[1], generator=g),
+                                                dim=1).to(like)
+        self.images, self.texts = (fresh() if self.start == 'random'
+                                   else like.new_zeros(self.size, like.shape[1]) for _ in range(2))
         self.ids, self.caps = (torch.full((self.size,), n, device=like.device) for n in (-100, -1))
 
     @property
     def _all(self)->tuple: return self.images, self.texts, self.ids, self.caps
     @property
-    def used(self)->int: return self.size if self.start == 'random' else self.written     # so many places, from the first, are candidates
+    # so many places, from the first, are candidates
+    def used(self)->int: return self.size if self.start == 'random' else self.written
 
     def put(self, images:Tensor, texts:Tensor, ids:Tensor, caps:Tensor=None):   # (B, D), (B, D), (B,) whose image, (B,) which sentence
         "Newest over oldest; of more than the ring holds, the last"
-        self.make(images); skip = max(0, len(ids)-self.size); n = len(ids)-skip
+        self.make(images)
+        skip = max(0, len(ids)-self.size)
+        n = len(ids)-skip
         if not self.size: return
         at = torch.arange(self.at+skip, self.at+len(ids), device=ids.device) % self.size
-        self.images[at], self.texts[at], self.ids[at] = images[skip:].detach(), texts[skip:].detach(), ids[skip:]
+        self.images[at], self.texts[at], self.ids[at] = (images[skip:].detach(), texts[skip:].detach(),
+                                                         ids[skip:])
         self.caps[at] = -1 if caps is None else caps[skip:]
         self.at, self.written = (self.at+len(ids)) % self.size, min(self.size, self.written+n)
 
     def state_dict(self)->dict:
         if self.images is None: return {}
-        return dict(images=self.images, texts=self.texts, ids=self.ids, caps=self.caps, place=torch.tensor([self.at, self.written]))
+        return dict(images=self.images, texts=self.texts, ids=self.ids, caps=self.caps,
+                    place=torch.tensor([self.at, self.written]))
 
     def load_state_dict(self, d:dict):
         if not d: return
-        if len(d['ids']) != self.size: raise ValueError(f"a memory of {len(d['ids'])} places; wanted {self.size}")
-        here = None if self.images is None else self.images.device      # before the first batch nobody knows; then `make` sees to it
-        self.images, self.texts, self.ids, self.caps = (d[k].clone().to(here) for k in ('images', 'texts', 'ids', 'caps'))
+        if len(d['ids']) != self.size:
+            raise ValueError(f"a memory of {len(d['ids'])} places; wanted {self.size}")
+        # before the first batch nobody knows; then `make` sees to it
+        here = None if self.images is None else self.images.device
+        self.images, self.texts, self.ids, self.caps = (d[k].clone().to(here)
+                                                        for k in ('images', 'texts', 'ids', 'caps'))
         self.at, self.written = d['place'].tolist()
 
 # %% ../../nbs/5_methods/05_memory_bank.ipynb #b50eb335
@@ -110,7 +123,9 @@ class Bank:
         self.ring.make(step.images.detach())
         if self.momentum is None:
             self.momentum = Momentum(step.model, self.keep, **self.kw)
-            if self.waiting: self.momentum.model.load_state_dict(self.waiting); self.waiting = {}
+            if self.waiting:
+                self.momentum.model.load_state_dict(self.waiting)
+                self.waiting = {}
         self.momentum.follow(step.model)
 
     def vectors(self, step:Step)->tuple:   # (B, D) images, (B, D) sentences: of all devices
@@ -123,18 +138,21 @@ class Bank:
 
     def pool(self, view:DirectedStep)->Candidates:
         "The copy's vectors of the batch, then those of the memory"
-        new, old = self.vectors(view.step)[view.i2t], (self.ring.texts if view.i2t else self.ring.images)[:self.ring.used]
+        new, old = self.vectors(view.step)[view.i2t], (self.ring.texts if view.i2t
+                                                       else self.ring.images)[:self.ring.used]
         own = new[view.step.first:view.step.first+len(view.anchor)]
         same = view.step.get((id(self), 'same'), lambda: _same(view.step, self.ring))
-        who = view.step.get((id(self), 'who'), lambda: _who(view.step, self.ring))     # as it is before the step
+        who = view.step.get((id(self), 'who'), lambda: _who(view.step, self.ring))  # as it is before the step
         again, about = lambda idx: {'': _again(view, new, old, idx)}, lambda: who | {'same image': same}
-        return Candidates(_bar(_scores(view, new, old), same), ~same, view.pairs(view.anchor, own), again, about=about)
+        return Candidates(_bar(_scores(view, new, old), same), ~same, view.pairs(view.anchor, own), again,
+                          about=about)
 
     def monitor(self)->dict: return dict(memory=float(self.ring.used))      # how many places are candidates
 
     def state_dict(self)->dict:
         copied = self.momentum.model.state_dict() if self.momentum else self.waiting
-        return {f'ring.{k}': v for k, v in self.ring.state_dict().items()} | {f'copy.{k}': v for k, v in copied.items()}
+        return ({f'ring.{k}': v for k, v in self.ring.state_dict().items()}
+                | {f'copy.{k}': v for k, v in copied.items()})
 
     def load_state_dict(self, d:dict):
         part = lambda name: {k.removeprefix(name): v for k, v in d.items() if k.startswith(name)}
@@ -142,9 +160,12 @@ class Bank:
         if self.momentum: self.momentum.model.load_state_dict(part('copy.'))
         else: self.waiting = {k: v.clone() for k, v in part('copy.').items()}
 
-_WHY = ('a memory keeps one vector per entry, and scores an anchor with all entries in one product. This model ({}) keeps a vector for '
-        'every region and word and scores pair by pair: R x L products per entry - with 36 regions and 12 words 432, for each of {:,} '
-        'entries and each anchor of every step - and R or L vectors to keep instead of one. Use a model with one vector per side.')
+_WHY = ('a memory keeps one vector per entry, and scores an anchor with all entries in one product. This '
+        'model ({}) keeps a vector for '
+        'every region and word and scores pair by pair: R x L products per entry - with 36 regions and 12 '
+        'words 432, for each of {:,} '
+        'entries and each anchor of every step - and R or L vectors to keep instead of one. Use a model '
+        'with one vector per side.')
 
 def refuse(
     model,             # as built, before any step
@@ -162,21 +183,26 @@ def _refuse(step:Step, ring:Ring):
 
 def _who(step:Step, ring:Ring)->dict:   # of (K,)
     "Ids of the candidates; -1 where a vector is nobody's"
-    old = lambda ids: torch.where(torch.arange(ring.used, device=ids.device) < ring.written, ids[:ring.used], -1)
-    return dict(image=torch.cat([step.all_img, old(ring.ids)]), caption=torch.cat([step.all_cap, old(ring.caps)]))
+    old = lambda ids: torch.where(torch.arange(ring.used, device=ids.device) < ring.written, ids[:ring.used],
+                                  -1)
+    return dict(image=torch.cat([step.all_img, old(ring.ids)]),
+                caption=torch.cat([step.all_cap, old(ring.caps)]))
 
 def _same(step:Step, ring:Ring)->Tensor:   # (B, K)
-    "Which candidates show an anchor's own image; one table for both directions, as a sentence goes by its image"
+    ("Which candidates show an anchor's own image; one table for both directions, as a sentence goes by its "
+     "image")
     ids = torch.cat([step.all_img, ring.ids[:ring.used]])
-    on_cpu = ids.device.type == 'cpu'                                            # there numpy takes a quarter of torch's time
+    on_cpu = ids.device.type == 'cpu'  # there numpy takes a quarter of torch's time
     same = torch.from_numpy(step.img.numpy()[:,None] == ids.numpy()) if on_cpu else step.img[:,None] == ids
-    same[:, len(step.all_img)+ring.written:] = False                             # a random vector shows nobody's image
+    same[:, len(step.all_img)+ring.written:] = False  # a random vector shows nobody's image
     return same
 
 @torch.no_grad()
 def _scores(view:DirectedStep, *others:Tensor)->Tensor:   # (K1, D), (K2, D), ... -> (B, K)
-    "Scores of the anchors with several sets; those of a cosine are written where they belong, as copies cost more than draws"
-    model, anchor = view.step.model, view.anchor.detach(); stops = np.cumsum([0, *map(len, others)]).tolist()
+    ("Scores of the anchors with several sets; those of a cosine are written where they belong, as copies "
+     "cost more than draws")
+    model, anchor = view.step.model, view.anchor.detach()
+    stops = np.cumsum([0, *map(len, others)]).tolist()
     if getattr(model.matrix, '__func__', None) is not Model.matrix:
         return torch.cat([view.matrix(anchor, o) for o in others], 1).contiguous()
     out = anchor.new_empty(len(anchor), stops[-1])
@@ -185,7 +211,8 @@ def _scores(view:DirectedStep, *others:Tensor)->Tensor:   # (K1, D), (K2, D), ..
 
 def _bar(score:Tensor, same:Tensor)->Tensor:
     "Scores with -inf at the few that are of the same image"
-    if score.device.type != 'cpu': return score.masked_fill_(same, -torch.inf)     # no waiting for how many there are
+    # no waiting for how many there are
+    if score.device.type != 'cpu': return score.masked_fill_(same, -torch.inf)
     score.view(-1)[torch.from_numpy(same.numpy().reshape(-1).nonzero()[0])] = -torch.inf
     return score
 

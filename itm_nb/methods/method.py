@@ -29,13 +29,16 @@ class Method:
     def __post_init__(self):
         for name, term in self.terms.items():
             for need in term.needs:
-                if need not in self.sources: raise ValueError(f'term {name!r} needs source {need!r}; there are {sorted(self.sources)}')
+                if need not in self.sources:
+                    raise ValueError(f'term {name!r} needs source {need!r}; there are {sorted(self.sources)}')
 
     def __or__(self, other:'Method')->'Method':
         "Both methods at once; one name may not mean two things"
-        clash = [k for k in self.sources.keys() & other.sources.keys() if self.sources[k] is not other.sources[k]]
+        clash = [k for k in self.sources.keys() & other.sources.keys()
+                 if self.sources[k] is not other.sources[k]]
         clash += [k for k in self.terms.keys() & other.terms.keys() if self.terms[k] is not other.terms[k]]
-        if clash: raise ValueError(f'both methods define {sorted(clash)}: rename one, or replace it with `but`')
+        if clash:
+            raise ValueError(f'both methods define {sorted(clash)}: rename one, or replace it with `but`')
         return Method(self.sources|other.sources, self.terms|other.terms)
 
     def but(self, **sources)->'Method':   # name=Source
@@ -70,7 +73,8 @@ def scores(
 
 def _due(method, side, named)->dict:
     "The terms of a direction whose sources had something to offer"
-    return {k: t for k, t in method.terms.items() if side in t.sides and all(f'{n}.valid' in named for n in t.needs)}
+    return {k: t for k, t in method.terms.items() if side in t.sides
+            and all(f'{n}.valid' in named for n in t.needs)}
 
 def losses(
     method:Method,
@@ -93,8 +97,10 @@ def fetches(
 )->dict:           # {name: ids}, see `Batches.take`
     "What the sources of a method want loaded with a batch"
     out = {}
-    for fetch in dict.fromkeys(s.fetch for s in method.sources.values() if s.fetch):       # two sources may share what is fetched
-        got = fetch(cap, seed, epoch); clash = sorted(got.keys() & out.keys())
+    # two sources may share what is fetched
+    for fetch in dict.fromkeys(s.fetch for s in method.sources.values() if s.fetch):
+        got = fetch(cap, seed, epoch)
+        clash = sorted(got.keys() & out.keys())
         if clash: raise ValueError(f'two sources fetch {clash}: rename one')
         out |= got
     return out
@@ -138,8 +144,10 @@ def explain(
         paid = {k: t.cost(named) for k, t in _due(method, side, named).items()}
         for name, c, picked in seen:
             for i in range(len(view.anchor)) if anchors is None else anchors:
-                who = dict(side=side, anchor=i, image=int(view.anchor_ids[i]), caption=int(step.cap[i]), source=name, pos=float(c.pos[i]))
-                rows += [who | r | {f'cost of {k}': float(x[i]) for k, x in paid.items()} for r in _offered(c, picked, i, most)]
+                who = dict(side=side, anchor=i, image=int(view.anchor_ids[i]), caption=int(step.cap[i]),
+                           source=name, pos=float(c.pos[i]))
+                rows += [who | r | {f'cost of {k}': float(x[i]) for k, x in paid.items()}
+                         for r in _offered(c, picked, i, most)]
     return rows
 
 def _offered(c, picked, i:int, most:int)->list:
@@ -148,16 +156,20 @@ def _offered(c, picked, i:int, most:int)->list:
     cell = {k: v[i] if v.ndim == 2 else v for k, v in about.items()}
     times = torch.bincount(picked.idx[i][picked.valid[i]], minlength=len(score))
     place = sorted(range(len(score)), key=lambda j: (-int(times[j]), -float(score[j]), j))[:most]
-    why = lambda j: '' if c.eligible[i,j] else next((k for k, v in cell.items() if v.dtype == torch.bool and v[j]), 'not eligible')
+    why = (lambda j: '' if c.eligible[i,j] else next((k
+                                                      for k, v in cell.items() if v.dtype == torch.bool
+                                                      and v[j]), 'not eligible'))
     who = lambda j: {f'its {k}': int(v[j]) for k, v in cell.items() if v.dtype != torch.bool}
     weight = lambda j: None if picked.weights is None else float(picked.weights[i,j])
-    return [dict(candidate=j, **who(j), score=float(score[j]), barred=why(j), weight=weight(j), picked=int(times[j])) for j in place]
+    return [dict(candidate=j, **who(j), score=float(score[j]), barred=why(j), weight=weight(j),
+                 picked=int(times[j])) for j in place]
 
 def as_table(
     rows:list,     # of dicts, e.g. from `explain`
 )->str:            # markdown
     "Rows as a table; a column is shown where any row has something in it"
     keys = [k for k in dict.fromkeys(k for r in rows for k in r) if any(r.get(k) is not None for r in rows)]
-    text = lambda v: '' if v is None else f'{v:.3f}'.replace('-inf', '-') if isinstance(v, float) else escape_markup(v)
+    text = (lambda v: '' if v is None else f'{v:.3f}'.replace('-inf', '-') if isinstance(v, float)
+            else escape_markup(v))
     lines = [[*map(escape_markup, keys)], ['---']*len(keys)] + [[text(r.get(k)) for k in keys] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)

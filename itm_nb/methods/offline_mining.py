@@ -36,15 +36,21 @@ class Lists(NamedTuple):
     score:object    # (N, h) float32; -inf there
 
 def _merge(best, S:Tensor, first:int, h:int, own_q:Tensor, own_k:Tensor):
-    "The best `h` of a running list (scores, ids) and of a new block whose first column is `first`; own positives do not enter"
+    ("The best `h` of a running list (scores, ids) and of a new block whose first column is `first`; own "
+     "positives do not enter")
     if best is None:
-        v, i = S.masked_fill(own_q[:,None] == own_k, -torch.inf).topk(min(h, S.shape[1]), 1); return v, i + first
+        v, i = S.masked_fill(own_q[:,None] == own_k, -torch.inf).topk(min(h, S.shape[1]), 1)
+        return v, i + first
     v, i = best
     floor = v[:,-1:] if v.shape[1] == h else torch.full_like(v[:,:1], -torch.inf)
-    r, c = (S > floor).nonzero(as_tuple=True); other = own_q[r] != own_k[c]; r, c = r[other], c[other]
+    r, c = (S > floor).nonzero(as_tuple=True)
+    other = own_q[r] != own_k[c]
+    r, c = r[other], c[other]
     if not len(r): return best
-    n = torch.bincount(r, minlength=len(S)); place = torch.arange(len(r), device=S.device) - (n.cumsum(0) - n)[r]
-    more_v = S.new_full((len(S), int(n.max())), -torch.inf); more_i = torch.full_like(more_v, -1, dtype=i.dtype)
+    n = torch.bincount(r, minlength=len(S))
+    place = torch.arange(len(r), device=S.device) - (n.cumsum(0) - n)[r]
+    more_v = S.new_full((len(S), int(n.max())), -torch.inf)
+    more_i = torch.full_like(more_v, -1, dtype=i.dtype)
     more_v[r,place], more_i[r,place] = S[r,c], c + first
     v, at = torch.cat([v, more_v], 1).topk(min(h, v.shape[1] + more_v.shape[1]), 1)
     return v, torch.cat([i, more_i], 1).gather(1, at)
@@ -65,8 +71,10 @@ def search(
         for b in range(0, len(own_k), cols):
             c = slice(b, min(b + cols, len(own_k)))
             best = _merge(best, score(r, c), b, h, own_q[r], own_k[c])
-        v, i = (F.pad(x, (0, min(h, len(own_k)) - x.shape[1]), value=-torch.inf if x.is_floating_point() else -1) for x in best)
-        val.append(v.cpu()); idx.append(i.masked_fill(v == -torch.inf, -1).int().cpu())
+        v, i = (F.pad(x, (0, min(h, len(own_k)) - x.shape[1]),
+                      value=-torch.inf if x.is_floating_point() else -1) for x in best)
+        val.append(v.cpu())
+        idx.append(i.masked_fill(v == -torch.inf, -1).int().cpu())
         if tick: tick(r.stop - r.start)
     return Lists(torch.cat(idx), torch.cat(val))
 
@@ -76,7 +84,8 @@ def ordered(
     h:int,
 )->Lists:            # (N, h)
     "The best h, by falling score and rising id"
-    by = idx.argsort(1); idx, score = idx.gather(1, by), score.gather(1, by)
+    by = idx.argsort(1)
+    idx, score = idx.gather(1, by), score.gather(1, by)
     by = score.argsort(dim=1, descending=True, stable=True)[:,:h]
     idx, score = idx.gather(1, by), score.gather(1, by)
     return Lists(idx.masked_fill(score == -torch.inf, -1).int(), score)
@@ -85,16 +94,21 @@ def ordered(
 def _sampled(q, k, idx, keys=2**20, queries=2**22, pairs=2**21):
     """On a CPU: only the wanted entries of the product, a block of keys at a time that stays in the cache. Gathering a row for
     every entry, and making it float64 there, takes more than twice as long."""
-    D, w = q.shape[1], max(idx.shape[1], 1); cols, n = max(1, keys//D), max(1, min(queries//D, pairs//w)); out = torch.empty(idx.shape)
+    D, w = q.shape[1], max(idx.shape[1], 1)
+    cols, n = max(1, keys//D), max(1, min(queries//D, pairs//w))
+    out = torch.empty(idx.shape)
     for a in range(0, len(q), n):
         at = idx[a:a+n].clamp(min=0).flatten().long(); part = at//cols
-        by = part.argsort(stable=True)                                   # by block of keys, then by row: as CSR wants it
+        by = part.argsort(stable=True)  # by block of keys, then by row: as CSR wants it
         at, row, x, s, b = at[by], by//w, q[a:a+n].double(), torch.empty(len(by)), 0
         for p, e in enumerate(torch.bincount(part).cumsum(0).tolist()):
             if e == b: continue
-            y = k[p*cols:(p+1)*cols].double(); first = torch.searchsorted(row[b:e], torch.arange(len(x)+1))
-            where = torch.sparse_csr_tensor(first, at[b:e] - p*cols, x.new_zeros(e-b), (len(x), len(y)), check_invariants=False)
-            s[b:e] = torch.sparse.sampled_addmm(where, x, y.T, beta=0.).values().float(); b = e
+            y = k[p*cols:(p+1)*cols].double()
+            first = torch.searchsorted(row[b:e], torch.arange(len(x)+1))
+            where = torch.sparse_csr_tensor(first, at[b:e] - p*cols, x.new_zeros(e-b), (len(x), len(y)),
+                                            check_invariants=False)
+            s[b:e] = torch.sparse.sampled_addmm(where, x, y.T, beta=0.).values().float()
+            b = e
         out[a:a+n] = torch.empty_like(s).scatter_(0, by, s).view(idx[a:a+n].shape)
     return out
 
@@ -113,7 +127,8 @@ def rescore(
 )->Tensor:              # (N, w) float32; -inf where there is none
     "Scores by definition: float64 dot products, rounded to float32"
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Sparse CSR')            # torch calls the form beta; plain products check it below
+        # torch calls the form beta; plain products check it below
+        warnings.filterwarnings('ignore', 'Sparse CSR')
         found = (_sampled if k.device.type == 'cpu' else _gathered)(q, k, idx)
     return found.masked_fill(idx < 0, -torch.inf)
 
@@ -131,7 +146,9 @@ def _full(q, k, own, own_k, h, block=2**22):
 def _faiss(q, k, own_q, own_k, wide, rows=4096):
     "Proposals of an exact inner-product search on the CPU, own positives taken out afterwards"
     import faiss
-    most = int(torch.bincount(own_k - own_k.min()).max()); w = min(wide + most, len(k)); out = []
+    most = int(torch.bincount(own_k - own_k.min()).max())
+    w = min(wide + most, len(k))
+    out = []
     for a in range(0, len(q), rows):
         v, i = faiss.knn(q[a:a+rows].numpy(), k.numpy(), w, metric=faiss.METRIC_INNER_PRODUCT)
         v, i = torch.from_numpy(v), torch.from_numpy(i)
@@ -142,14 +159,19 @@ def _faiss(q, k, own_q, own_k, wide, rows=4096):
 
 def _halved(q, k):
     "Scores from products in half precision, summed in fp32; how far each query's may be off"
-    far = q.norm(dim=1); most, widest = (x.max().clamp(min=1e-30) for x in (far, k.norm(dim=1))); a, b = (q/most).half(), (k/widest).half()
-    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5      # factors and product are rounded to 11 bits, tiny ones to fewer
+    far = q.norm(dim=1)
+    most, widest = (x.max().clamp(min=1e-30) for x in (far, k.norm(dim=1)))
+    a, b = (q/most).half(), (k/widest).half()
+    # factors and product are rounded to 11 bits, tiny ones to fewer
+    eps = far*widest*2**-9 + most*widest*2**-24*q.shape[1]**.5
     return lambda r, c: (a[r] @ b[c].T).float()*(most*widest), eps
 
 @contextmanager
 def _summed_in_fp32():
     "Products of halves are not summed in half precision"
-    at = torch.backends.cuda.matmul; old = at.allow_fp16_reduced_precision_reduction; at.allow_fp16_reduced_precision_reduction = False
+    at = torch.backends.cuda.matmul
+    old = at.allow_fp16_reduced_precision_reduction
+    at.allow_fp16_reduced_precision_reduction = False
     try: yield
     finally: at.allow_fp16_reduced_precision_reduction = old
 
@@ -165,18 +187,22 @@ def mine(
     **blocks,             # rows, cols, tick of `search`
 )->tuple:                 # Lists (N, h), number of rows that were done again
     "Exact lists, whichever way they are searched for"
-    wide = min(int(h*(1 + slack)) + 8, len(k)); eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
+    wide = min(int(h*(1 + slack)) + 8, len(k))
+    eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
     with exact_matmul(), _summed_in_fp32(), torch.no_grad():
         if how == 'faiss': idx, v, rest = _faiss(q, k, own_q, own_k, wide)
         else:
             look, more = _halved(q, k) if how == 'half' else (lambda r, c: q[r] @ k[c].T, 0*eps)
-            idx, v = search(look, own_q, own_k, wide, **blocks); eps = eps + more.cpu()
+            idx, v = search(look, own_q, own_k, wide, **blocks)
+            eps = eps + more.cpu()
             rest = v[:,-1] if wide < len(k) else torch.full((len(q),), -torch.inf)
-        near = (v >= v[:,min(h, len(k))-1,None] - 2*eps[:,None]) & (v > -torch.inf)       # what may still belong
-        idx = idx[:,:max(int(near.sum(1).max()), min(h, len(k)))]; found = ordered(idx, rescore(q, k, idx), h)
+        near = (v >= v[:,min(h, len(k))-1,None] - 2*eps[:,None]) & (v > -torch.inf)  # what may still belong
+        idx = idx[:,:max(int(near.sum(1).max()), min(h, len(k)))]
+        found = ordered(idx, rescore(q, k, idx), h)
         redo = ((found.score[:,-1] <= rest + eps) & (rest > -torch.inf)).nonzero().squeeze(1)
         if len(redo):
-            at = redo.to(q.device); found.idx[redo], found.score[redo] = _full(q[at], k, own_q[at], own_k, h)
+            at = redo.to(q.device)
+            found.idx[redo], found.score[redo] = _full(q[at], k, own_q[at], own_k, h)
     return found, len(redo)
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #d1beee68
@@ -213,7 +239,9 @@ def estimate(
     "How long both directions will take, from one block of products"
     q, k = torch.randn(min(rows, n_q), dim, device=device), torch.randn(min(cols, n_k), dim, device=device)
     def once():
-        t = time.perf_counter(); (q @ k.T).sum().item(); return time.perf_counter() - t
+        t = time.perf_counter()
+        (q @ k.T).sum().item()
+        return time.perf_counter() - t
     once(); rate = 2*len(q)*len(k)*dim / min(once() for _ in range(3))
     return dict(seconds=4*n_q*n_k*dim/rate, gflops=rate/1e9, mib_per_100=(n_q + n_k)*100*8/2**20)
 
@@ -225,7 +253,8 @@ def model_fingerprint(
     h = hashlib.sha256()
     for k in sorted(state):
         v = state[k].detach().cpu().contiguous()
-        h.update(f'{k} {v.dtype} {tuple(v.shape)}\n'.encode()); h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(f'{k} {v.dtype} {tuple(v.shape)}\n'.encode())
+        h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 _FILES = tuple(f'{side}_{what}.npy' for side in ('i2t', 't2i') for what in Lists._fields)
@@ -236,24 +265,34 @@ def save_lists(
     about:dict,        # what they were mined from: model, data (fingerprints), split, ...
 ):
     "Write lists so that a reader finds all of them or none"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); (folder/'lists.json').unlink(missing_ok=True); files = {}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'lists.json').unlink(missing_ok=True)
+    files = {}
     for side, both in lists.items():
         for what, x in zip(both._fields, both):
             name, tmp = f'{side}_{what}.npy', folder/f'.{side}_{what}.{os.getpid()}.tmp'
-            with open(tmp, 'wb') as f: np.save(f, np.asarray(x), allow_pickle=False); f.flush(); os.fsync(f.fileno())
+            with open(tmp, 'wb') as f:
+                np.save(f, np.asarray(x), allow_pickle=False)
+                f.flush()
+                os.fsync(f.fileno())
             files[name] = sha256_of(tmp); os.replace(tmp, folder/name)
     whole = dict(format='itm_nb lists 1', about=about, files=files)
     write_atomic(folder/'lists.json', (json.dumps(whole, indent=1, sort_keys=True) + '\n').encode())
 
 def load_lists(
     folder,
-    about:dict,        # what they should have been mined from; entries the file has beyond these do not matter
+    about:dict,  # what they should have been mined from; entries the file has beyond these do not matter
 )->dict:               # 'i2t', 't2i' -> Lists of memory maps
     "Read lists, if they are whole and belong to this model, data and split"
-    folder = Path(folder); at, again = folder/'lists.json', 'Mine the lists again.'
+    folder = Path(folder)
+    at, again = folder/'lists.json', 'Mine the lists again.'
     if not at.is_file(): raise DataError(folder, 'no lists.json', 'a folder of finished lists', again)
-    d = read_json(at); d = d if isinstance(d, dict) else {}; have, files = d.get('about'), d.get('files')
-    if d.get('format') != 'itm_nb lists 1' or not isinstance(have, dict) or not isinstance(files, dict) or set(files) - set(_FILES):
+    d = read_json(at)
+    d = d if isinstance(d, dict) else {}
+    have, files = d.get('about'), d.get('files')
+    if d.get('format') != 'itm_nb lists 1' or not isinstance(have, dict) or not isinstance(files,
+        dict) or set(files) - set(_FILES):
         raise DataError(at, 'not a list file', "format 'itm_nb lists 1'", again)
     for k, v in about.items():
         if have.get(k) != v: raise DataError(at, f'lists of {k} {have.get(k)!r}', f'{v!r}', again)
@@ -261,7 +300,8 @@ def load_lists(
         if (folder/name).is_file() and sha256_of(folder/name) == sha: continue
         raise DataError(folder/name, 'missing or changed', f'SHA-256 {sha}', again)
     maps = {n: np.load(folder/n, mmap_mode='r', allow_pickle=False) for n in files}
-    return {s: Lists(maps[f'{s}_idx.npy'], maps[f'{s}_score.npy']) for s in ('i2t', 't2i') if f'{s}_idx.npy' in maps}
+    return {s: Lists(maps[f'{s}_idx.npy'], maps[f'{s}_score.npy'])
+            for s in ('i2t', 't2i') if f'{s}_idx.npy' in maps}
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #23ff9a34
 SHARE = 300/145_000      # of the captions: the paper's h on Flickr30K
@@ -320,19 +360,27 @@ class Anywhere:
 
     def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # as `Draw`
         "Any caption of another image, any other image"
-        u, k = uniform(cap, self.purpose, 3, seed, epoch), self.img_of[cap]; by, n, first = self.own
-        left = len(by) - n[k]; t = (u[:,0]*left).long(); T3 = by[(t + torch.where(t < first[k], 0, n[k])).clamp(max=len(by)-1)]
-        i = (u[:,1]*(self.images-1)).long(); none = torch.tensor(self.images < 2)
-        return _four(self.own, self.img_of, T3.masked_fill(left == 0, -1), (i + (i >= k)).masked_fill(none, -1), u[:,2])
+        u, k = uniform(cap, self.purpose, 3, seed, epoch), self.img_of[cap]
+        by, n, first = self.own
+        left = len(by) - n[k]
+        t = (u[:,0]*left).long()
+        T3 = by[(t + torch.where(t < first[k], 0, n[k])).clamp(max=len(by)-1)]
+        i = (u[:,1]*(self.images-1)).long()
+        none = torch.tensor(self.images < 2)
+        return _four(self.own, self.img_of, T3.masked_fill(left == 0, -1),
+                     (i + (i >= k)).masked_fill(none, -1), u[:,2])
 
 def _four(own, img_of, T3, I3, u)->dict:
     "The unanchored pair that follows from T3 and I3: the image of the one, a caption of the other"
-    i = I3.clamp(min=0); T4 = own.by[(own.first[i] + (u*own.n[i]).long()).clamp(max=len(own.by)-1)]
-    return dict(T3=T3, I3=I3, T4=T4.masked_fill((I3 < 0) | (own.n[i] == 0), -1), I4=img_of[T3.clamp(min=0)].masked_fill(T3 < 0, -1))
+    i = I3.clamp(min=0)
+    T4 = own.by[(own.first[i] + (u*own.n[i]).long()).clamp(max=len(own.by)-1)]
+    return dict(T3=T3, I3=I3, T4=T4.masked_fill((I3 < 0) | (own.n[i] == 0), -1),
+                I4=img_of[T3.clamp(min=0)].masked_fill(T3 < 0, -1))
 
 def _pick(idx, rows:Tensor, h:int, u:Tensor)->Tensor:
     "Entry number floor(u * used) of given rows, where `used` is h or what the row has"
-    some = torch.from_numpy(np.ascontiguousarray(np.asarray(idx)[rows.numpy(),:h])).long(); n = (some >= 0).sum(1)
+    some = torch.from_numpy(np.ascontiguousarray(np.asarray(idx)[rows.numpy(),:h])).long()
+    n = (some >= 0).sum(1)
     return torch.where(n > 0, some.gather(1, (u*n).long()[:,None]).squeeze(1), -1)
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #46e11636
@@ -346,9 +394,11 @@ def mine_model(
     **kw,                 # of `mine` or `mine_scores`
 )->dict:                  # 'i2t', 't2i' -> Lists, on the CPU
     "Lists of both directions"
-    every = torch.arange(len(img), device=img.device); own = img_of.to(img.device)
+    every = torch.arange(len(img), device=img.device)
+    own = img_of.to(img.device)
     if are_vectors(img):
-        return dict(i2t=mine(img, txt, every, own, h[0], tick=tick, **kw)[0], t2i=mine(txt, img, own, every, h[1], tick=tick, **kw)[0])
+        return dict(i2t=mine(img, txt, every, own, h[0], tick=tick, **kw)[0],
+                    t2i=mine(txt, img, own, every, h[1], tick=tick, **kw)[0])
     look = lambda r, c: model.matrix(img[r], txt[c])
     i2t = mine_scores(look, every, own, h[0], tick=tick, **kw)[0]
     return dict(i2t=i2t, t2i=mine_scores(lambda r, c: look(c, r).T, own, every, h[1], tick=tick, **kw)[0])
@@ -359,14 +409,19 @@ def foresee(model, img, txt)->dict:   # as `mine_model`
     n, m = len(img), len(txt)
     if are_vectors(img): return estimate(n, m, img.shape[1], device=img.device)
     some, other = img[:min(n, 64)], txt[:min(m, 1024)]
-    def once(): t = time.perf_counter(); model.matrix(some, other).sum().item(); return time.perf_counter() - t
+    def once():
+        t = time.perf_counter()
+        model.matrix(some, other).sum().item()
+        return time.perf_counter() - t
     once(); seconds = min(once() for _ in range(2))
-    return dict(seconds=2*seconds*n*m/(len(some)*len(other)), pairs_per_s=len(some)*len(other)/seconds, mib_per_100=(n + m)*100*8/2**20)
+    return dict(seconds=2*seconds*n*m/(len(some)*len(other)), pairs_per_s=len(some)*len(other)/seconds,
+                mib_per_100=(n + m)*100*8/2**20)
 
 @torch.no_grad()
 def positives(model, img, txt, img_of:Tensor, block:int=4096)->Tensor:   # (M,)
     "Score of every sentence with its own image"
-    parts = torch.arange(len(txt), device=img.device).split(block); own = img_of.to(img.device)
+    parts = torch.arange(len(txt), device=img.device).split(block)
+    own = img_of.to(img.device)
     return torch.cat([model.pairs(img[own[i]], txt[i]) for i in parts]).cpu()
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #74d3f083
@@ -378,16 +433,21 @@ def report(
     is_true:Callable=None,   # (image ids, caption ids) -> bool array; None: not known
 )->dict:                     # 'i2t', 't2i': name -> number; 'collisions': share
     "Scores, collisions and false negatives"
-    best = torch.full((int(img_of.max())+1,), -torch.inf).scatter_reduce(0, img_of, pos, 'amax'); out = {}
+    best = torch.full((int(img_of.max())+1,), -torch.inf).scatter_reduce(0, img_of, pos, 'amax')
+    out = {}
     for side, h, p in (('i2t', draw.h_txt, best), ('t2i', draw.h_img, pos)):
-        idx, s = (torch.from_numpy(np.array(np.asarray(x)[:,:h])) for x in lists[side]); ok = idx >= 0
-        out[side] = dict(used=h, positive=p.mean().item(), first=s[ok[:,0],0].mean().item(), last=s[ok[:,-1],-1].mean().item(),
+        idx, s = (torch.from_numpy(np.array(np.asarray(x)[:,:h])) for x in lists[side])
+        ok = idx >= 0
+        out[side] = dict(used=h, positive=p.mean().item(), first=s[ok[:,0],0].mean().item(),
+                         last=s[ok[:,-1],-1].mean().item(),
                          beats=(s[:,0] > p).double().mean().item())
         if is_true is None: continue
-        q = torch.arange(len(idx))[:,None].expand_as(idx); i, t = (q, idx) if side == 'i2t' else (idx, q)
+        q = torch.arange(len(idx))[:,None].expand_as(idx)
+        i, t = (q, idx) if side == 'i2t' else (idx, q)
         true = np.asarray(is_true(i[ok].numpy(), t[ok].numpy()), dtype=np.float32)
         wrong = torch.zeros(ok.shape).masked_scatter(ok, torch.from_numpy(true))
-        out[side] |= dict(false=wrong.sum().item()/ok.sum().item(), false_by_rank=(wrong.sum(0)/ok.sum(0).clamp(min=1)).tolist())
+        out[side] |= dict(false=wrong.sum().item()/ok.sum().item(),
+                          false_by_rank=(wrong.sum(0)/ok.sum(0).clamp(min=1)).tolist())
     d = draw(torch.arange(len(img_of)))
     return out | dict(collisions=((d['I3'] == d['I4']) & (d['I3'] >= 0)).double().mean().item())
 
@@ -400,8 +460,11 @@ def without_true(
     "The same lists without the pairs that are true; rows that become too short end with -1"
     out = {}
     for (side, (idx, score)), w in zip(lists.items(), h):
-        q, bad = torch.arange(len(idx))[:,None].expand_as(idx), idx < 0; i, t = (q, idx) if side == 'i2t' else (idx, q)
+        q, bad = torch.arange(len(idx))[:,None].expand_as(idx), idx < 0
+        i, t = (q, idx) if side == 'i2t' else (idx, q)
         bad[~bad] |= torch.as_tensor(np.asarray(is_true(i[~bad].numpy(), t[~bad].numpy()), dtype=bool))
-        by = bad.byte().argsort(dim=1, stable=True)[:,:w]; gone = bad.gather(1, by)
-        out[side] = Lists(idx.gather(1, by).masked_fill(gone, -1), score.gather(1, by).masked_fill(gone, -torch.inf))
+        by = bad.byte().argsort(dim=1, stable=True)[:,:w]
+        gone = bad.gather(1, by)
+        out[side] = Lists(idx.gather(1, by).masked_fill(gone, -1),
+                          score.gather(1, by).masked_fill(gone, -torch.inf))
     return out

@@ -44,7 +44,8 @@ def word_loss(
     floor:float=0.,     # least probability inside the logarithm; the release has 1e-10
 )->Tensor:              # (..), 0 where ignored
     "How improbable the true words are"
-    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore, reduction='none').view(labels.shape)
+    flat = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore,
+                           reduction='none').view(labels.shape)
     return flat.clamp(max=-math.log(floor)) if floor else flat
 
 def mean_where(
@@ -69,7 +70,7 @@ def discrimination(
     "How badly the model tells replaced words from kept ones"
     if per not in ('words', 'weights'): raise ValueError(f"per is 'words' or 'weights', not {per!r}")
     weight = logits.new_tensor(weights)[kept.long()]
-    logits = logits.masked_fill(~ok[...,None], 0.)                # what does not count has no gradient, not even NaN
+    logits = logits.masked_fill(~ok[...,None], 0.)  # what does not count has no gradient, not even NaN
     cost = mean_where(weight*word_loss(logits, kept.long(), floor=floor), ok)
     return cost/mean_where(weight, ok).clamp(min=torch.finfo(weight.dtype).tiny) if per == 'weights' else cost
 
@@ -79,13 +80,15 @@ def _real(n, s, key): return n[f'{s}.{key}'] & n[f'{s}.valid'][...,None]
 def synthetic_term(source:str='syn', weight:float=1., margin:float=.2, squash:bool=False)->LossTerm:
     "The caption before the sentences written for its image"
     s = source
-    return LossTerm(lambda n: synthetic(n[f'{s}.pos'], n[s], n[f'{s}.valid'], margin, squash), (s,), weight, sides=('i2t',))
+    return LossTerm(lambda n: synthetic(n[f'{s}.pos'], n[s], n[f'{s}.valid'], margin, squash), (s,), weight,
+                    sides=('i2t',))
 
 def mlm_term(source:str='syn', weight:float=1., lesson:str='mlm')->LossTerm:
     "A generator's lesson: the masked words of the true caption; 'taught' is that of a writer of its own"
     return LossTerm(lambda n: n[f'{source}.{lesson}'], (source,), weight, sides=('i2t',))
 
-def discrimination_term(source:str='syn', weight:float=1., weights:tuple=KEPT, per:str='words', floor:float=0.)->LossTerm:
+def discrimination_term(source:str='syn', weight:float=1., weights:tuple=KEPT, per:str='words',
+                        floor:float=0.)->LossTerm:
     "Which words were replaced?"
     s = source
     cost = lambda n: discrimination(n[f'{s}.disc'], n[f'{s}.kept'], _real(n, s, 'word'), weights, per, floor)
@@ -94,12 +97,15 @@ def discrimination_term(source:str='syn', weight:float=1., weights:tuple=KEPT, p
 def correction_term(source:str='syn', weight:float=1., floor:float=0.)->LossTerm:
     "Which words stood at the masked places?"
     cap = -math.log(floor) if floor else math.inf
-    return LossTerm(lambda n: mean_where(n[f'{source}.cor'].clamp(max=cap), _real(n, source, 'hit')), (source,), weight, sides=('i2t',))
+    return LossTerm(lambda n: mean_where(n[f'{source}.cor'].clamp(max=cap), _real(n, source, 'hit')),
+                    (source,), weight, sides=('i2t',))
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #19cbd59f
 PRESETS = dict(
-    faithful=dict(pool=dict(blind=True, drop='penalty', others=False, inside=False, special=True), cost=dict(floor=1e-10)),
-    corrected=dict(pool=dict(blind=False, drop='mask', others=True, inside=True, special=False), cost=dict(floor=0.)))
+    faithful=dict(pool=dict(blind=True, drop='penalty', others=False, inside=False, special=True),
+                  cost=dict(floor=1e-10)),
+    corrected=dict(pool=dict(blind=False, drop='mask', others=True, inside=True, special=False),
+                   cost=dict(floor=0.)))
 
 def pool_switches(
     name:str,    # 'faithful' or 'corrected'
@@ -108,7 +114,8 @@ def pool_switches(
     "What a preset asks of the generator; a switch that does not exist is an error"
     if name not in PRESETS: raise ValueError(f'no preset called {name!r}; there are {sorted(PRESETS)}')
     known = PRESETS[name]['pool']
-    if odd := kw.keys() - known.keys(): raise ValueError(f'no switch called {sorted(odd)}; there are {sorted(known)}')
+    if odd := kw.keys() - known.keys():
+        raise ValueError(f'no switch called {sorted(odd)}; there are {sorted(known)}')
     return known | kw
 
 def tags_terms(
@@ -124,7 +131,8 @@ def tags_terms(
     "The terms of TAGS (two weights) or TAGS-DC (four)"
     if preset not in PRESETS: raise ValueError(f'no preset called {preset!r}; there are {sorted(PRESETS)}')
     cost = PRESETS[preset]['cost']
-    made = dict(synthetic=(synthetic, lambda w: synthetic_term(source, w, margin, squash)), mlm=(mlm, lambda w: mlm_term(source, w)),
+    made = dict(synthetic=(synthetic, lambda w: synthetic_term(source, w, margin, squash)),
+                mlm=(mlm, lambda w: mlm_term(source, w)),
                 discrimination=(discrimination, lambda w: discrimination_term(source, w, **cost)),
                 correction=(correction, lambda w: correction_term(source, w, **cost)))
     return {k: make(w) for k, (w, make) in made.items() if w}
@@ -137,14 +145,17 @@ def captions_of(
     units='chunk',      # as in `Captions.of`
 )->Captions:
     "The sentences of a split, as the generator wants them"
-    lex = lexicon(vocab); n = model.stream.config.vocab_size if hasattr(model, 'stream') else len(lex.names)
-    if n < len(lex.names): raise ValueError(f'a model of {n} words; wanted {len(lex.names)}: those of the vocabulary and a mask')
+    lex = lexicon(vocab)
+    n = model.stream.config.vocab_size if hasattr(model, 'stream') else len(lex.names)
+    if n < len(lex.names):
+        raise ValueError(f'a model of {n} words; wanted {len(lex.names)}: those of the vocabulary and a mask')
     return Captions.of(train.split, train.tokens, lex, units_of(vocab, train.split.captions, units))
 
 def _streaming(model, whose):
     "Refuse who cannot read words together with regions"
     if not hasattr(model, 'stream'):
-        raise ValueError(f"{whose} has no stream that reads words together with regions: use similarity 'two_modes' or 'cross', "
+        raise ValueError(f"{whose} has no stream that reads words together with regions: use similarity "
+                         f"'two_modes' or 'cross', "
                          "or sharing='static' with the generator of a run that has one")
     return model
 
@@ -152,7 +163,8 @@ def _reading(model, lexicon):
     "Refuse who has no vector for the mask, where it may be drawn"
     n = getattr(model, 'config', {}).get('text', {}).get('n_words', len(lexicon.names))
     if n < len(lexicon.names):
-        raise ValueError("special=True may draw the mask, for which this text tower has no vector: use similarity 'two_modes' or 'cross'")
+        raise ValueError("special=True may draw the mask, for which this text tower has no vector: use "
+                         "similarity 'two_modes' or 'cross'")
 
 def writer_of(
     sharing:str,        # 'shared', 'unshared' or 'static'
@@ -162,14 +174,17 @@ def writer_of(
     seed:int=0,         # of its first weights where no run is given
 )->TextGenerator:              # None: the model in training
     "Who writes"
-    if sharing not in ('shared', 'unshared', 'static'): raise ValueError(f"sharing is 'shared', 'unshared' or 'static', not {sharing!r}")
-    if sharing == 'static' and not generator: raise ValueError("sharing='static' needs a finished run that writes: generator=...")
+    if sharing not in ('shared', 'unshared', 'static'):
+        raise ValueError(f"sharing is 'shared', 'unshared' or 'static', not {sharing!r}")
+    if sharing == 'static' and not generator:
+        raise ValueError("sharing='static' needs a finished run that writes: generator=...")
     if sharing == 'shared' or not generator: _streaming(model, 'the model in training')
     if sharing == 'shared': return None
     if generator: made = _streaming(from_pretrained(Path(generator)/'best'), 'the run that writes')
     else:
         with torch.random.fork_rng():
-            torch.manual_seed(purpose_key('writer', seed) % 2**63); made = model_of(model.config)
+            torch.manual_seed(purpose_key('writer', seed) % 2**63)
+            made = model_of(model.config)
     return TextGenerator(made.to(next(model.parameters()).device), rate if sharing == 'unshared' else 0.)
 
 def tags(
@@ -197,17 +212,24 @@ def tags(
     seed:int=0,
     **switches                  # single switches of the preset's pool: blind, drop, others, inside, special
 )->Method:                      # source 'syn'
-    "Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and correction TAGS-DC)"
-    learns, heads, pool_of = mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0, pool_switches(preset, **switches)
+    ("Sentences written for the images of a batch, and what they cost (TAGS; with discrimination and "
+     "correction TAGS-DC)")
+    learns, heads, pool_of = (mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0,
+                              pool_switches(preset, **switches))
     if heads or pool_of['blind']: _streaming(model, 'the model in training')
-    if honest and world is None: raise ValueError("honest=True needs a world that knows the truth: data='scenes'")
+    if honest and world is None:
+        raise ValueError("honest=True needs a world that knows the truth: data='scenes'")
     w = None if words == 'random' else writer_of(sharing, generator, model, rate, seed)
-    terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin, isinstance(model, CrossEncoder), preset)
+    terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin,
+                       isinstance(model, CrossEncoder), preset)
     if w and not w.static: terms['taught'] = mlm_term(lesson='taught')
-    known, misled = captions_of(train, model, vocab, units), (misled,) if isinstance(misled, str) else tuple(misled)
+    known, misled = (captions_of(train, model, vocab, units),
+                     (misled,) if isinstance(misled, str) else tuple(misled))
     if pool_of['special']: _reading(model, known.lexicon)
-    pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled, heads=heads, corrects=correction > 0,
-                     tally=Tally(known.lexicon, judge_of(world)), knows=judge_of(world) if honest else None, **pool_of)
+    pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled,
+                     heads=heads, corrects=correction > 0,
+                     tally=Tally(known.lexicon, judge_of(world)), knows=judge_of(world) if honest else None,
+                     **pool_of)
     return Method(dict(syn=synthetic_source(pool, hard)), terms)
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #d601473c
@@ -221,7 +243,8 @@ def mlm_warmup(
     model=None,           # in training
 )->Method:                # source 'mask', term 'masked'
     "The lesson of masked words; no sentence is written"
-    pool = Synthetic(captions_of(train, _streaming(model, 'the model in training'), vocab, units), copies, 0, share=share)
+    pool = Synthetic(captions_of(train, _streaming(model, 'the model in training'), vocab, units), copies, 0,
+                     share=share)
     return Method(dict(mask=Source(pool.pool, top(1))), dict(masked=mlm_term('mask', weight)))
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #06dcd167
@@ -232,8 +255,10 @@ def word_counts(
     "Words found, words to find: kept, replaced, corrected"
     n = lambda x: int(x.sum())
     kept, real = named[f'{source}.kept'], _real(named, source, 'word')
-    said = named[f'{source}.disc'].argmax(-1).bool(); hit = _real(named, source, 'hit')
-    return dict(kept_right=n(real & kept & said), kept=n(real & kept), replaced_right=n(real & ~kept & ~said), replaced=n(real & ~kept),
+    said = named[f'{source}.disc'].argmax(-1).bool()
+    hit = _real(named, source, 'hit')
+    return dict(kept_right=n(real & kept & said), kept=n(real & kept), replaced_right=n(real & ~kept & ~said),
+                replaced=n(real & ~kept),
                 corrected=n(hit & named[f'{source}.right']), masked=n(hit))
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #cdf71728
