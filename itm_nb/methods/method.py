@@ -22,7 +22,7 @@ from .samplers import (
 # %% ../../nbs/5_methods/02_method.ipynb #5100c445
 @dataclass(frozen=True)
 class Method:
-    "Named sources of negatives and named terms of cost"
+    "Named sources of negatives and named loss terms; ValueError for a term without its source"
     sources:dict    # name -> Source
     terms:dict      # name -> LossTerm
 
@@ -53,7 +53,7 @@ class Method:
 
 # %% ../../nbs/5_methods/02_method.ipynb #538e2b31
 def proposals(method:Method, view:DirectedStep)->Iterator:   # of (name of the source, Candidates, Selection)
-    "What every source that has something for this direction proposes, and what it picks"
+    "What every source that has something for this direction proposes, and what it selects"
     for name, source in method.sources.items():
         c = source.pool(view)
         if c is not None: yield name, c, source.selector(c, view)
@@ -63,7 +63,7 @@ def scores(
     view:DirectedStep,         # one direction of a step
     seen:list=None,    # (view, name, Candidates, Selection) of every source is put here, for whoever watches
 )->dict:               # {name: tensor}, what the terms' losses see
-    "Let every source propose, pick and re-score"
+    "Let every source propose, select and re-score"
     named = {}
     for name, c, picked in proposals(method, view):
         if seen is not None: seen.append((view, name, c, picked))
@@ -112,7 +112,7 @@ def vse0(margin:float=.2)->Method:
 
 def vsepp(
     margin:float=.2,
-    honest:bool=False,    # the hardest that is NOT secretly true, as the drawn world knows: an oracle
+    honest:bool=False,    # an oracle: false negatives are excluded, as the drawn world knows them
     world=None,           # the drawn world, for an oracle
 )->Method:
     "Hinge of the hardest negative of the batch (VSE++, eq. 6)"
@@ -156,9 +156,8 @@ def _offered(c, picked, i:int, most:int)->list:
     cell = {k: v[i] if v.ndim == 2 else v for k, v in about.items()}
     times = torch.bincount(picked.idx[i][picked.valid[i]], minlength=len(score))
     place = sorted(range(len(score)), key=lambda j: (-int(times[j]), -float(score[j]), j))[:most]
-    why = (lambda j: '' if c.eligible[i,j] else next((k
-                                                      for k, v in cell.items() if v.dtype == torch.bool
-                                                      and v[j]), 'not eligible'))
+    reasons = {k: v for k, v in cell.items() if v.dtype == torch.bool}
+    why = lambda j: '' if c.eligible[i,j] else next((k for k, v in reasons.items() if v[j]), 'not eligible')
     who = lambda j: {f'its {k}': int(v[j]) for k, v in cell.items() if v.dtype != torch.bool}
     weight = lambda j: None if picked.weights is None else float(picked.weights[i,j])
     return [dict(candidate=j, **who(j), score=float(score[j]), barred=why(j), weight=weight(j),

@@ -30,8 +30,8 @@ SOURCES = {'itm_nb.fne:bank_source': bank_source}     # behind `on=`: sources th
 
 # %% ../../nbs/5_methods/09_registry.ipynb #27e01687
 def named(
-    name:str,              # a name in `METHODS` or `PAPERS`; with `allow_code` also a path such as 'my_file.py:my_method', see below
-    allow_code:bool=False, # did the user write this name? Never for text that was read from a run, a record or a sweep
+    name:str,              # a name in `METHODS` or `PAPERS`; with `allow_code` also 'my_file.py:my_method'
+    allow_code:bool=False, # did the user write this name? Never for text read from a run, a record or a sweep
     **kw,                  # settings; each maker takes those it knows
 )->Method:
     "A method by name, e.g. `fne(tau=5.)`; `a|b` adds methods, `a,on=SOURCE` replaces the source `on`"
@@ -137,7 +137,7 @@ def in_force(
 _WANTED_PATH = "'my_file.py:name', 'my_module:name' (a module below the current folder) or '__main__:name'"
 
 def found(
-    path:str,      # 'file.py:name', 'module:name' (below the current folder) or '__main__:name', as its user wrote it
+    path:str,      # 'file.py:name', 'module:name' (below the current folder) or '__main__:name'
 ):                 # a class or function that is defined there, or a Method or Source that stands there
     "Code of one's own by its path: the file or module is executed, the thing itself is not called"
     place, _, name = path.rpartition(':')

@@ -39,12 +39,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Source:
-    "A pool and a pick, what the pool needs loaded with the batch, and who keeps state for it"
+    "A pool and a selector, what the pool needs loaded with the batch, and the objects that keep its state"
     pool:Callable            # DirectedStep -> Candidates, or None where this direction has none
     selector:Callable            # (Candidates, DirectedStep) -> Selection
     # (caption ids, seed, epoch) -> {'image.x' | 'text.x' | 'tokens.x': ids}: loaded WITH the batch
     fetch:Callable = None
-    stateful:tuple = ()         # owners of state
+    stateful:tuple = ()         # objects that keep state
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #5d4553bf
 class Step:
@@ -73,7 +73,7 @@ class Step:
         if key not in self.made: self.made[key] = make()
         return self.made[key]
 
-    def image(self, b:dict, model=None):   # b: what a loader gives; model: another than the step's, e.g. its momentum copy
+    def image(self, b:dict, model=None):   # b: of a loader; model: None: the step's
         "Encodings of images"
         return self.encode((model or self.model).image, *image_inputs(b))
 
@@ -123,7 +123,7 @@ class DirectedStep:
         return self.step.model.pairs(anchor, other) if self.i2t else self.step.model.pairs(other, anchor)
 
     def at(self, other, idx:Tensor)->Tensor:   # K encodings, (B, k) -> (B, k) with gradient
-        "The step's anchors, each with the candidates picked for it"
+        "The step's anchors, each with the candidates selected for it"
         return self.step.model.at(self.anchor, other, idx, self.i2t)
 
     def positive(self)->Tensor:   # (B,) with gradient
@@ -136,8 +136,7 @@ class DirectedStep:
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #2ef8030e
 def _search(view:DirectedStep)->Tensor:   # (B, K) without gradient, -inf where not eligible
-    ("Search scores of a batch: one product for both directions, masked in place by rows so that no second "
-     "matrix is held")
+    "Search scores of a batch: one product for both directions, masked in place by rows"
     def make(score):
         for at in range(0, len(score), 1024):
             score[at:at+1024].masked_fill_(view.anchor_ids[at:at+1024,None] == view.other_ids, -torch.inf)
@@ -145,15 +144,14 @@ def _search(view:DirectedStep)->Tensor:   # (B, K) without gradient, -inf where 
     with searching(view.step.model): return _block(view, 'search', make)
 
 def _block(view:DirectedStep, name:str, change:Callable)->Tensor:   # (B, K)
-    ("Scores of a batch: on one device one matrix for both directions; on several, the directions have none "
-     "in common")
+    "Scores of a batch: on one device one matrix for both directions; on several, one for each"
     s = view.step
     if s.world > 1: return s.get((name, view.side), lambda: change(view.matrix(view.anchor, view.other)))
     score = s.get(name, lambda: change(s.model.matrix(s.images, s.texts)))
     return score if view.i2t else score.T
 
 def in_batch(view:DirectedStep)->Candidates:
-    "The other side of the batch as candidates; re-scored only where picked"
+    "The other side of the batch as candidates; re-scored only where selected"
     score = _search(view)
     return Candidates(score, score > -torch.inf, view.positive(), lambda idx: {'': view.at(view.other, idx)},
                       about=lambda: _who(view))
@@ -196,7 +194,7 @@ def hardest(c:Candidates, view:DirectedStep=None)->Selection:
 
 def top(
     k:int,         # how many; fewer where there are fewer
-)->Callable:       # a pick
+)->Callable:       # a selector
     "The k best-scored eligible candidates, best first"
     def pick(c:Candidates, view:DirectedStep=None)->Selection:
         best, idx = c.score.topk(min(k, c.score.shape[1]), 1)
@@ -208,8 +206,7 @@ def every(c:Candidates, view:DirectedStep=None)->Selection:
     return Selection(torch.arange(c.score.shape[1], device=c.score.device).expand_as(c.score), c.eligible)
 
 def semi_hard(c:Candidates, view:DirectedStep=None)->Selection:
-    ("The best-scored eligible candidate below the positive (FaceNet, sec. 3.2); none where all of them "
-     "beat it")
+    "The best-scored eligible candidate below the positive (FaceNet, sec. 3.2), if there is one"
     return _best(c.score.masked_fill(c.score >= c.pos.detach()[:,None], -torch.inf))
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #4dc044a5
@@ -217,17 +214,16 @@ def draw_at(
     w:Tensor,     # (B, K) weights, 0 or more
     u:Tensor,     # (B, k) numbers in [0, 1)
 )->tuple:         # (B, k) places, (B, 1) was there anything to draw from?
-    ("The first place at which the running sum of the weights exceeds the share `u` of their sum; never one "
-     "of weight 0")
+    "Where the running sum of the weights first exceeds the share `u` of their sum; never at weight 0"
     cum = w.double().cumsum(1); whole = cum[:,-1:]
     point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(cum.contiguous(), point, right=True).clamp(max=w.shape[1]-1), whole > 0
 
 def draw(
     k:int=1,                    # how many, with replacement
-    weights:Callable=None,      # (Candidates, DirectedStep) -> (B, K) non-negative weights; None: all eligible candidates alike
+    weights:Callable=None,      # (Candidates, DirectedStep) -> (B, K) weights, 0 or more; None: uniform
     purpose:str='draw',         # name of the random numbers
-)->Callable:                    # a pick
+)->Callable:                    # a selector
     "Draw candidates with probability proportional to their weights"
     def pick(c:Candidates, view:DirectedStep)->Selection:
         if not c.score.shape[1]: return _best(c.score)
@@ -241,8 +237,7 @@ def exclude_false_negatives(
     pool:Callable,        # DirectedStep -> Candidates that say who they are (`about`)
     is_true:Callable,     # (image ids (N,), sentence ids (M,)) -> (N, M) bool array
 )->Callable:              # DirectedStep -> Candidates
-    ("A pool without the candidates that are secretly true: an oracle. It waits for the device in every "
-     "direction of a step")
+    "An oracle: a pool without its false negatives. It waits for the device in every direction of a step"
     plain = lambda ids: ids.cpu().numpy()
     def barred(view:DirectedStep)->Candidates:
         c = pool(view)

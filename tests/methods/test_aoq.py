@@ -139,7 +139,7 @@ def test_second_draws_are_anchored_and_their_own(tmp_path):
     for side in ('i2t', 't2i'):
         c = m.sources['off'].pool(DirectedStep(step, side)); x = {k: v.detach() for k, v in c.also.items()}; own = IMG_OF[CAPS]
         again = step.batch['text.off4' if side == 'i2t' else 'image.off4']; at = (Table(S).text(again['tokens'], 0) if side == 'i2t' else Table(S).image(again['feats'], 0))[:,0]
-        assert torch.equal(x['apart'], S.detach()[own, at] if side == 'i2t' else S.detach()[at, CAPS]); other += int((x['apart'] != c.score[:,0]).sum())
+        assert torch.equal(x['unanchored'], S.detach()[own, at] if side == 'i2t' else S.detach()[at, CAPS]); other += int((x['unanchored'] != c.score[:,0]).sum())
     assert other > 5
 
 

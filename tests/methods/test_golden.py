@@ -219,7 +219,7 @@ def same_parts(sides, want):
         assert by['hard'].tolist() == want[hard[side]]
         for k in ('s_on', 'hinge_on', 'weight'): near(by[k].detach(), want[f'{k}_{side}'])
         for theirs, ours in (('on', 'online'), ('off', 'offline')): near(parts[ours].detach(), want[f'term_{theirs}_{side}'])
-        near(parts['apart'].detach(), want['term_unanch_' + dict(i2t='33', t2i='44')[side]])
+        near(parts['unanchored'].detach(), want['term_unanch_' + dict(i2t='33', t2i='44')[side]])
 
 
 def total(sides): return sum(v.sum() for parts, _ in sides.values() for v in parts.values())
