@@ -22,8 +22,10 @@ from ..data.splits import fingerprint
 from ..models.similarity import gather, image_inputs
 from ..models.vsrn import caption_cost, caption_targets
 from .losses import hinge, LossTerm
+from .method import Method
 from .offline_mining import SHARE, Anywhere, depth, Draw, Lists, load_lists, mine_model
-from .samplers import Candidates, draw, hardest, in_batch, Selection, semi_hard, Source, Step, DirectedStep
+from .samplers import (
+    Candidates, DirectedStep, draw, hardest, in_batch, Selection, semi_hard, Source, Step)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #2266de5a
 def adaptive_weight(
@@ -31,10 +33,10 @@ def adaptive_weight(
     off:Tensor,          # (B,) score of the offline negative
     alpha:float=.3,      # softness: a gap of `alpha` costs one unit of weight
     beta:float=1.5,      # weight when both are equally hard
-    clamp:bool=False,    # never below 0 (the release: no)
-    detach:bool=False,   # no gradient through the weight (the release: there is)
+    clamp:bool=False,    # never below 0 (the authors' code: no)
+    detach:bool=False,   # no gradient through the weight (the authors' code: there is)
 )->Tensor:               # (B,) 0 where there is no online negative
-    "How much to trust the online negative, given the offline one (AOQ, method figure)"
+    "Weight of the online negative, given the offline one (AOQ, method figure)"
     some = on > -torch.inf
     w = torch.where(some, beta - (off - torch.where(some, on, 0.))/alpha, 0.)
     if clamp: w = w.clamp(min=0)
@@ -47,25 +49,26 @@ def quintuplet(
     pos:Tensor,              # (B,) score of the true pair
     on:Tensor,               # (B,) hardest negative of the batch, -inf where there is none
     off:Tensor,              # (B,) offline negative of the same anchor
-    apart:Tensor,            # (B,) offline pair sharing neither image nor text with the anchor
+    unanchored:Tensor,       # (B,) offline pair sharing neither image nor text with the anchor
     m_on:float=.2,           # online margin
     m_off:float=0.,          # offline margin
     stage:str='adap',        # one of `STAGES`; each adds to the one before
     off_ok:Tensor=None,      # (B,) is there an offline negative? None: everywhere
     unanchored_valid:Tensor=None,    # (B,) is the unanchored pair a negative? None: everywhere (as released)
     pos_on:Tensor=None,      # (B,) the true pair as whoever scored `on` sees it; None: `pos`
-    deal:Callable=None,      # (B,) weights -> (B,) weights: a placebo
+    reweight:Callable=None,  # (B,) weights -> (B,) weights: a control
     **kw,                    # of `adaptive_weight`
-)->dict:                     # 'online', 'offline', 'apart': (B,) costs
+)->dict:                     # 'online', 'offline', 'unanchored': (B,) losses
     "The terms around one positive in one direction (AOQ, method figure; OffTri, OffQuin, AdapOffQuin)"
     if stage not in STAGES: raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
     at, some = STAGES.index(stage), on > -torch.inf
     given = some if off_ok is None else some & off_ok
     w = torch.where(given, adaptive_weight(on, off, **kw), 1.) if at == 3 else 1.
-    if at == 3 and deal: w = deal(w)
-    cost = dict(online=torch.where(some, hinge(pos if pos_on is None else pos_on, torch.where(some, on, 0.), m_on), 0.) * w)
+    if at == 3 and reweight: w = reweight(w)
+    cost = dict(online=torch.where(some, hinge(pos if pos_on is None else pos_on, torch.where(some, on, 0.),
+                                               m_on), 0.) * w)
     if at > 0: cost['offline'] = _only(hinge(pos, off, m_off), off_ok)
-    if at > 1: cost['apart'] = _only(hinge(pos, apart, m_off), unanchored_valid)
+    if at > 1: cost['unanchored'] = _only(hinge(pos, unanchored, m_off), unanchored_valid)
     return cost
 
 def _only(x, ok): return x if ok is None else torch.where(ok, x, 0.)
@@ -74,7 +77,9 @@ def _only(x, ok): return x if ok is None else torch.where(ok, x, 0.)
 PRESETS = dict(
     faithful=dict(clamp=False, detach=False, true_pairs=True, same_image=True, tied=True, reduce='sum'),
     corrected=dict(clamp=True, detach=False, true_pairs=False, same_image=False, tied=False, reduce='mean'),
-)   # clamp, detach: of the weight; true_pairs: (I3,T3) and (I4,T4) count even where I3 = I4; same_image: other captions of the anchor's own
+# clamp, detach: of the weight; true_pairs: (I3,T3) and (I4,T4) count even where I3 = I4; same_image: other
+# captions of the anchor's own
+)
 #     image are negatives in the batch; tied: one draw for the ranks of T3 and I3; reduce: over the anchors
 
 def switches_of(
@@ -88,23 +93,27 @@ def switches_of(
     return PRESETS[name] | kw
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #303bb422
-COUNTS = ('anchors', 'both', 'weight', 'negative', 'gap', 'online', 'offline', 'apart', 'pulled', 'collisions')
+# 'apart': active terms of unanchored pairs, as logs have called them from the first
+COUNTS = ('anchors', 'both', 'weight', 'negative', 'gap', 'online', 'offline', 'apart', 'pulled',
+          'collisions')
 
 @torch.no_grad()
 def tally(
-    pos:Tensor, on:Tensor, off:Tensor, apart:Tensor,   # (B,) each, one direction; see `quintuplet`
+    pos:Tensor, on:Tensor, off:Tensor, unanchored:Tensor,   # (B,) each, one direction; see `quintuplet`
     same:Tensor=None,                                  # (B,) is the unanchored pair a true one (I3 = I4)?
     off_ok:Tensor=None, unanchored_valid:Tensor=None, pos_on:Tensor=None,
     alpha:float=.3, beta:float=1.5, clamp:bool=False, m_on:float=.2, m_off:float=0.,
-)->tuple:                                              # (10,) sums in the order of `COUNTS`, smallest weight (inf: none)
+)->tuple:  # (10,) sums in the order of `COUNTS`, smallest weight (inf: none)
     "Add up over the anchors of one direction"
     every, some = torch.ones_like(pos, dtype=torch.bool), on > -torch.inf
     off_ok, unanchored_valid = (every if x is None else x for x in (off_ok, unanchored_valid))
     both, hard = some & off_ok, torch.where(some, on, 0.)
     w, c = adaptive_weight(on, off, alpha, beta, clamp), hinge(pos if pos_on is None else pos_on, hard, m_on)
     active = off_ok & (hinge(pos, off, m_off) > 0)
-    rows = (every, both, both*w, both & (w < 0), both*(off-hard), some & (c*torch.where(both, w, 1.) != 0), active,
-            unanchored_valid & (hinge(pos, apart, m_off) > 0), both & (c/alpha > active.float()), ~every if same is None else same)
+    rows = (every, both, both*w, both & (w < 0), both*(off-hard), some & (c*torch.where(both, w, 1.) != 0),
+            active,
+            unanchored_valid & (hinge(pos, unanchored, m_off) > 0), both & (c/alpha > active.float()),
+            ~every if same is None else same)
     return torch.stack([r.double().sum() for r in rows]), torch.where(both, w, torch.inf).amin().double()
 
 def monitors(
@@ -112,16 +121,21 @@ def monitors(
     least:Tensor,        # smallest weight
 )->dict:                 # name -> float
     "Shares and means"
-    n = dict(zip(COUNTS, sums.tolist())); both, anchors = max(n['both'], 1.), max(n['anchors'], 1.)
-    out = {f'active_{k}': n[k]/anchors for k in ('online', 'offline', 'apart')} | dict(collisions=n['collisions']/anchors)
+    n = dict(zip(COUNTS, sums.tolist()))
+    both, anchors = max(n['both'], 1.), max(n['anchors'], 1.)
+    out = ({f'active_{k}': n[k]/anchors for k in ('online', 'offline', 'apart')}
+           | dict(collisions=n['collisions']/anchors))
     if not n['both']: return out
-    return out | dict(weight_mean=n['weight']/both, weight_min=float(least), weight_negative=n['negative']/both, off_minus_on=n['gap']/both,
+    return out | dict(weight_mean=n['weight']/both, weight_min=float(least),
+                      weight_negative=n['negative']/both, off_minus_on=n['gap']/both,
                       pulled=n['pulled']/both)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #1b0c95a8
 class WeightMonitor:
     "Sums of an epoch, for the log; and the mean weight since the beginning of the run"
-    def __init__(self): self.run = torch.zeros(2).double(); self.start_epoch(0)
+    def __init__(self):
+        self.run = torch.zeros(2).double()
+        self.start_epoch(0)
 
     def start_epoch(self, epoch:int):
         "Count anew; the mean goes on"
@@ -130,9 +144,11 @@ class WeightMonitor:
     def take(self, *given, **kw):   # of `tally`
         "Count a batch of all devices, unless somebody is only looking"
         if not torch.is_grad_enabled(): return
-        sums, least = tally(*given, **kw); sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
+        sums, least = tally(*given, **kw)
+        sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
         self.sums, self.least, self.run = (x.to(sums.device) for x in (self.sums, self.least, self.run))
-        self.sums, self.least, self.run = self.sums + sums, torch.minimum(self.least, least), self.run + sums[1:3].flip(0)
+        self.sums, self.least, self.run = (self.sums + sums, torch.minimum(self.least, least),
+                                           self.run + sums[1:3].flip(0))
 
     def mean(self, w:Tensor)->Tensor:   # (B,) -> (B,)
         "Every weight the mean of all so far"
@@ -152,18 +168,19 @@ def _one(n, k, fill):
 def _given(n, on, off)->dict:
     "What `quintuplet` wants to know, from the named tensors of two sources"
     ok, pos = n[f'{off}.valid'].squeeze(1), n[f'{off}.pos']
-    return dict(pos=pos, on=_one(n, on, -torch.inf), off=_one(n, off, 0.), apart=n.get(f'{off}.apart', pos.detach()), off_ok=ok,
+    return dict(pos=pos, on=_one(n, on, -torch.inf), off=_one(n, off, 0.),
+                unanchored=n.get(f'{off}.unanchored', pos.detach()), off_ok=ok,
                 unanchored_valid=n.get(f'{off}.unanchored_valid', ok) & ok, pos_on=n[f'{on}.pos'])
 
 def aoq_term(
     stage:str='adap',        # one of `STAGES`
     on:str='on',             # source of the online negative; of several it picks, the highest
-    off:str='off',           # source of the offline negative, with `apart` and `unanchored_valid` beside it
+    off:str='off',           # source of the offline negative, with `unanchored`, `unanchored_valid` beside it
     clamp:bool=False,
     detach:bool=False,
     reduce:str='sum',        # as released: the learning rate and the clip belong to it
     m_on:float=.2, m_off:float=0., alpha:float=.3, beta:float=1.5,
-    placebo:str='',          # 'permuted' or 'constant' weights
+    placebo:str='',          # a control: 'permuted' or 'constant' weights
     watch:WeightMonitor=None,        # counts
 )->LossTerm:                     # one cost per anchor: all terms of its direction
     "AOQ as a term; with `stage='online'` it needs no offline source"
@@ -173,56 +190,70 @@ def aoq_term(
         if stage == 'online': return quintuplet(x, _one(n, on, -torch.inf), x, x, m_on, stage=stage)['online']
         given = _given(n, on, off)
         if watch: watch.take(**given, **hyper, m_on=m_on, m_off=m_off, same=n.get(f'{off}.same'))
-        deal = dict(permuted=lambda w: w[n[f'{off}.shuffle'].argsort()], constant=lambda w: watch.mean(w)).get(placebo)
-        kw = hyper | dict(detach=detach, deal=deal) if stage == 'adap' else {}
+        changes = dict(permuted=lambda w: w[n[f'{off}.shuffle'].argsort()],
+                       constant=lambda w: watch.mean(w))
+        kw = hyper | dict(detach=detach, reweight=changes.get(placebo)) if stage == 'adap' else {}
         return sum(quintuplet(**given, m_on=m_on, m_off=m_off, stage=stage, **kw).values())
     return LossTerm(cost, (on,) if stage == 'online' else (on, off), reduce=reduce)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #07dbc46a
+def _int64(x)->Tensor: return torch.as_tensor(np.asarray(x), dtype=torch.int64)
+
+def _second_draws(view)->dict:
+    "Scores of second anchored draws, and whether they are negatives"
+    s, name = view.step, 'text.off4' if view.i2t else 'image.off4'
+    valid = s.batch[name]['img_ids'] != s.img
+    return dict(unanchored=view.pairs(view.anchor, s.fetched(name)), unanchored_valid=valid)
+
 class Offline:
     "Offline negatives of a batch: what is loaded with it, and the pool they make"
     def __init__(self,
         draw:Callable,             # captions -> T3, I3, T4, I4: `offline.Draw` or `offline.Anywhere`
         split,                     # the training Split
-        second:Callable=None,      # a second draw, anchored like the first, in place of the unanchored pairs: a placebo
-        apart:bool=True,           # are the unanchored pairs wanted?
+        second:Callable=None,      # a control: second anchored draws in place of the unanchored pairs
+        wanted:bool=True,          # are the unanchored pairs wanted?
         true_pairs:bool=False,     # does (I3,T3) count where T3 describes I3?
-        shuffle:bool=False,        # numbers to deal weights out by: a placebo
+        shuffle:bool=False,        # a control: numbers to permute the weights by
     ):
-        self.draw, self.second, self.apart, self.true_pairs, self.shuffle = draw, second, apart, true_pairs, shuffle
-        ids = split.cap_ids, split.img_ids, split.img_of
-        self.cap_ids, self.img_ids, self.img_of = (torch.as_tensor(np.asarray(x), dtype=torch.int64) for x in ids)
+        self.draw, self.second = draw, second
+        self.wanted, self.true_pairs, self.shuffle = wanted, true_pairs, shuffle
+        self.cap_ids, self.img_ids, self.img_of = map(_int64, (split.cap_ids, split.img_ids, split.img_of))
         self.sorted = self.cap_ids.argsort()
 
-    def fetch(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> {name: ids}; an anchor without negatives gets itself
-        "What comes with a batch"
-        at = self.sorted[torch.searchsorted(self.cap_ids[self.sorted], cap.contiguous())]; d = self.draw(at, seed, epoch)
-        if self.second: more = self.second(at, seed, epoch); d |= dict(T4=more['T3'], I4=more['I3'])
+    def fetch(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> {name: ids}
+        "What is loaded with a batch; an anchor without negatives gets itself"
+        at = self.sorted[torch.searchsorted(self.cap_ids[self.sorted], cap.contiguous())]
+        d = self.draw(at, seed, epoch)
+        if self.second: d |= {f'{k[0]}4': v for k, v in self.second(at, seed, epoch).items() if k[1] == '3'}
         text = lambda x: self.cap_ids[torch.where(x < 0, at, x)]
         image = lambda x: self.img_ids[torch.where(x < 0, self.img_of[at], x)]
-        both = ('3', '4') if self.apart else ('3',)
-        return {f'text.off{k}': text(d[f'T{k}']) for k in both} | {f'image.off{k}': image(d[f'I{k}']) for k in both}
+        both = ('3', '4') if self.wanted else ('3',)
+        texts = {f'text.off{k}': text(d[f'T{k}']) for k in both}
+        return texts | {f'image.off{k}': image(d[f'I{k}']) for k in both}
 
     def pool(self, view:DirectedStep)->Candidates:
         "One candidate per anchor"
-        s, name = view.step, 'text.off3' if view.i2t else 'image.off3'; mine = s.batch[name]
+        s, name = view.step, 'text.off3' if view.i2t else 'image.off3'
+        mine = s.batch[name]
         score, ok = view.pairs(view.anchor, s.fetched(name))[:,None], (mine['img_ids'] != s.img)[:,None]
         caption = mine['cap_ids'] if view.i2t else torch.full_like(mine['img_ids'], -1)
-        also = self.unanchored(view) | (dict(shuffle=view.uniform('aoq/permuted').squeeze(1)) if self.shuffle else {})
-        return Candidates(score.detach().masked_fill(~ok, -torch.inf), ok, view.positive(), lambda idx: {'': score.gather(1, idx)}, also,
-                          lambda: {'image': mine['img_ids'][:,None], 'caption': caption[:,None], 'same image': ~ok})
+        also = self.unanchored(view)
+        if self.shuffle: also['shuffle'] = view.uniform('aoq/permuted').squeeze(1)
+        about = {'image': mine['img_ids'][:,None], 'caption': caption[:,None], 'same image': ~ok}
+        return Candidates(score.detach().masked_fill(~ok, -torch.inf), ok, view.positive(),
+                          lambda idx: {'': score.gather(1, idx)}, also, lambda: about)
 
     def unanchored(self, view:DirectedStep)->dict:
         "Scores of (I3,T3) for i2t, of (I4,T4) for t2i - or of second draws - and whether they are negatives"
-        if not self.apart: return {}
+        if not self.wanted: return {}
         s = view.step; who = lambda name: s.batch[name]['img_ids']
-        if self.second:
-            name = 'text.off4' if view.i2t else 'image.off4'
-            return dict(apart=view.pairs(view.anchor, s.fetched(name)), unanchored_valid=who(name) != s.img)
-        img, txt = ('image.off3', 'text.off3') if view.i2t else ('image.off4', 'text.off4')
-        t3, i3 = who('text.off3'), who('image.off3'); real, same = (t3 != s.img) & (i3 != s.img) & (who('text.off4') == i3), t3 == i3
-        score = s.model.pairs(s.fetched(img), s.fetched(txt))
-        return dict(apart=score, unanchored_valid=real if self.true_pairs else real & ~same, same=real & same)
+        if self.second: return _second_draws(view)
+        k = '3' if view.i2t else '4'
+        t3, i3 = who('text.off3'), who('image.off3')
+        real, same = (t3 != s.img) & (i3 != s.img) & (who('text.off4') == i3), t3 == i3
+        score = s.model.pairs(s.fetched(f'image.off{k}'), s.fetched(f'text.off{k}'))
+        valid = real if self.true_pairs else real & ~same
+        return dict(unanchored=score, unanchored_valid=valid, same=real & same)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #27ad10d8
 def _ids(x)->Tensor: return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
@@ -231,7 +262,9 @@ def kept(old, new, rows:int=4096)->float:   # (N, a), (N, b) ids, -1 where there
     "Which share of new lists was in the old ones"
     both = n = 0
     for a, b in zip(_ids(old).split(rows), _ids(new).split(rows)):
-        x = torch.cat([a, b], 1).sort(1).values; both += int(((x[:,1:] == x[:,:-1]) & (x[:,1:] >= 0)).sum()); n += int((b >= 0).sum())
+        x = torch.cat([a, b], 1).sort(1).values
+        both += int(((x[:,1:] == x[:,:-1]) & (x[:,1:] >= 0)).sum())
+        n += int((b >= 0).sum())
     return both/max(n, 1)
 
 class Refresh:
@@ -241,7 +274,9 @@ class Refresh:
         h:tuple,         # how many captions, how many images are listed
         every:int,       # epochs
         model, train,    # what mines, and what
-    ): self.lists, self.h, self.every, self.model, self.train, self.share = lists, h, every, model, train, torch.tensor(torch.nan)
+    ):
+        self.lists, self.h, self.every, self.model, self.train = lists, h, every, model, train
+        self.share = torch.tensor(torch.nan)
 
     def start_epoch(self, epoch:int):
         "Mine, if it is time"
@@ -252,19 +287,28 @@ class Refresh:
         self.lists.update(new)
 
     def monitor(self)->dict: return {} if self.share.isnan() else dict(lists_kept=self.share.item())
-    def state_dict(self)->dict: return dict(share=self.share) | {k: _ids(x.idx) for k, x in self.lists.items()}
+    def state_dict(self)->dict:
+        return dict(share=self.share) | {k: _ids(x.idx) for k, x in self.lists.items()}
     def load_state_dict(self, d:dict):
-        self.share = d['share'].clone(); self.lists.update({k: Lists(d[k].cpu(), None) for k in ('i2t', 't2i') if k in d})
+        self.share = d['share'].clone()
+        self.lists.update({k: Lists(d[k].cpu(), None) for k in ('i2t', 't2i') if k in d})
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #afade933
-ONLINE = dict(hardest=hardest, semi_hard=semi_hard, uniform=draw(purpose='aoq/online'))    # picks of the online negative
-PLACEBOS = dict(random=STAGES[1:], second=STAGES[2:], permuted=STAGES[3:], constant=STAGES[3:], detached=STAGES[3:])   # and their stages
+# selectors of the online negative
+ONLINE = dict(hardest=hardest, semi_hard=semi_hard, uniform=draw(purpose='aoq/online'))
+# controls, and the stages they are for
+PLACEBOS = dict(random=STAGES[1:], second=STAGES[2:], permuted=STAGES[3:], constant=STAGES[3:],
+                detached=STAGES[3:])
 
 def but_own(view:DirectedStep)->Candidates:
-    "The other side of the batch; nothing is barred but the own pair (as released: captions of the same image are negatives)"
-    score = view.search(view.other); at = torch.arange(len(score), device=score.device)
-    eligible = torch.ones_like(score, dtype=torch.bool); eligible[at,at+view.step.first] = False; s = view.step
-    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(), lambda idx: {'': view.at(view.other, idx)},
+    "The other side of the batch without the own pair only: captions of the same image stay, as released"
+    score = view.search(view.other)
+    at = torch.arange(len(score), device=score.device)
+    eligible = torch.ones_like(score, dtype=torch.bool)
+    eligible[at,at+view.step.first] = False
+    s = view.step
+    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(),
+                      lambda idx: {'': view.at(view.other, idx)},
                       about=lambda: {'image': s.all_img, 'caption': s.all_cap, 'own pair': ~eligible})
 
 def lists_of(
@@ -276,22 +320,28 @@ def lists_of(
     wanted = 'lists: the folder of a finished run of the template mine'
     if not folder: raise DataError('aoq', 'no mined lists', wanted, "Mine first, or say placebo='random'.")
     at = Path(folder)/'lists' if (Path(folder)/'lists').is_dir() else Path(folder)
-    n, m = len(split), len(split.captions); lists, want = load_lists(at, dict(data=fingerprint(split))), depth(m, n, share)
+    n, m = len(split), len(split.captions)
+    lists, want = load_lists(at, dict(data=fingerprint(split))), depth(m, n, share)
     for side, h, most in zip(('i2t', 't2i'), want, (m, n)):
         have = lists[side].idx.shape[1] if side in lists else 0
         if have >= min(h, most): continue
-        raise DataError(at, f'lists of {have} entries ({side})', f'{h}, as share={share:g} asks for', 'Mine deeper or use a smaller share.')
+        raise DataError(at, f'lists of {have} entries ({side})', f'{h}, as share={share:g} asks for',
+                        'Mine deeper or use a smaller share.')
     return lists, *want
 
 def _draws(train, tied, share, folder, random, refresh=0, model=None):
     "Purpose -> a draw from lists, or from anywhere; who keeps the lists up to date"
-    if train is None: raise DataError('aoq', 'no training data', 'train: Batches of the training split', 'Give train=...')
+    if train is None:
+        raise DataError('aoq', 'no training data', 'train: Batches of the training split', 'Give train=...')
     img_of = torch.as_tensor(np.asarray(train.split.img_of), dtype=torch.int64)
-    if random and refresh: raise ValueError("refresh has nothing to do where placebo='random': nothing is mined")
+    if random and refresh:
+        raise ValueError("refresh has nothing to do where placebo='random': nothing is mined")
     if random: return lambda purpose: Anywhere(img_of, len(train.split), purpose), ()
     if refresh and model is None: raise ValueError('refresh: give the model that is trained')
-    lists, *h = lists_of(folder, train.split, share) if folder or not refresh else ({}, *depth(len(img_of), len(train.split), share))
-    return lambda purpose: Draw(lists, img_of, *h, tied, purpose), (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ()
+    lists, *h = (lists_of(folder, train.split, share) if folder or not refresh
+                 else ({}, *depth(len(img_of), len(train.split), share)))
+    return (lambda purpose: Draw(lists, img_of, *h, tied, purpose),
+            (Refresh(lists, tuple(h), refresh, model, train),) if refresh else ())
 
 def _stopped(on, pool, switches, s)->bool:
     "Is the weight detached? As said; else as the preset has it, and always beside another online negative"
@@ -302,36 +352,41 @@ def aoq(
     stage:str='adap',            # one of `STAGES`
     preset:str='corrected',      # name in `PRESETS`
     share:float=SHARE,           # how much of the lists is used, as a share of the captions
-    on='hardest',                # the online negative: a name in `ONLINE`, or a pick
+    on='hardest',                # the online negative: a name in `ONLINE`, or a selector
     pool:Callable=None,          # where it comes from; None: the batch, as the switch `same_image` says
     lists:str='',                # folder of a finished run of `mine`
     train=None,                  # Batches of the training split
     model=None,                  # what is trained; needed for `refresh`
     margin:float=.2,             # of the online hinge
-    placebo:str='',              # name in `PLACEBOS`
+    placebo:str='',              # a control: name in `PLACEBOS`
     refresh:int=0,               # the model mines anew every so many epochs; 0: never, as in the paper
     m_off:float=0., alpha:float=.3, beta:float=1.5,
     **switches                   # of the preset; `detach` unsaid: also wherever `on` or `pool` is another
-)->tuple:                        # ({name: Source}, {name: LossTerm}): what a `Method` is made of
+)->Method:
     "The adaptive offline quintuplet loss, or one of the steps that lead to it"
-    _known(stage, placebo); watch, s = WeightMonitor(), switches_of(preset, **switches)
+    _known(stage, placebo)
+    watch, s = WeightMonitor(), switches_of(preset, **switches)
     detach = _stopped(on, pool, switches, s) or placebo == 'detached'
     pool = pool or (but_own if s['same_image'] else in_batch)
     sources = dict(on=Source(pool, on if callable(on) else ONLINE[on]))
     hyper = margin, m_off, alpha, beta, placebo, watch
     term = aoq_term(stage, 'on', 'off', s['clamp'], detach, s['reduce'], *hyper)
-    if stage == 'online': return sources, dict(aoq=term)
+    if stage == 'online': return Method(sources, dict(aoq=term))
     draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None
-    off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'], placebo == 'permuted')
-    return sources | dict(off=Source(off.pool, hardest, off.fetch, stateful=(watch, *keeper))), dict(aoq=term)
+    off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'],
+                  placebo == 'permuted')
+    sources['off'] = Source(off.pool, hardest, off.fetch, stateful=(watch, *keeper))
+    return Method(sources, dict(aoq=term))
 
 def _known(stage, placebo):
-    "Refuse a stage or a placebo that there is not"
+    "Refuse an unknown stage or control with ValueError"
     if stage not in STAGES: raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
     if not placebo: return
-    if placebo not in PLACEBOS: raise ValueError(f'no placebo called {placebo!r}; there are {sorted(PLACEBOS)}')
-    if stage not in PLACEBOS[placebo]: raise ValueError(f'placebo {placebo!r} is for the stages {PLACEBOS[placebo]}, not {stage!r}')
+    if placebo not in PLACEBOS:
+        raise ValueError(f'no placebo called {placebo!r}; there are {sorted(PLACEBOS)}')
+    if stage not in PLACEBOS[placebo]:
+        raise ValueError(f'placebo {placebo!r} is for the stages {PLACEBOS[placebo]}, not {stage!r}')
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #f1a0ef0b
 CAPTION = dict(
@@ -343,11 +398,14 @@ def uncounted(
     module:nn.Module,
 ):
     "Inside, batch normalisation uses the statistics of the batch and leaves its running ones alone"
-    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+    norms = [(m, m.momentum, m.num_batches_tracked.clone())
+             for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
     for m, *_ in norms: m.momentum = 0.
     try: yield
     finally:
-        for m, momentum, n in norms: m.momentum = momentum; m.num_batches_tracked.copy_(n)
+        for m, momentum, n in norms:
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(n)
 
 def _spoken(s:Step, max_len, one_more, steps)->Tensor:   # (B,)
     "Minus log-probability of every anchor's sentence, given the regions of its image"
@@ -361,16 +419,17 @@ def caption(
     weight:float=0.,           # 0: the preset's
     max_len:int=60,            # a longer sentence is cut
     model=None,                # must have a captioner
-)->tuple:                      # sources, terms
-    "The captioner's lesson (VSRN, sec. 3.4), to be added to a method"
+)->Method:                     # one source without negatives, one term
+    "VSRN's auxiliary captioning loss (sec. 3.4), to be added to a method"
     if preset not in CAPTION: raise ValueError(f'no preset called {preset!r}; there are {sorted(CAPTION)}')
     if model is not None and not hasattr(model, 'captioner'):
         raise ValueError('this model has no captioner; set image=vsrn, and captioner to its width')
     p = CAPTION[preset]
     def pool(view):
         if not view.i2t: return None
-        cost = _spoken(view.step, max_len, p['one_more'], p['steps']); none = cost.detach()[:,None][:,:0]
+        cost = _spoken(view.step, max_len, p['one_more'], p['steps'])
+        none = cost.detach()[:,None][:,:0]
         return Candidates(none, none.bool(), view.positive(), lambda idx: {}, dict(cost=cost))
-    pick = lambda c, view: Selection(c.score.long(), c.eligible)
+    selector = lambda c, view: Selection(c.score.long(), c.eligible)
     term = LossTerm(lambda n: n['caption.cost'], ('caption',), weight or p['weight'], sides=('i2t',))
-    return dict(caption=Source(pool, pick)), dict(caption=term)
+    return Method(dict(caption=Source(pool, selector)), dict(caption=term))

@@ -20,6 +20,7 @@ from ..scenes.dataset import true_pairs
 from .aoq import aoq
 from .losses import LossTerm, triplet_term
 from .memory_bank import Bank, refuse
+from .method import Method
 from .offline_mining import SHARE
 from .samplers import (
     Candidates, draw_at, hardest, exclude_false_negatives, in_batch, Selection, Source, Step, DirectedStep)
@@ -39,7 +40,7 @@ def merge(
     b:Tensor,                # (..., 3) moments of new numbers
     variance:str='exact',    # 'exact', or 'drift': as released
 )->Tensor:                   # (..., 3) moments of both together
-    "Two heaps of numbers as one"
+    "Moments of two sets of numbers together (Chan, Golub and LeVeque 1979)"
     n, gap = a[...,0] + b[...,0], b[...,1] - a[...,1]
     share = b[...,0] / n.clamp(min=1); mean = a[...,1] + gap*share
     more = gap**2 * a[...,0]*share if variance == 'exact' else b[...,0] * (b[...,1]-mean)**2
@@ -55,16 +56,18 @@ def variances(
 @torch.no_grad()
 def observed(
     score:Tensor,                # (B, B) images by sentences, true pairs on the diagonal
-    same:Tensor=None,            # (B, B) pairs of one image, no negatives; None: only the diagonal, as released
-    least:float=-torch.inf,      # lower limit of a negative; the release puts 0 on the diagonal before it takes the maximum
+    same:Tensor=None,  # (B, B) pairs of one image, no negatives; None: only the diagonal, as released
+    least:float=-torch.inf,      # lower limit of a negative; 0 in the authors' code
     negatives:str='hardest',     # 'hardest' of each row and column, or 'all' of them
 )->Tensor:                       # (2, 3) moments: positives, negatives
     "Scores of the pairs that are each other's best, and of their negatives"
     own = torch.eye(len(score), dtype=torch.bool, device=score.device)
     off = score.masked_fill(own if same is None else own | same, -torch.inf)
     pos, hard = score.diagonal(), torch.stack([off.amax(1), off.amax(0)])
-    ok = ((pos >= hard) & (hard.clamp(min=least) > -torch.inf)).all(0)      # a pair without a rival proves nothing
-    if negatives == 'hardest': return torch.stack([moments(pos, ok), moments(hard.clamp(min=least), ok.expand(2, -1))])
+    # a pair without a rival proves nothing
+    ok = ((pos >= hard) & (hard.clamp(min=least) > -torch.inf)).all(0)
+    if negatives == 'hardest':
+        return torch.stack([moments(pos, ok), moments(hard.clamp(min=least), ok.expand(2, -1))])
     both = torch.stack([off, off.T])
     return torch.stack([moments(pos, ok), moments(both, ok[:,None] & (both > -torch.inf))])
 
@@ -79,7 +82,8 @@ def log_odds(
     (mp, mn), (vp, vn) = m[:,1].to(score.dtype), variances(m).clamp(min=1e-12).to(score.dtype)
     if monotone:
         turn = (mp*vn - mn*vp) / (vn-vp)
-        score = torch.where(vp < vn, torch.minimum(score, turn), torch.where(vp > vn, torch.maximum(score, turn), score))
+        score = torch.where(vp < vn, torch.minimum(score, turn),
+                            torch.where(vp > vn, torch.maximum(score, turn), score))
     return .5*((score-mn)**2/vn - (score-mp)**2/vp) + .5*torch.log(vn/vp) + float(np.log(prior/(1-prior)))
 
 def posterior(
@@ -100,10 +104,11 @@ def floor_of(
     m:Tensor,                 # (2, 3) moments
     pos:Tensor,               # (B,) scores of the anchors' own pairs
     margin:float=.2,
-    floor:str='global',       # 'global': mean of positives - margin; 'per_anchor': own positive - margin; 'none'
+    floor:str='global',  # 'global': mean of positives - margin; 'per_anchor': own positive - margin; 'none'
 )->Tensor:                    # (B, 1), of the type of `pos`
     "Candidates that score no higher than this are never drawn"
-    if floor not in ('global', 'per_anchor', 'none'): raise ValueError(f"floor is 'global', 'per_anchor' or 'none', not {floor!r}")
+    if floor not in ('global', 'per_anchor', 'none'):
+        raise ValueError(f"floor is 'global', 'per_anchor' or 'none', not {floor!r}")
     if floor == 'none': return torch.full_like(pos, -torch.inf)[:,None]
     return (m[0,1].to(pos.dtype).expand_as(pos) if floor == 'global' else pos)[:,None] - margin
 
@@ -119,18 +124,18 @@ def weights(
     min_count:int=200,        # nobody is suspected before more pairs than this were accepted
     floor:str='global',
     cutdown:bool=True,        # do unsuspected candidates lose weight by their distance from `pos`?
-    shuffle:Tensor=None,      # (B, K) numbers by whose order each anchor's posteriors are dealt out anew (a placebo)
+    shuffle:Tensor=None,      # (B, K) a control: each anchor's posteriors permuted by these
     **kw                      # space, monotone: of `posterior`
 )->Tensor:                    # (B, K), 0 where it may not be drawn; not normalised
     "How readily each candidate is drawn (FNE code; see the formula above)"
     ok = eligible & (score > floor_of(m, pos, margin, floor))
     P = posterior(score, m, prior, **kw)
-    if shuffle is not None: P = _dealt(P, ok, shuffle)
+    if shuffle is not None: P = _permuted(P, ok, shuffle)
     suspect = (m[0,0] > min_count) & (1-P < 1-threshold)
     w = torch.where(suspect, torch.exp(-tau*P), torch.exp(-tau*(score-pos[:,None])**2) if cutdown else 1.)
     return torch.where(ok, w, 0.)
 
-def _dealt(P, ok, key):
+def _permuted(P, ok, key):
     "Values of the `ok` places of each row, permuted among them"
     rank = (ok.cumsum(1)-1).clamp(min=0)
     return P.gather(1, torch.where(ok, key.gather(1, rank), 2.).argsort(1).gather(1, rank))
@@ -145,8 +150,11 @@ def fallback_negative(
 )->tuple:                       # (B, 1) places, (B, 1) is that a negative?
     "The negative of an anchor all of whose weights are 0"
     if fallback == 'hardest': idx = torch.where(eligible, score, -torch.inf).argmax(1, keepdim=True)
-    elif fallback == 'hinge': idx = torch.where(eligible, (margin+score-pos[:,None]).clamp(min=0), 0.).argmax(1, keepdim=True)
-    elif fallback == 'none': return torch.zeros_like(pos, dtype=torch.int64)[:,None], torch.zeros_like(pos, dtype=torch.bool)[:,None]
+    elif fallback == 'hinge':
+        idx = torch.where(eligible, (margin+score-pos[:,None]).clamp(min=0), 0.).argmax(1, keepdim=True)
+    elif fallback == 'none':
+        none = torch.zeros_like(pos[:,None])
+        return none.long(), none.bool()
     else: raise ValueError(f"fallback is 'hardest', 'hinge' or 'none', not {fallback!r}")
     return idx, eligible.gather(1, idx)
 
@@ -163,14 +171,15 @@ class Statistics:
     def __init__(self,
         variance:str='exact',      # 'exact' or 'drift', see `merge`
         window:str='epoch',        # 'epoch': begun anew in each; 'run': never
-        mask_same:bool=True,       # leave out pairs of one image? (the release takes other sentences of an image as negatives)
+        mask_same:bool=True,       # leave out pairs of one image? (the authors' code: no)
         start:int=0,               # epoch from which it observes
         **kw                       # least, negatives: of `observed`
     ):
         for k, v, known in (('variance', variance, ('exact', 'drift')), ('window', window, ('epoch', 'run')),
                             ('negatives', kw.get('negatives', 'all'), ('hardest', 'all'))):
             if v not in known: raise ValueError(f'{k} is one of {known}, not {v!r}')
-        self.variance, self.window, self.mask_same, self.start, self.kw = variance, window, mask_same, start, kw
+        self.variance, self.window, self.mask_same = variance, window, mask_same
+        self.start, self.kw = start, kw
         self.moments, self.epoch = torch.zeros(2, 3, dtype=torch.double), -1
 
     def observe(self, step:Step):
@@ -185,49 +194,58 @@ class Statistics:
 
     def monitor(self)->dict:
         "Both distributions as they are, for the curves of a run"
-        (n, mp, qp), (k, mn, qn) = self.moments.tolist(); sd = lambda q, n: (q/max(n-1, 1))**.5
+        (n, mp, qp), (k, mn, qn) = self.moments.tolist()
+        sd = lambda q, n: (q/max(n-1, 1))**.5
         return dict(accepted=n, pos_mean=mp, pos_sd=sd(qp, n), neg_mean=mn, neg_sd=sd(qn, k))
 
     def state_dict(self)->dict: return dict(moments=self.moments, epoch=torch.tensor(self.epoch))
-    def load_state_dict(self, d:dict): self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
+    def load_state_dict(self, d:dict):
+        self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
 
 # %% ../../nbs/5_methods/06_fne.ipynb #4b29a159
 def above(
     score:Tensor,     # (B, K) on the CPU
     least:Tensor,     # (B, 1)
-)->tuple:             # (B, m) places in order, (B, m) which of them are real; m as large as the fullest row wants, at least 1
+)->tuple:             # (B, m) places in order, (B, m) which are real; m: of the fullest row, at least 1
     "Where the scores exceed the floor (numpy compares five times as fast as torch does)"
-    B, K = score.shape; at = np.flatnonzero(score.numpy() > least.numpy())
-    count = np.diff(np.searchsorted(at, np.arange(B+1)*K)); real = np.arange(count.max(initial=1)) < count[:,None]
-    place = np.zeros(real.shape, np.int64); place[real] = at - np.repeat(np.arange(B)*K, count)
+    B, K = score.shape
+    at = np.flatnonzero(score.numpy() > least.numpy())
+    count = np.diff(np.searchsorted(at, np.arange(B+1)*K))
+    real = np.arange(count.max(initial=1)) < count[:,None]
+    place = np.zeros(real.shape, np.int64)
+    place[real] = at - np.repeat(np.arange(B)*K, count)
     return torch.from_numpy(place), torch.from_numpy(real)
 
-_KNOWN = dict(floor=('global', 'per_anchor', 'none'), fallback=('hardest', 'hinge', 'none'), space=('log', 'linear'))
+_KNOWN = dict(floor=('global', 'per_anchor', 'none'), fallback=('hardest', 'hinge', 'none'),
+              space=('log', 'linear'))
 
 def _checked(kw):
     "Refuse a wrong setting when a method is made, not when it first draws"
     names = {'fallback'} | {k for f in (weights, posterior) for k in inspect.signature(f).parameters}
     names -= {'score', 'pos', 'm', 'eligible', 'shuffle', 'kw'}
-    if odd := kw.keys() - names: raise ValueError(f'no setting called {sorted(odd)}; there are {sorted(names)}')
+    if odd := kw.keys() - names:
+        raise ValueError(f'no setting called {sorted(odd)}; there are {sorted(names)}')
     for k in kw.keys() & _KNOWN:
         if kw[k] not in _KNOWN[k]: raise ValueError(f'{k} is one of {_KNOWN[k]}, not {kw[k]!r}')
-    if not 0 < kw.get('prior', .5) < 1: raise ValueError(f"prior is {kw['prior']}; wanted a share between 0 and 1")
+    if not 0 < kw.get('prior', .5) < 1:
+        raise ValueError(f"prior is {kw['prior']}; wanted a share between 0 and 1")
 
 def fne_pick(
-    statistics,                 # owner of `moments`
+    statistics,                 # keeps `moments`
     fallback:str='hardest',     # see `fallback_negative`
-    permuted:bool=False,        # the placebo: each anchor's posteriors dealt out at random among those above the floor
+    permuted:bool=False,        # a control: posteriors above the floor permuted
     purpose:str='fne',          # name of the random numbers
     compact:bool=True,          # weigh only those above the floor, on a CPU
     margin:float=.2,
     floor:str='global',
     **kw                        # of `weights`
-)->Callable:                    # a pick
+)->Callable:                    # a selector
     "Draw one negative per anchor by posterior and floor"
     _checked(dict(floor=floor, fallback=fallback) | kw)
-    def pick(c:Candidates, view:DirectedStep)->Selection:
+    def select(c:Candidates, view:DirectedStep)->Selection:
         m, pos = statistics.moments.to(c.score.device), c.pos.detach()
-        on_cpu = c.score.device.type == 'cpu'; some = compact and floor != 'none' and on_cpu
+        on_cpu = c.score.device.type == 'cpu'
+        some = compact and floor != 'none' and on_cpu
         place, eligible = above(c.score, floor_of(m, pos, margin, floor)) if some else (None, c.eligible)
         score = c.score.gather(1, place) if some else c.score
         mix = dict(shuffle=view.uniform(f'{purpose}/permuted', score.shape[1])) if permuted else {}
@@ -238,15 +256,17 @@ def fne_pick(
             other, may = fallback_negative(c.score, pos, c.eligible, margin, fallback)
             idx, ok = torch.where(ok, idx, other), ok | may
         if torch.is_grad_enabled(): return Selection(idx, ok)
-        whole = torch.zeros_like(c.score).scatter_add(1, place, w) if some else w          # only whoever looks on wants to know
+        # only whoever looks on wants to know
+        whole = torch.zeros_like(c.score).scatter_add(1, place, w) if some else w
         return Selection(idx, ok, torch.where(ok | (fallback == 'hinge'), with_fallback(whole, idx), 0.))
-    return pick
+    return select
 
 # %% ../../nbs/5_methods/06_fne.ipynb #eac5acfd
 PRESETS = dict(
     faithful=dict(bank=dict(start='random', fill_from=1),
-                  statistics=dict(variance='drift', least=0., mask_same=False, start=1), pick=dict(space='linear', fallback='hinge')),
-    corrected=dict(bank={}, statistics={}, pick={}))     # what each room is given beside its defaults
+                  statistics=dict(variance='drift', least=0., mask_same=False, start=1),
+                  pick=dict(space='linear', fallback='hinge')),
+    corrected=dict(bank={}, statistics={}, pick={}))     # what differs from each part's defaults
 
 def fne_parts(
     preset:str='corrected',    # 'faithful' or 'corrected'
@@ -256,40 +276,47 @@ def fne_parts(
     start:int=-1,              # epoch from which memory and statistics fill; -1: the preset's
     first:str='',              # what the memory holds at first, 'empty' or 'random'; '': the preset's
     **kw                       # window, negatives, variance, ...: of `Statistics`, instead of the preset's
-)->tuple:                      # (Bank, Statistics, settings of the pick)
+)->tuple:                      # (Bank, Statistics, settings of the selector)
     "The state and the settings of a preset, to be put together at will"
     if preset not in PRESETS: raise ValueError(f'no preset {preset!r}; there are {sorted(PRESETS)}')
-    p = PRESETS[preset]; bank, statistics = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
+    p = PRESETS[preset]
+    bank, statistics = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
     if first: bank['start'] = first
-    return Bank(queue, momentum, seed=seed, **p['bank'] | bank), Statistics(**p['statistics'] | statistics | kw), dict(p['pick'])
+    memory = Bank(queue, momentum, seed=seed, **p['bank'] | bank)
+    return memory, Statistics(**p['statistics'] | statistics | kw), dict(p['pick'])
 
 # %% ../../nbs/5_methods/06_fne.ipynb #b13c0dfa
 def true_share(
     world,                # a drawn world, as in `scenes`
     part:str='train',
 )->float:                 # share, 0..1
-    "How many of all pairs of an image and a stranger's sentence are true; half-true ones count on neither side"
-    halves, own = world.matrix(part), world.split(part).img_of; other = np.arange(len(halves))[:,None] != own
+    "False-negative rate: the share of non-matching pairs that are true; half-true ones are left out"
+    halves, own = world.matrix(part), world.split(part).img_of
+    other = np.arange(len(halves))[:,None] != own
     return float((other & (halves == 2)).sum() / (other & (halves != 1)).sum())
 
 def _prior(prior, world):
     "A number, or what the world knows"
     if prior != 'known': return prior
-    if world is None: raise ValueError("prior='known' needs a world that knows the truth (data='scenes'); give a number")
+    if world is None:
+        raise ValueError("prior='known' needs a world that knows the truth (data='scenes'); give a number")
     return true_share(world)
 
-_DEAD = dict(draw=set(), uniform={'tau', 'threshold', 'cutdown', 'permuted', 'min_count', 'monotone', 'space'})
+_DEAD = dict(
+    draw=set(),
+    uniform={'tau', 'threshold', 'cutdown', 'permuted', 'min_count', 'monotone', 'space'})
 
 def _chosen(pick, statistics, margin, prior, given, kw):
-    "The pick of a name; a setting that could do nothing is refused"
-    if pick not in ('draw', 'uniform', 'hardest'): raise ValueError(f"pick is 'draw', 'uniform' or 'hardest', not {pick!r}")
+    "The selector of a name; ValueError for a setting without effect"
+    if pick not in ('draw', 'uniform', 'hardest'):
+        raise ValueError(f"pick is 'draw', 'uniform' or 'hardest', not {pick!r}")
     dead = kw.keys() & _DEAD.get(pick, kw.keys()) or (pick != 'draw' and prior != PRIOR and {'prior'})
     if dead: raise ValueError(f'pick={pick!r} knows no {", ".join(sorted(dead))}')
     if pick == 'hardest': return hardest
     plain = dict(threshold=1., cutdown=False) if pick == 'uniform' else {}
     return fne_pick(statistics, margin=margin, prior=prior, **given | kw | plain)
 
-PRIOR = 1e-4     # share of matches among candidates as the release has it
+PRIOR = 1e-4     # share of matches among candidates in the authors' code
 
 def fne(
     preset:str='corrected',
@@ -302,13 +329,13 @@ def fne(
     negatives:str='',       # 'hardest' or 'all', of `Statistics`; '': the preset's
     window:str='',          # 'epoch' or 'run', likewise
     first:str='',           # of `fne_parts`
-    honest:bool=False,      # bar what is secretly true, as the drawn world knows: an oracle
+    honest:bool=False,      # an oracle: false negatives are excluded, as the drawn world knows them
     seed:int=0,
     model=None,             # what is to be trained; one that a memory does not suit is refused
     world=None,             # the drawn world, for a known prior and for an oracle
-    parts:tuple=None,       # from `fne_parts`, to share memory and statistics with other sources; preset, queue, ... say nothing then
-    **kw                    # tau, floor, cutdown, permuted, monotone, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
-)->tuple:                   # ({'bank': Source}, {'bank': LossTerm}): what a `Method` is made of
+    parts:tuple=None,       # from `fne_parts`, to share with other sources, instead of preset, queue, ...
+    **kw                    # tau, floor, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
+)->Method:
     "A hinge against one negative per anchor, drawn from batch and memory (FNE)"
     if model is not None: refuse(model, queue)
     changed = {k: v for k, v in dict(negatives=negatives, window=window, first=first).items() if v}
@@ -316,19 +343,22 @@ def fne(
     bank, statistics, given = parts or fne_parts(preset, queue, momentum, seed, start, **changed)
     choose = _chosen(pick, statistics, margin, _prior(prior, world), given, kw)
     pool = exclude_false_negatives(bank.pool, true_pairs(world)) if honest else bank.pool
-    return dict(bank=Source(pool, choose, stateful=(bank, statistics))), dict(bank=triplet_term('bank', margin))
+    source = Source(pool, choose, stateful=(bank, statistics))
+    return Method(dict(bank=source), dict(bank=triplet_term('bank', margin)))
 
 # %% ../../nbs/5_methods/06_fne.ipynb #5930590e
 def only_own(view:DirectedStep)->Candidates:
-    "The other side of the batch; nothing is barred but the own pair (as released: sentences of the same image are negatives)"
+    "The other side of the batch without the own pair only: captions of the same image stay, as released"
     with torch.no_grad(): score = view.matrix(view.anchor.detach(), view.other.detach())
     at = torch.arange(len(score), device=score.device)
-    eligible = torch.ones_like(score, dtype=torch.bool); eligible[at, at+view.step.first] = False
-    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(), lambda idx: {'': view.at(view.other, idx)})
+    eligible = torch.ones_like(score, dtype=torch.bool)
+    eligible[at, at+view.step.first] = False
+    return Candidates(score.masked_fill(~eligible, -torch.inf), eligible, view.positive(),
+                      lambda idx: {'': view.at(view.other, idx)})
 
-def fne_warmup(margin:float=.2)->tuple:   # ({'own': Source}, {'own': LossTerm})
-    "Hardest negative of the batch as in the release's first epoch"
-    return dict(own=Source(only_own, hardest)), dict(own=triplet_term('own', margin))
+def fne_warmup(margin:float=.2)->Method:
+    "Hardest negative of the batch, as in the first epoch of the authors' code"
+    return Method(dict(own=Source(only_own, hardest)), dict(own=triplet_term('own', margin)))
 
 # %% ../../nbs/5_methods/06_fne.ipynb #fdcdc75f
 def bank_source(
@@ -340,11 +370,12 @@ def bank_source(
 )->Source:
     "FNE's draw as a source, in the place of another"
     if pool not in ('memory', 'batch'): raise ValueError(f"pool is 'memory' or 'batch', not {pool!r}")
-    source = fne(margin=margin, seed=seed, model=model if pool == 'memory' else None, world=world, **kw)[0]['bank']
+    suits = model if pool == 'memory' else None
+    source = fne(margin=margin, seed=seed, model=suits, world=world, **kw).sources['bank']
     return source if pool == 'memory' else Source(in_batch, source.selector, stateful=source.stateful[1:])
 
 def refined(
-    source:Source,          # whose pool scores as the positives do: the batch, mined lists, written sentences
+    source:Source,          # whose pool scores as the positives do: batch, lists, synthetic sentences
     statistics:Statistics,
     **kw                    # of `fne_pick`; the prior should be the share of matches in this pool
 )->Source:
@@ -365,9 +396,8 @@ def aoq_fne(
     model=None,                # in training
     world=None,                # the drawn world, for a known prior and for an oracle
     **kw                       # queue, tau, floor, ...: of `fne`
-)->tuple:                      # ({'on': Source, 'off': Source}, {'aoq': LossTerm})
+)->Method:                     # sources 'on' and 'off', term 'aoq'
     "AOQ whose online negative is drawn by FNE"
     drawn = bank_source(pool, margin, seed, model, world, preset=preset, **kw)
     given = dict(lists=lists, train=train, model=model, margin=margin, detach=detach)
-    sources, terms = aoq(stage, preset, share, **given)
-    return sources | dict(on=drawn), terms
+    return aoq(stage, preset, share, **given).but(on=drawn)

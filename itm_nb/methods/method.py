@@ -22,20 +22,23 @@ from .samplers import (
 # %% ../../nbs/5_methods/02_method.ipynb #5100c445
 @dataclass(frozen=True)
 class Method:
-    "Named sources of negatives and named terms of cost"
+    "Named sources of negatives and named loss terms; ValueError for a term without its source"
     sources:dict    # name -> Source
     terms:dict      # name -> LossTerm
 
     def __post_init__(self):
         for name, term in self.terms.items():
             for need in term.needs:
-                if need not in self.sources: raise ValueError(f'term {name!r} needs source {need!r}; there are {sorted(self.sources)}')
+                if need not in self.sources:
+                    raise ValueError(f'term {name!r} needs source {need!r}; there are {sorted(self.sources)}')
 
     def __or__(self, other:'Method')->'Method':
         "Both methods at once; one name may not mean two things"
-        clash = [k for k in self.sources.keys() & other.sources.keys() if self.sources[k] is not other.sources[k]]
+        clash = [k for k in self.sources.keys() & other.sources.keys()
+                 if self.sources[k] is not other.sources[k]]
         clash += [k for k in self.terms.keys() & other.terms.keys() if self.terms[k] is not other.terms[k]]
-        if clash: raise ValueError(f'both methods define {sorted(clash)}: rename one, or replace it with `but`')
+        if clash:
+            raise ValueError(f'both methods define {sorted(clash)}: rename one, or replace it with `but`')
         return Method(self.sources|other.sources, self.terms|other.terms)
 
     def but(self, **sources)->'Method':   # name=Source
@@ -50,7 +53,7 @@ class Method:
 
 # %% ../../nbs/5_methods/02_method.ipynb #538e2b31
 def proposals(method:Method, view:DirectedStep)->Iterator:   # of (name of the source, Candidates, Selection)
-    "What every source that has something for this direction proposes, and what it picks"
+    "What every source that has something for this direction proposes, and what it selects"
     for name, source in method.sources.items():
         c = source.pool(view)
         if c is not None: yield name, c, source.selector(c, view)
@@ -60,7 +63,7 @@ def scores(
     view:DirectedStep,         # one direction of a step
     seen:list=None,    # (view, name, Candidates, Selection) of every source is put here, for whoever watches
 )->dict:               # {name: tensor}, what the terms' losses see
-    "Let every source propose, pick and re-score"
+    "Let every source propose, select and re-score"
     named = {}
     for name, c, picked in proposals(method, view):
         if seen is not None: seen.append((view, name, c, picked))
@@ -70,7 +73,8 @@ def scores(
 
 def _due(method, side, named)->dict:
     "The terms of a direction whose sources had something to offer"
-    return {k: t for k, t in method.terms.items() if side in t.sides and all(f'{n}.valid' in named for n in t.needs)}
+    return {k: t for k, t in method.terms.items() if side in t.sides
+            and all(f'{n}.valid' in named for n in t.needs)}
 
 def losses(
     method:Method,
@@ -93,8 +97,10 @@ def fetches(
 )->dict:           # {name: ids}, see `Batches.take`
     "What the sources of a method want loaded with a batch"
     out = {}
-    for fetch in dict.fromkeys(s.fetch for s in method.sources.values() if s.fetch):       # two sources may share what is fetched
-        got = fetch(cap, seed, epoch); clash = sorted(got.keys() & out.keys())
+    # two sources may share what is fetched
+    for fetch in dict.fromkeys(s.fetch for s in method.sources.values() if s.fetch):
+        got = fetch(cap, seed, epoch)
+        clash = sorted(got.keys() & out.keys())
         if clash: raise ValueError(f'two sources fetch {clash}: rename one')
         out |= got
     return out
@@ -106,7 +112,7 @@ def vse0(margin:float=.2)->Method:
 
 def vsepp(
     margin:float=.2,
-    honest:bool=False,    # the hardest that is NOT secretly true, as the drawn world knows: an oracle
+    honest:bool=False,    # an oracle: false negatives are excluded, as the drawn world knows them
     world=None,           # the drawn world, for an oracle
 )->Method:
     "Hinge of the hardest negative of the batch (VSE++, eq. 6)"
@@ -138,8 +144,10 @@ def explain(
         paid = {k: t.cost(named) for k, t in _due(method, side, named).items()}
         for name, c, picked in seen:
             for i in range(len(view.anchor)) if anchors is None else anchors:
-                who = dict(side=side, anchor=i, image=int(view.anchor_ids[i]), caption=int(step.cap[i]), source=name, pos=float(c.pos[i]))
-                rows += [who | r | {f'cost of {k}': float(x[i]) for k, x in paid.items()} for r in _offered(c, picked, i, most)]
+                who = dict(side=side, anchor=i, image=int(view.anchor_ids[i]), caption=int(step.cap[i]),
+                           source=name, pos=float(c.pos[i]))
+                rows += [who | r | {f'cost of {k}': float(x[i]) for k, x in paid.items()}
+                         for r in _offered(c, picked, i, most)]
     return rows
 
 def _offered(c, picked, i:int, most:int)->list:
@@ -148,16 +156,19 @@ def _offered(c, picked, i:int, most:int)->list:
     cell = {k: v[i] if v.ndim == 2 else v for k, v in about.items()}
     times = torch.bincount(picked.idx[i][picked.valid[i]], minlength=len(score))
     place = sorted(range(len(score)), key=lambda j: (-int(times[j]), -float(score[j]), j))[:most]
-    why = lambda j: '' if c.eligible[i,j] else next((k for k, v in cell.items() if v.dtype == torch.bool and v[j]), 'not eligible')
+    reasons = {k: v for k, v in cell.items() if v.dtype == torch.bool}
+    why = lambda j: '' if c.eligible[i,j] else next((k for k, v in reasons.items() if v[j]), 'not eligible')
     who = lambda j: {f'its {k}': int(v[j]) for k, v in cell.items() if v.dtype != torch.bool}
     weight = lambda j: None if picked.weights is None else float(picked.weights[i,j])
-    return [dict(candidate=j, **who(j), score=float(score[j]), barred=why(j), weight=weight(j), picked=int(times[j])) for j in place]
+    return [dict(candidate=j, **who(j), score=float(score[j]), barred=why(j), weight=weight(j),
+                 picked=int(times[j])) for j in place]
 
 def as_table(
     rows:list,     # of dicts, e.g. from `explain`
 )->str:            # markdown
     "Rows as a table; a column is shown where any row has something in it"
     keys = [k for k in dict.fromkeys(k for r in rows for k in r) if any(r.get(k) is not None for r in rows)]
-    text = lambda v: '' if v is None else f'{v:.3f}'.replace('-inf', '-') if isinstance(v, float) else escape_markup(v)
+    text = (lambda v: '' if v is None else f'{v:.3f}'.replace('-inf', '-') if isinstance(v, float)
+            else escape_markup(v))
     lines = [[*map(escape_markup, keys)], ['---']*len(keys)] + [[text(r.get(k)) for k in keys] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)

@@ -31,16 +31,18 @@ SOURCES = {'itm_nb.fne:bank_source': bank_source}     # behind `on=`: sources th
 
 # %% ../../nbs/5_methods/09_registry.ipynb #27e01687
 def named(
-    name:str,              # a name in `METHODS` or `PAPERS`; with `allow_code` also a path such as 'my_file.py:my_method', see below
-    allow_code:bool=False, # did the user write this name? Never for text that was read from a run, a record or a sweep
+    name:str,              # a name in `METHODS` or `PAPERS`; with `allow_code` also 'my_file.py:my_method'
+    allow_code:bool=False, # did the user write this name? Never for text read from a run, a record or a sweep
     **kw,                  # settings; each maker takes those it knows
 )->Method:
     "A method by name, e.g. `fne(tau=5.)`; `a|b` adds methods, `a,on=SOURCE` replaces the source `on`"
     if not allow_code and (paths := own_code(name)): raise DataError(paths[0], *_NOT_OURS)
     return functools.reduce(operator.or_, [_part(text, kw, allow_code) for text in split_outside(name, '|')])
 
-_NOT_OURS = ("code of one's own, named where only the package's names count", 'a name in `METHODS` or `PAPERS`',
-             'If it is yours, name it yourself: -p method, allow_code=True in a notebook, itm_run or itm_sweep with --allow-code.')
+_NOT_OURS = ("code of one's own, named where only the package's names count",
+             'a name in `METHODS` or `PAPERS`',
+             'If it is yours, name it yourself: -p method, allow_code=True in a notebook, itm_run or '
+             'itm_sweep with --allow-code.')
 
 def split_outside(text, sign)->list:
     "Cut at a sign that stands outside brackets and quotation marks"
@@ -57,9 +59,12 @@ def _call(text)->tuple:
     "'fne(tau=5.)' -> ('fne', {'tau': 5.}); values are Python literals, nothing is executed"
     path, bracket, rest = text.partition('(')
     if not bracket: return text, {}
-    try: call = ast.parse(f'f({rest}', mode='eval').body; own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    try:
+        call = ast.parse(f'f({rest}', mode='eval').body
+        own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError, AttributeError): own = None
-    if own is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args or None in own:
+    if own is None or not isinstance(call, ast.Call) or not isinstance(call.func,
+        ast.Name) or call.args or None in own:
         raise ValueError(f"{text!r} is no method; wanted e.g. fne(tau=5.0, preset='faithful')")
     return path.strip(), own
 
@@ -68,7 +73,9 @@ def _path_of(text)->str:
     head, sign, tail = text.partition('(')[0].partition('=')
     return (tail if sign else head).strip()
 
-def _paths(name)->list: return [x for part in split_outside(name, '|') for x in map(_path_of, split_outside(part, ',')) if ':' in x]
+def _paths(name)->list:
+    return [x for part in split_outside(name, '|')
+            for x in map(_path_of, split_outside(part, ',')) if ':' in x]
 
 def own_code(
     name:str,      # as given to `named`
@@ -81,7 +88,8 @@ def _part(text, kw, allow_code)->Method:
     (first, own), *swaps = _call(split_outside(text, ',')[0]), *split_outside(text, ',')[1:]
     method, new = _made(first, _maker(first, METHODS | PAPERS | RIVALS, 'method', allow_code), Method, kw, own), {}
     for name, _, path in (x.partition('=') for x in swaps):
-        path, own = _call(path.strip()); new[name.strip()] = _made(path, _maker(path, SOURCES, 'source', allow_code), Source, kw, own)
+        path, own = _call(path.strip())
+        new[name.strip()] = _made(path, _maker(path, SOURCES, 'source', allow_code), Source, kw, own)
     return method.but(**new)
 
 def _maker(path, known, what, allow_code):
@@ -94,15 +102,18 @@ def _maker(path, known, what, allow_code):
 def _made(path, maker, kind, kw, own):
     "Call a maker with the settings it knows, and with those that were written behind its name"
     if callable(maker) and not isinstance(maker, kind):
-        known = inspect.signature(maker).parameters; free = any(p.kind == p.VAR_KEYWORD for p in known.values())
+        known = inspect.signature(maker).parameters
+        free = any(p.kind == p.VAR_KEYWORD for p in known.values())
         if odd := [k for k in own if k not in known and not free]:
             near = difflib.get_close_matches(odd[0], known, 1)
             hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(known)}'
             raise ValueError(f'{path} has no setting {odd[0]!r}; {hint}')
         maker = maker(**{k: v for k, v in kw.items() if k in known} | own)
-    if kind is Method and isinstance(maker, tuple): maker = Method(*maker)      # (sources, terms), from rooms that come before this one
+    # a user's function may return (sources, terms)
+    if kind is Method and isinstance(maker, tuple): maker = Method(*maker)
     if isinstance(maker, kind): return maker
-    raise DataError(path, f'a {type(maker).__name__}', f'a {kind.__name__}, or a function that returns one', 'Return it from the function.')
+    raise DataError(path, f'a {type(maker).__name__}', f'a {kind.__name__}, or a function that returns one',
+                    'Return it from the function.')
 
 def schedule(
     name:str,              # see `named`
@@ -113,7 +124,8 @@ def schedule(
 )->tuple:                  # ((first epoch, Method), ...)
     "Which method is in force from which epoch"
     method = named(name, allow_code, **kw)
-    return ((0, named(before, allow_code, **kw)), (warmup, method)) if warmup and name != before else ((0, method),)
+    return ((0, named(before, allow_code, **kw)),
+            (warmup, method)) if warmup and name != before else ((0, method),)
 
 def in_force(
     phases:tuple,   # from `schedule`
@@ -126,15 +138,18 @@ def in_force(
 _WANTED_PATH = "'my_file.py:name', 'my_module:name' (a module below the current folder) or '__main__:name'"
 
 def found(
-    path:str,      # 'file.py:name', 'module:name' (below the current folder) or '__main__:name', as its user wrote it
+    path:str,      # 'file.py:name', 'module:name' (below the current folder) or '__main__:name'
 ):                 # a class or function that is defined there, or a Method or Source that stands there
     "Code of one's own by its path: the file or module is executed, the thing itself is not called"
     place, _, name = path.rpartition(':')
-    if not place or not name.isidentifier(): raise DataError(path, 'not a path', _WANTED_PATH, 'Write a colon before the name.')
-    module = sys.modules['__main__'] if place == '__main__' else _file(Path(place)) if place.endswith('.py') else _module(place)
+    if not place or not name.isidentifier():
+        raise DataError(path, 'not a path', _WANTED_PATH, 'Write a colon before the name.')
+    module = (sys.modules['__main__'] if place == '__main__' else _file(Path(place)) if place.endswith('.py')
+              else _module(place))
     if name not in vars(module):
         near = difflib.get_close_matches(name, vars(module), 1)
-        raise DataError(place, f'nothing called {name!r}', f'one of {sorted(n for n in vars(module) if n[0] != "_")[:12]}',
+        raise DataError(place, f'nothing called {name!r}',
+                        f'one of {sorted(n for n in vars(module) if n[0] != "_")[:12]}',
                         f'Did you mean {near[0]!r}?' if near else 'Look at the spelling.')
     return _defined(vars(module)[name], module, path)
 
@@ -143,7 +158,8 @@ def _defined(x, module, path):
     if isinstance(x, (Method, Source)): return x
     ours = (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__ == module.__name__
     if ours: return x
-    kind = f'{type(x).__name__} of {x.__module__}' if callable(x) and isinstance(getattr(x, '__module__', None), str) else type(x).__name__
+    kind = (f'{type(x).__name__} of {x.__module__}' if callable(x)
+            and isinstance(getattr(x, '__module__', None), str) else type(x).__name__)
     raise DataError(path, f'a {kind}', 'a function or class that is defined in that file',
                     'Write a function there that returns a Method or a Source.')
 
@@ -151,7 +167,8 @@ def _run(load, place):
     "Whatever goes wrong inside someone's module is said with its name"
     try: return load()
     except Exception as e:
-        raise DataError(place, f'{type(e).__name__}: {e}', 'an importable module', 'Import it alone to see the whole error.') from e
+        raise DataError(place, f'{type(e).__name__}: {e}', 'an importable module',
+                        'Import it alone to see the whole error.') from e
 
 # %% ../../nbs/5_methods/09_registry.ipynb #c8556ce3
 def _place_of(place)->Path:
@@ -160,7 +177,8 @@ def _place_of(place)->Path:
     if all(part.isidentifier() for part in place.split('.')):
         for file in (at.with_name(at.name + '.py'), at/'__init__.py'):
             if file.is_file(): return file
-    raise DataError(place, 'no module below the current folder', _WANTED_PATH, 'Go to its folder, or name its file: path/to/file.py:name.')
+    raise DataError(place, 'no module below the current folder', _WANTED_PATH,
+                    'Go to its folder, or name its file: path/to/file.py:name.')
 
 def _module(place):
     "A module below the current folder, and no other of that name"
@@ -168,13 +186,16 @@ def _module(place):
     home, spec = Path.cwd().resolve()/top, _run(lambda: importlib.util.find_spec(top), top)
     at = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
     if not {home, home.with_name(f'{top}.py'), home/'__init__.py'} & {Path(x).resolve() for x in at if x}:
-        raise DataError(place, f'another module {top!r} comes first' if spec else 'a folder that Python does not search', _WANTED_PATH,
+        raise DataError(place, f'another module {top!r} comes first' if spec
+                        else 'a folder that Python does not search', _WANTED_PATH,
                         f'Name the file: {file.name}:NAME.')
     return _run(lambda: importlib.import_module(place), place)
 
 def _file(path:Path):
     "A module from a file, loaded once as long as the file stays the same"
-    if not path.is_file(): raise DataError(path, 'no such file', 'a Python file', 'Paths count from the folder the command is given in.')
+    if not path.is_file():
+        raise DataError(path, 'no such file', 'a Python file',
+                        'Paths count from the folder the command is given in.')
     key = 'itm_own_' + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
     def load():
         spec = importlib.util.spec_from_file_location(key, path)
@@ -187,7 +208,7 @@ def _file(path:Path):
 # %% ../../nbs/5_methods/09_registry.ipynb #610045d5
 def preset_of(
     name:str,      # as given to `named`
-)->str:            # 'faithful', 'corrected' (the papers' default), 'mixed'; None where no method of the papers is in it
+)->str:  # 'faithful', 'corrected' (the papers' default), 'mixed'; None where no method of the papers is in it
     "Which preset of the papers' methods a name asks for"
     parts = map(_call, (split_outside(p, ',')[0] for p in split_outside(name, '|')))
     said = {own.get('preset', 'corrected') for path, own in parts if path in PAPERS}

@@ -24,10 +24,11 @@ class Candidates:
     "What a pool offers the anchors of one direction"
     score:Tensor                               # (B, K) search scores, no gradient; -inf where not eligible
     eligible:Tensor                               # (B, K) may this candidate be a negative of this anchor?
-    pos:Tensor                                 # (B,) score of the true pair under the SAME scorer, with gradient
-    rescore:Callable                           # (B, k) indices -> {name: tensor}; '' holds (B, k) scores with gradient
+    pos:Tensor  # (B,) score of the true pair under the SAME scorer, with gradient
+    rescore:Callable  # (B, k) indices -> {name: tensor}; '' holds (B, k) scores with gradient
     also:dict = field(default_factory=dict)    # (B,) quantities of the pool's own pass, with gradient
-    about:Callable = None                      # () -> {name: (K,) or (B, K)}: who the candidates are, and (bool) why one is not eligible
+    # () -> {name: (K,) or (B, K)}: who the candidates are, and (bool) why one is not eligible
+    about:Callable = None
 
 @dataclass
 class Selection:
@@ -38,11 +39,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Source:
-    "A pool and a pick, what the pool needs loaded with the batch, and who keeps state for it"
+    "A pool and a selector, what the pool needs loaded with the batch, and the objects that keep its state"
     pool:Callable            # DirectedStep -> Candidates, or None where this direction has none
     selector:Callable            # (Candidates, DirectedStep) -> Selection
-    fetch:Callable = None    # (caption ids, seed, epoch) -> {'image.x' | 'text.x' | 'tokens.x': ids}: loaded WITH the batch
-    stateful:tuple = ()         # owners of state
+    # (caption ids, seed, epoch) -> {'image.x' | 'text.x' | 'tokens.x': ids}: loaded WITH the batch
+    fetch:Callable = None
+    stateful:tuple = ()         # objects that keep state
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #5d4553bf
 class Step:
@@ -59,16 +61,19 @@ class Step:
         encode:Callable=None,   # (function, *inputs) -> encoding: how the loop wants towers to be called
     ):
         self.model, self.images, self.texts, self.img, self.cap = model, images, texts, img, cap
-        self.seed, self.epoch, self.batch, self.made, self.encode = seed, epoch, batch or {}, {}, encode or (lambda f, *x: f(*x))
-        self.all_images, self.all_texts, self.all_img, self.all_cap = (gather(e) for e in (images, texts, img, cap))
-        self.rank, self.world = devices(); self.first = self.rank*len(img)     # the own anchors stand from here on among all
+        self.seed, self.epoch, self.batch, self.made, self.encode = (seed, epoch, batch or {}, {},
+            encode or (lambda f, *x: f(*x)))
+        self.all_images, self.all_texts, self.all_img, self.all_cap = (gather(e)
+            for e in (images, texts, img, cap))
+        self.rank, self.world = devices()
+        self.first = self.rank*len(img)     # the own anchors stand from here on among all
 
     def get(self, key, make:Callable):   # key: what it is; make: () -> value
         "Made at the first asking, shared afterwards"
         if key not in self.made: self.made[key] = make()
         return self.made[key]
 
-    def image(self, b:dict, model=None):   # b: what a loader gives; model: another than the step's, e.g. its momentum copy
+    def image(self, b:dict, model=None):   # b: of a loader; model: None: the step's
         "Encodings of images"
         return self.encode((model or self.model).image, *image_inputs(b))
 
@@ -102,7 +107,7 @@ class DirectedStep:
     def __post_init__(self):
         s = self.step; self.i2t = self.side == 'i2t'
         self.anchor, self.other = (s.images, s.all_texts) if self.i2t else (s.texts, s.all_images)
-        self.anchor_ids, self.other_ids = s.img, s.all_img     # a sentence's identity as a positive is its image
+        self.anchor_ids, self.other_ids = s.img, s.all_img  # a sentence's identity as a positive is its image
 
     def matrix(self, anchor, other)->Tensor:   # B and K encodings -> (B, K)
         "Scores of all anchors with all candidates"
@@ -118,7 +123,7 @@ class DirectedStep:
         return self.step.model.pairs(anchor, other) if self.i2t else self.step.model.pairs(other, anchor)
 
     def at(self, other, idx:Tensor)->Tensor:   # K encodings, (B, k) -> (B, k) with gradient
-        "The step's anchors, each with the candidates picked for it"
+        "The step's anchors, each with the candidates selected for it"
         return self.step.model.at(self.anchor, other, idx, self.i2t)
 
     def positive(self)->Tensor:   # (B,) with gradient
@@ -131,7 +136,7 @@ class DirectedStep:
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #2ef8030e
 def _search(view:DirectedStep)->Tensor:   # (B, K) without gradient, -inf where not eligible
-    "Search scores of a batch: one product for both directions, masked in place by rows so that no second matrix is held"
+    "Search scores of a batch: one product for both directions, masked in place by rows"
     def make(score):
         for at in range(0, len(score), 1024):
             score[at:at+1024].masked_fill_(view.anchor_ids[at:at+1024,None] == view.other_ids, -torch.inf)
@@ -139,21 +144,23 @@ def _search(view:DirectedStep)->Tensor:   # (B, K) without gradient, -inf where 
     with searching(view.step.model): return _block(view, 'search', make)
 
 def _block(view:DirectedStep, name:str, change:Callable)->Tensor:   # (B, K)
-    "Scores of a batch: on one device one matrix for both directions; on several, the directions have none in common"
+    "Scores of a batch: on one device one matrix for both directions; on several, one for each"
     s = view.step
     if s.world > 1: return s.get((name, view.side), lambda: change(view.matrix(view.anchor, view.other)))
     score = s.get(name, lambda: change(s.model.matrix(s.images, s.texts)))
     return score if view.i2t else score.T
 
 def in_batch(view:DirectedStep)->Candidates:
-    "The other side of the batch as candidates; re-scored only where picked"
+    "The other side of the batch as candidates; re-scored only where selected"
     score = _search(view)
-    return Candidates(score, score > -torch.inf, view.positive(), lambda idx: {'': view.at(view.other, idx)}, about=lambda: _who(view))
+    return Candidates(score, score > -torch.inf, view.positive(), lambda idx: {'': view.at(view.other, idx)},
+                      about=lambda: _who(view))
 
 def _who(view:DirectedStep)->dict:
     "Who the candidates of a batch are, and why some are not eligible"
     s = view.step; same = s.img[:,None] == s.all_img
-    return {'image': s.all_img, 'caption': s.all_cap, 'own pair': same & (s.cap[:,None] == s.all_cap), 'same image': same}
+    return {'image': s.all_img, 'caption': s.all_cap, 'own pair': same & (s.cap[:,None] == s.all_cap),
+            'same image': same}
 
 def of_scores(
     scores:Tensor,      # (B, K) scores of anchors with candidates, with gradient if wanted
@@ -162,18 +169,22 @@ def of_scores(
 )->Candidates:
     "Candidates from plain tensors, whoever made them"
     pos = scores.diagonal() if pos is None else pos
-    return Candidates(scores.detach().masked_fill(~eligible, -torch.inf), eligible, pos, lambda idx: {'': scores.gather(1, idx)})
+    return Candidates(scores.detach().masked_fill(~eligible, -torch.inf), eligible, pos,
+                      lambda idx: {'': scores.gather(1, idx)})
 
 def everything(view:DirectedStep)->Candidates:
     "The whole score matrix of the batch WITH gradient, for costs that use every negative"
     full = _block(view, 'full', lambda score: score)
-    c = of_scores(full, view.anchor_ids[:,None] != view.other_ids, full.diagonal(view.step.first)); c.about = lambda: _who(view)
+    c = of_scores(full, view.anchor_ids[:,None] != view.other_ids, full.diagonal(view.step.first))
+    c.about = lambda: _who(view)
     return c
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #674ec091
 def _best(score:Tensor)->Selection:
     "The highest score of each row; nothing where there is no candidate at all"
-    if not score.shape[1]: return Selection(torch.zeros_like(score, dtype=torch.int64), torch.zeros_like(score, dtype=torch.bool))
+    if not score.shape[1]:
+        return Selection(torch.zeros_like(score, dtype=torch.int64),
+                         torch.zeros_like(score, dtype=torch.bool))
     best, idx = score.max(1, keepdim=True)
     return Selection(idx, best > -torch.inf)
 
@@ -183,7 +194,7 @@ def hardest(c:Candidates, view:DirectedStep=None)->Selection:
 
 def top(
     k:int,         # how many; fewer where there are fewer
-)->Callable:       # a pick
+)->Callable:       # a selector
     "The k best-scored eligible candidates, best first"
     def pick(c:Candidates, view:DirectedStep=None)->Selection:
         best, idx = c.score.topk(min(k, c.score.shape[1]), 1)
@@ -195,7 +206,7 @@ def every(c:Candidates, view:DirectedStep=None)->Selection:
     return Selection(torch.arange(c.score.shape[1], device=c.score.device).expand_as(c.score), c.eligible)
 
 def semi_hard(c:Candidates, view:DirectedStep=None)->Selection:
-    "The best-scored eligible candidate below the positive (FaceNet, sec. 3.2); none where all of them beat it"
+    "The best-scored eligible candidate below the positive (FaceNet, sec. 3.2), if there is one"
     return _best(c.score.masked_fill(c.score >= c.pos.detach()[:,None], -torch.inf))
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #4dc044a5
@@ -203,16 +214,16 @@ def draw_at(
     w:Tensor,     # (B, K) weights, 0 or more
     u:Tensor,     # (B, k) numbers in [0, 1)
 )->tuple:         # (B, k) places, (B, 1) was there anything to draw from?
-    "The first place at which the running sum of the weights exceeds the share `u` of their sum; never one of weight 0"
+    "Where the running sum of the weights first exceeds the share `u` of their sum; never at weight 0"
     cum = w.double().cumsum(1); whole = cum[:,-1:]
     point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(cum.contiguous(), point, right=True).clamp(max=w.shape[1]-1), whole > 0
 
 def draw(
     k:int=1,                    # how many, with replacement
-    weights:Callable=None,      # (Candidates, DirectedStep) -> (B, K) non-negative weights; None: all eligible candidates alike
+    weights:Callable=None,      # (Candidates, DirectedStep) -> (B, K) weights, 0 or more; None: uniform
     purpose:str='draw',         # name of the random numbers
-)->Callable:                    # a pick
+)->Callable:                    # a selector
     "Draw candidates with probability proportional to their weights"
     def pick(c:Candidates, view:DirectedStep)->Selection:
         if not c.score.shape[1]: return _best(c.score)
@@ -226,13 +237,14 @@ def exclude_false_negatives(
     pool:Callable,        # DirectedStep -> Candidates that say who they are (`about`)
     is_true:Callable,     # (image ids (N,), sentence ids (M,)) -> (N, M) bool array
 )->Callable:              # DirectedStep -> Candidates
-    "A pool without the candidates that are secretly true: an oracle. It waits for the device in every direction of a step"
+    "An oracle: a pool without its false negatives. It waits for the device in every direction of a step"
     plain = lambda ids: ids.cpu().numpy()
     def barred(view:DirectedStep)->Candidates:
         c = pool(view)
         if c is None: return None
         who, s = c.about(), view.step
-        true = is_true(plain(s.img), plain(who['caption'])) if view.i2t else is_true(plain(who['image']), plain(s.cap)).T
+        true = (is_true(plain(s.img), plain(who['caption'])) if view.i2t
+                else is_true(plain(who['image']), plain(s.cap)).T)
         true = torch.as_tensor(true, device=c.score.device)
         return replace(c, score=c.score.masked_fill(true, -torch.inf),
                        eligible=c.eligible & ~true, about=lambda: who | {'true of it': true})

@@ -94,7 +94,7 @@ CAPS = torch.tensor([0, 3, 1, 5, 9, 11, 13])      # 0 and 1 are of one image
 @pytest.mark.parametrize('seed', range(3))
 def test_the_whole_path_equals_a_plain_loop(stage, preset, seed, tmp_path):
     S, train = table(seed), train_of(); save(tmp_path, S, train.split, (4, 2)); hits = 0
-    method = Method(*aoq(stage, preset, lists=tmp_path, train=train, share=.25, reduce='sum')); sw = PRESETS[preset]
+    method = aoq(stage, preset, lists=tmp_path, train=train, share=.25, reduce='sum'); sw = PRESETS[preset]
     for epoch in range(4):
         parts = losses(method, step_of(train, Table(S), method, CAPS, seed, epoch))
         d = Draw(load_lists(tmp_path, {}), IMG_OF, 4, 2, sw['tied'])(CAPS, seed, epoch); hits += int((d['I3'] == d['I4']).sum())
@@ -110,7 +110,7 @@ def one(method, train, S, seed=0, epoch=0, caps=CAPS): return float(sum(losses(m
 @pytest.mark.parametrize('switch', [k for k in PRESETS['faithful'] if k not in ('detach', 'reduce')])
 def test_each_switch_alone_changes_the_loss(switch, tmp_path):
     S, train = table(1).detach()*2, train_of(); S[0,:3] += 2.; save(tmp_path, S, train.split, (4, 2))       # captions of one image are its hardest
-    made = lambda **kw: Method(*aoq('adap', 'faithful', lists=tmp_path, train=train, share=.25, alpha=.1, **kw))
+    made = lambda **kw: aoq('adap', 'faithful', lists=tmp_path, train=train, share=.25, alpha=.1, **kw)
     both = [[one(made(**kw), train, S, e) for e in range(6)] for kw in ({}, {switch: PRESETS['corrected'][switch]})]
     assert both[0] != both[1] and all(map(np.isfinite, both[0] + both[1]))
 
@@ -118,7 +118,7 @@ def test_each_switch_alone_changes_the_loss(switch, tmp_path):
 def test_detaching_changes_the_gradient_alone(tmp_path):
     S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); got = []
     for kw in (dict(), dict(detach=True), dict(placebo='detached')):
-        m = Method(*aoq(lists=tmp_path, train=train, share=.25, **kw)); loss = sum(losses(m, step_of(train, Table(S), m, CAPS)).values())
+        m = aoq(lists=tmp_path, train=train, share=.25, **kw); loss = sum(losses(m, step_of(train, Table(S), m, CAPS)).values())
         got.append((float(loss.detach()), torch.autograd.grad(loss, S)[0]))
     assert got[0][0] == got[1][0] == got[2][0] and torch.equal(got[1][1], got[2][1]) and not torch.allclose(got[0][1], got[1][1])
 
@@ -126,7 +126,7 @@ def test_detaching_changes_the_gradient_alone(tmp_path):
 # ---------------------------------------------------------------- placebos
 
 def test_random_needs_no_lists_and_is_never_the_own_image(tmp_path):
-    train = train_of(); m = Method(*aoq('quin', placebo='random', train=train)); S = table()
+    train = train_of(); m = aoq('quin', placebo='random', train=train); S = table()
     for e in range(20):
         f = fetches(m, torch.as_tensor(train.split.cap_ids[CAPS.numpy()]), 0, e); b = train.take(CAPS, f)
         assert (b['text.off3']['img_ids'] != b['img_ids']).all() and (b['image.off3']['img_ids'] != b['img_ids']).all()
@@ -134,18 +134,18 @@ def test_random_needs_no_lists_and_is_never_the_own_image(tmp_path):
 
 
 def test_second_draws_are_anchored_and_their_own(tmp_path):
-    S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (12, 5)); m = Method(*aoq('quin', lists=tmp_path, train=train, share=.8, placebo='second'))
+    S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (12, 5)); m = aoq('quin', lists=tmp_path, train=train, share=.8, placebo='second')
     step = step_of(train, Table(S), m, CAPS); total_, other = 0., 0
     for side in ('i2t', 't2i'):
         c = m.sources['off'].pool(DirectedStep(step, side)); x = {k: v.detach() for k, v in c.also.items()}; own = IMG_OF[CAPS]
         again = step.batch['text.off4' if side == 'i2t' else 'image.off4']; at = (Table(S).text(again['tokens'], 0) if side == 'i2t' else Table(S).image(again['feats'], 0))[:,0]
-        assert torch.equal(x['apart'], S.detach()[own, at] if side == 'i2t' else S.detach()[at, CAPS]); other += int((x['apart'] != c.score[:,0]).sum())
+        assert torch.equal(x['unanchored'], S.detach()[own, at] if side == 'i2t' else S.detach()[at, CAPS]); other += int((x['unanchored'] != c.score[:,0]).sum())
     assert other > 5
 
 
 def test_permuted_and_constant_weights(tmp_path):
     S, train = table(2), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25, reduce='sum')
-    plain, mixed, flat = (Method(*aoq(placebo=p, **kw)) for p in ('', 'permuted', 'constant')); watch = flat.sources['off'].stateful[0]
+    plain, mixed, flat = (aoq(placebo=p, **kw) for p in ('', 'permuted', 'constant')); watch = flat.sources['off'].stateful[0]
     values = [one(m, train, S) for m in (plain, mixed, flat)]; assert len(set(values)) == 3
     assert watch.run[1] == 2*len(CAPS) and one(flat, train, S) != values[2]      # the mean goes on
     w = torch.arange(5.); assert torch.equal(watch.mean(w), torch.full((5,), float(watch.run[0]/watch.run[1])))
@@ -171,7 +171,7 @@ def test_lists_that_do_not_belong_here(tmp_path):
 def test_an_anchor_without_negatives_costs_nothing(tmp_path):
     "Lists with empty rows: the anchor gets itself, and nothing of it counts"
     S, train = table(), train_of(); split = train.split; lists = save(tmp_path, S, split, (4, 2)); lists['i2t'].idx[0] = -1; lists['t2i'].idx[0] = -1; save_lists(tmp_path, lists, dict(data=fingerprint(split)))
-    m = Method(*aoq('quin', lists=tmp_path, train=train, share=.25)); step = step_of(train, Table(S), m, CAPS)
+    m = aoq('quin', lists=tmp_path, train=train, share=.25); step = step_of(train, Table(S), m, CAPS)
     for side in ('i2t', 't2i'):
         c = m.sources['off'].pool(DirectedStep(step, side)); ok = [side == 't2i' and k == 2 or k not in (0, 2) for k in range(len(CAPS))]; ok[0] = False
         assert c.eligible[:,0].tolist() == ok and not c.also['unanchored_valid'][0] and not c.also['unanchored_valid'][2]
@@ -180,7 +180,7 @@ def test_an_anchor_without_negatives_costs_nothing(tmp_path):
 
 def test_any_pick_may_be_the_online_negative(tmp_path):
     S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25)
-    a = Method(*aoq(on='semi_hard', **kw)); b = Method(*aoq(**kw)).but(on=Source(in_batch, semi_hard)); c = Method(*aoq(on=top(1), **kw)); d = Method(*aoq(**kw)); e = Method(*aoq(on=top(3), **kw))
+    a = aoq(on='semi_hard', **kw); b = aoq(**kw).but(on=Source(in_batch, semi_hard)); c = aoq(on=top(1), **kw); d = aoq(**kw); e = aoq(on=top(3), **kw)
     assert one(a, train, S) == one(b, train, S) != one(d, train, S) == one(c, train, S); assert abs(one(e, train, S) - one(d, train, S)) < 1e-12
 
 
@@ -227,7 +227,7 @@ def test_the_mixture_of_another_pool_and_of_a_pick_of_ones_own(tmp_path):
     train = train_of(); save(tmp_path, table(), train.split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25)
     def force(**more):
         off = torch.tensor([.5], requires_grad=True); one_ = torch.ones(1, 1).bool(); p = torch.tensor([.6])
-        n = {'on': torch.tensor([[.45]]), 'on.valid': one_, 'on.pos': p, 'off': off[:,None], 'off.valid': one_, 'off.pos': p}; aoq(**kw, **more)[1]['aoq'](n).backward(); return off.grad.item()
+        n = {'on': torch.tensor([[.45]]), 'on.valid': one_, 'on.pos': p, 'off': off[:,None], 'off.valid': one_, 'off.pos': p}; aoq(**kw, **more).terms['aoq'](n).backward(); return off.grad.item()
     assert force() == pytest.approx(-.05/.3, abs=1e-6) == force(pool=in_batch, detach=False)
     assert force(pool=in_batch) == force(on=top(2)) == force(pool=bank_source(queue=8).pool) == 0
 

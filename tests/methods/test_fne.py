@@ -200,7 +200,7 @@ def step_of(model, ids, epoch=0, seed=0):
 @pytest.mark.parametrize('queue', [0, 1, 4])
 def test_small_batches_and_empty_memories(preset, ids, queue):
     "A loss, and a gradient that is finite, whatever there is to draw from"
-    torch.manual_seed(0); model = Towers(); m = Method(*fne.fne(preset, queue=queue))
+    torch.manual_seed(0); model = Towers(); m = fne.fne(preset, queue=queue)
     for t in range(3):
         s = step_of(model, ids, epoch=t, seed=t)
         for o in m.stateful(): [getattr(o, hook)(s) for hook in ('before_step', 'observe') if hasattr(o, hook)]
@@ -211,7 +211,7 @@ def test_small_batches_and_empty_memories(preset, ids, queue):
 
 
 def test_only_anchors_learn_and_by_the_formula():
-    torch.manual_seed(0); model = Towers(); parts = fne.fne_parts(queue=12); m = Method(*fne.fne(parts=parts, margin=1.)); bank, stats, _ = parts; B = 6
+    torch.manual_seed(0); model = Towers(); parts = fne.fne_parts(queue=12); m = fne.fne(parts=parts, margin=1.); bank, stats, _ = parts; B = 6
     for t in range(4): s = step_of(model, range(10*t, 10*t+B), seed=t); bank.before_step(s); stats.observe(s); bank.after_step(s)
     s = step_of(model, [3, 50, 51, 52, 53, 54], seed=9); v, t = s.images.detach().requires_grad_(), s.texts.detach().requires_grad_()
     leaf = Step(model, v, t, s.img, s.cap, 0, 0, s.batch); bank.before_step(leaf); stats.observe(leaf)
@@ -243,8 +243,8 @@ def test_dropout_in_the_copy_is_a_switch():
 
 def test_mixtures_share_one_memory():
     "The memory under another pick, the draw on another pool; one bank told once"
-    bank, stats, kw = fne.fne_parts(queue=20); own, term = fne.fne(parts=(bank, stats, kw))
-    both = Method(own, term) | Method(dict(hard=Source(bank.pool, hardest, stateful=(bank,)), on=Source(seam.in_batch, fne.fne_pick(stats), stateful=(stats,))),
+    bank, stats, kw = fne.fne_parts(queue=20); own = fne.fne(parts=(bank, stats, kw))
+    both = own | Method(dict(hard=Source(bank.pool, hardest, stateful=(bank,)), on=Source(seam.in_batch, fne.fne_pick(stats), stateful=(stats,))),
                                       dict(hard=triplet_term('hard'), on=triplet_term('on')))
     assert both.stateful() == [bank, stats]
     model = Towers(); s = step_of(model, range(6)); bank.before_step(s); stats.observe(s); c = losses(both, s)
@@ -253,7 +253,7 @@ def test_mixtures_share_one_memory():
 
 @pytest.mark.parametrize('kind', [k for k in seam.KINDS if k != 'dual'])
 def test_models_that_score_pair_by_pair_are_refused(kind):
-    t = seam.training(kind, 'vsepp'); t.phases = ((0, Method(*fne.fne())),)
+    t = seam.training(kind, 'vsepp'); t.phases = ((0, fne.fne()),)
     with pytest.raises(ValueError, match='one vector per side'): seam.run(t, 1)
 
 
@@ -264,7 +264,7 @@ def test_nothing_waits_for_the_device():
     with pytest.raises(RuntimeError): v.sum().item()
     for preset in fne.PRESETS:
         for kw in ({}, dict(floor='per_anchor'), dict(floor='none'), dict(permuted=True), dict(fallback='none'), dict(monotone=True, space='log')):
-            bank, stats, given = fne.fne_parts(preset, queue=13); m = Method(*fne.fne(parts=(bank, stats, given), **kw)); stats.start = 0; stats.moments = stats.moments.to('meta')
+            bank, stats, given = fne.fne_parts(preset, queue=13); m = fne.fne(parts=(bank, stats, given), **kw); stats.start = 0; stats.moments = stats.moments.to('meta')
             bank.ring.make(v.detach())
             for _ in range(4): s.made = {(id(bank), 'vectors'): (v.detach(), t.detach())}; stats.observe(s); sum(losses(m, s).values()); bank.fill_from = 0; bank.after_step(s)
     a, b = Towers().to('meta'), Towers().to('meta'); Momentum(a).follow(b)
@@ -273,7 +273,7 @@ def test_nothing_waits_for_the_device():
 # ---- whole runs
 def training(preset='corrected', drop=0., **kw):
     "The package's loop, the toy dual encoder, one epoch of warm-up"
-    t = seam.training('dual', 'vsepp', drop=drop); t.phases = ((0, vse0()), (1, Method(*fne.fne(preset, queue=70, min_count=10, **kw))))
+    t = seam.training('dual', 'vsepp', drop=drop); t.phases = ((0, vse0()), (1, fne.fne(preset, queue=70, min_count=10, **kw)))
     return t
 
 

@@ -219,7 +219,7 @@ def same_parts(sides, want):
         assert by['hard'].tolist() == want[hard[side]]
         for k in ('s_on', 'hinge_on', 'weight'): near(by[k].detach(), want[f'{k}_{side}'])
         for theirs, ours in (('on', 'online'), ('off', 'offline')): near(parts[ours].detach(), want[f'term_{theirs}_{side}'])
-        near(parts['apart'].detach(), want['term_unanch_' + dict(i2t='33', t2i='44')[side]])
+        near(parts['unanchored'].detach(), want['term_unanch_' + dict(i2t='33', t2i='44')[side]])
 
 
 def total(sides): return sum(v.sum() for parts, _ in sides.values() for v in parts.values())
@@ -512,7 +512,7 @@ def check_fne_fallback(b):
 def bank_term(pos, s, eligible, idx, margin):
     "The term of FNE at given draws, one value per anchor; masked entries count 0"
     named = {'bank': s.gather(1, idx[:,None]), 'bank.valid': eligible.gather(1, idx[:,None]), 'bank.pos': pos}
-    return fne.fne(margin=margin)[1]['bank'].cost(named)
+    return fne.fne(margin=margin).terms['bank'].cost(named)
 
 
 def check_fne_loss(b, shared=None):
@@ -538,7 +538,8 @@ def check_fne_warmup(b):
         pairs = lambda self, a, o: ((a @ S)*o).sum(1)
         at = lambda self, a, o, idx, i2t=True: torch.einsum('bd,bkd->bk', a @ (S if i2t else S.T), o[idx])
     eye, loss = torch.eye(n, dtype=torch.float64), 0.
-    source, term = (x['own'] for x in fne.fne_warmup(b['margin']))
+    made = fne.fne_warmup(b['margin'])
+    source, term = made.sources['own'], made.terms['own']
     for side in ('i2t', 't2i'):
         view = DirectedStep(Step(Table(), eye, eye, torch.zeros(n), torch.arange(n)), side); c = source.pool(view); p = source.selector(c, view)
         loss = loss + term.cost({'own': c.rescore(p.idx)[''], 'own.valid': p.valid, 'own.pos': c.pos}).sum()
@@ -560,7 +561,7 @@ def check_fne_whole(b):
         near(c.score, sims.masked_fill(ids[:,None] == torch.cat([ids, bank.ring.ids]), -torch.inf))
         w = whole_weights(c.score, pos, stats.moments, c.eligible, margin=b['margin']); near(w, b[f'weights_{side}'])
         idx = ((w > 0)*torch.arange(w.shape[1])).argmax(1); assert idx.tolist() == b[f'draw_{side}']
-        term = fne.fne(margin=b['margin'])[1]['bank']
+        term = fne.fne(margin=b['margin']).terms['bank']
         loss = loss + term({'bank': c.rescore(idx[:,None])[''], 'bank.valid': c.eligible.gather(1, idx[:,None]), 'bank.pos': c.pos})
     near(loss.item(), b['loss_divided_by_batch'])
     for got, k in zip(torch.autograd.grad(loss, (v, t)), ('grad_image_feat', 'grad_text_feat')): near(got, b[k])

@@ -335,8 +335,8 @@ def test_the_lesson_alone_is_the_lesson_of_those_who_write():
     "What the arm vsepp_mlm of tags_flickr8k rests on: `mlm_warmup` with as many copies and the writers' share losses and teaches what `tags` teaches beside its sentences"
     train, vocab = data()[4], data()[1]; cap = order(len(data()[3]), 0, 3)[:24]; grads = {}
     for name, make, term in (('alone', lambda m: mlm_warmup(1., 4, .15, train=train, vocab=vocab, model=m), 'masked'), ('writer', lambda m: tags(mlm=1., train=train, vocab=vocab, model=m), 'mlm')):
-        m = model_of(); found = make(m); found = found if isinstance(found, tuple) else (found.sources, found.terms)
-        method = Method(found[0], {term: found[1][term]}); parts = losses(method, step_of(m, cap, seed=1, epoch=1)); sum(parts.values()).backward()
+        m = model_of(); found = make(m)
+        method = Method(found.sources, {term: found.terms[term]}); parts = losses(method, step_of(m, cap, seed=1, epoch=1)); sum(parts.values()).backward()
         grads[name] = [float(sum(parts.values()).detach())] + [p.grad.clone() for p in m.parameters() if p.grad is not None]
     assert grads['alone'][0] == grads['writer'][0] > 0 and len(grads['alone']) == len(grads['writer']) > 5
     for a, b in zip(grads['alone'][1:], grads['writer'][1:]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -11,7 +11,7 @@ import torch
 
 from itm_nb.models.cross_encoder import CrossEncoder, from_uniter, to_uniter
 from itm_nb.methods.generator import (
-    _corrections, fill, lesson, Lexicon, penalty, refill, refill_law, suspects)
+    _corrections, fill, Lexicon, mlm_loss, penalty, refill, refill_law, suspects)
 from itm_nb.methods.samplers import Candidates, top
 from itm_nb.methods.tags_dc import (
     correction_term, discrimination_term, synthetic, tags_terms, warm_linear, word_counts)
@@ -87,10 +87,10 @@ def replay_pair(model, c, b, s, switch, drop, check):
     seen = torch.arange(b['txt_img_feat'].shape[1]) < R[:,None]
     images = lambda: model.image(t(b['txt_img_feat']), seen, t(b['txt_img_pos_feat']))
     img = images()
-    # masked words: one pass gives the lesson and the law of the draws
+    # masked words: one pass gives the loss and the law of the draws
     copies, labels = t(b['mlm_input_ids'])[None], t(b['mlm_txt_labels'])[None]; hit = labels != -1
     place, z = refill(model, img[:1], cap, copies, hit)
-    mlm = lesson(place, z, cap, copies.shape)[0]
+    mlm = mlm_loss(place, z, cap, copies.shape)[0]
     check('mlm_loss', mlm); K, L = copies.shape[1:]; draws = t(s['draw_ids'])
     never = None if switch.get('special', True) else torch.arange(c['vocab']) < c['word0']
     law = refill_law(z.detach(), c['temperature'], never); at = [(int(p)//L, int(p) % L) for p in place]

@@ -109,7 +109,7 @@ class Replay:
             ok = self.get(f'batch/{b}/I3') != self.get(f'batch/{b}/I4') if self.mistake == 'pairs_with_I3_equal_I4_masked' else None
             kw = dict(m_on=self.c['marginonline'], m_off=self.c['marginoffline']); w = dict(alpha=self.c['alpha'], beta=self.c['beta'])
             parts = {s: quintuplet(pos, on[s], off[s], apart[s], unanchored_valid=ok, detach=self.mistake == 'detached_weights', **kw, **w) for s in on}
-            named |= dict(pos=pos, unanch_33=apart['i2t'], unanch_44=apart['t2i'], term_unanch_33=parts['i2t']['apart'], term_unanch_44=parts['t2i']['apart'])
+            named |= dict(pos=pos, unanch_33=apart['i2t'], unanch_44=apart['t2i'], term_unanch_33=parts['i2t']['unanchored'], term_unanch_44=parts['t2i']['unanchored'])
             for s in on: named |= {f's_on_{s}': on[s], f'off_{s}': off[s], f'weight_{s}': adaptive_weight(on[s], off[s], **w), f'term_off_{s}': parts[s]['offline']}
         else: parts = {s: quintuplet(pos, on[s], pos, pos, self.c['margin'], stage='online') for s in on}
         named |= {f'term_on_{s}': parts[s]['online'] for s in on}; loss = sum(v.sum() for p in parts.values() for v in p.values())
