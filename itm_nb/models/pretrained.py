@@ -329,7 +329,11 @@ def longest(
 @torch.no_grad()
 def _probe_text(self)->int:
     "The length of the vector that is projected"
-    self.net.eval(); out = self._run(torch.ones(1, 2, dtype=torch.long), torch.tensor([2])); self.net.train()
+    ids = torch.ones(1, self.fill or 2, dtype=torch.long)
+    given = {} if self.fill or ids.is_meta else dict(attention_mask=torch.ones_like(ids))      # without memory no mask can be read
+    self.net.eval()
+    out = self.net(input_ids=ids, **given)
+    self.net.train()
     if self.kind != 'pooler': return out.last_hidden_state.shape[-1]
     if getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
     return out.pooler_output.shape[-1]
