@@ -28,12 +28,14 @@ def l2_normalize(
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #8a8d6b27
 class _UnitQueries(torch.autograd.Function):
-    "Products over their length along the queries, the way back written out: fewer than half of the passes over a tile that autograd makes"
+    """Products over their length along the queries, the way back written out: fewer than half of the
+    passes over a tile that autograd makes"""
 
     @staticmethod
-    def forward(ctx, x):       # as a sum, several times faster than a norm of this dimension; never the root of 0: no NaN
+    def forward(ctx, x):       # as a sum: several times faster than a norm; never the root of 0: no NaN
         length = (x*x).sum(2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-        y = x / (length + 1e-8); ctx.save_for_backward(y, length)
+        y = x / (length + 1e-8)
+        ctx.save_for_backward(y, length)
         return y
 
     @staticmethod
@@ -42,14 +44,15 @@ class _UnitQueries(torch.autograd.Function):
         y, length = ctx.saved_tensors
         return torch.addcmul(dy / (length + 1e-8), y, (dy*y).sum(2, keepdim=True) / length, value=-1)
 
-NORMS = tuple(c + n for n in ('l2norm', 'l1norm') for c in ('', 'clipped_')) + ('softmax', 'clipped', 'no_norm')
+NORMS = ('l2norm', 'clipped_l2norm', 'l1norm', 'clipped_l1norm', 'softmax', 'clipped', 'no_norm')
 
 def over_queries(
     x:Tensor,       # (n, K, Q, m) products; 0 where a query is padding
     keep:Tensor,    # (1 or n, Q, m) which queries are real
     norm:str,       # one of `NORMS`; 'clipped' puts LeakyReLU(0.1) first
 )->Tensor:          # (n, K, Q, m)
-    "Normalise the products of every source element over the queries (SCAN, sec. 3.1; `raw_feature_norm` of the release)"
+    """Normalise the products of every source element over the queries (SCAN, sec. 3.1; `raw_feature_norm`
+    of the release)"""
     if norm.startswith('clipped'): x = F.leaky_relu(x, .1)
     if norm.endswith('l1norm'): return x / (x.abs().sum(2, keepdim=True) + 1e-8)
     if norm.endswith('l2norm'): return _UnitQueries.apply(x)
@@ -67,7 +70,8 @@ def focus(
         else:
             root = a.sqrt()
             keep = a*root.sum(1, keepdim=True) > (a*root).sum(1, keepdim=True)
-    a = a*keep; total = a.sum(1, keepdim=True)
+    a = a*keep
+    total = a.sum(1, keepdim=True)
     return a / torch.where(total > 0, total, 1.)
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #0f86f6ca
@@ -92,7 +96,8 @@ def cosines(
     gram:Tensor,     # (n, K, K) products of the sources among themselves
     size:Tensor,     # (1 or n, Q, m) lengths of the queries
 )->Tensor:           # (n, Q, m)
-    "Cosine of each query with its attended vector, which is never built; the product of lengths is at least 1e-8 (rule d)"
+    """Cosine of each query with its attended vector, which is never built; the product of lengths is at
+    least 1e-8 (rule d)"""
     dot, square = (a*x).sum(1), (a * (gram @ a.flatten(2)).view_as(a)).sum(1)
     return dot / (size * square.clamp(min=1e-16).sqrt()).clamp(min=1e-8)
 
@@ -122,8 +127,10 @@ class Side:
     focal:str=''                   # '', 'equal' or 'prob'
 
     def __post_init__(self):
-        for name, among in dict(query=('text', 'image'), agg=AGGS, norm=NORMS, focal=('', 'equal', 'prob')).items():
-            if getattr(self, name) not in among: raise ValueError(f'{name} is one of {among}, not {getattr(self, name)!r}')
+        for name, among in dict(query=('text', 'image'), agg=AGGS, norm=NORMS,
+                                focal=('', 'equal', 'prob')).items():
+            if getattr(self, name) not in among:
+                raise ValueError(f'{name} is one of {among}, not {getattr(self, name)!r}')
 
     def __call__(self,
         x:Tensor,         # (n, K, Q, m) products
@@ -143,7 +150,8 @@ class Part(NamedTuple):
     keep:Tensor     # (b, K)
     size:Tensor     # (b, K) lengths of the vectors
     gram:Tensor     # (b, K, K) products among themselves; None where nothing looks at these sets
-    lanes:Tensor    # (K*b, D) the vectors element by element: as columns of a product the sets lie side by side; None: not needed
+    # (K*b, D) element by element: as columns of a product the sets lie side by side; None: not needed
+    lanes:Tensor
 
 def part(
     x:Tensor,       # (b, K, D)
@@ -166,8 +174,12 @@ def parts(
     order = mask.sum(1).argsort(descending=True, stable=True)
     sizes, many, longest, at = mask.sum(1)[order].tolist(), [], [], 0
     if len(set(sizes)) > 1: x, mask = x[order], mask[order]
-    while at < len(sizes): longest.append(max(sizes[at], 1)); many.append(min(max(most//longest[-1], 1), len(sizes)-at)); at += many[-1]
-    cut = zip(x.split(many), mask.split(many), longest)        # one split: a slice each would be one gradient of full size each
+    while at < len(sizes):
+        longest.append(max(sizes[at], 1))
+        many.append(min(max(most//longest[-1], 1), len(sizes)-at))
+        at += many[-1]
+    # one split: a slice each would be one gradient of full size each
+    cut = zip(x.split(many), mask.split(many), longest)
     return [part(a[:,:n], m[:,:n], **kw) for a, m, n in cut], order.argsort()
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #f17d03a3
@@ -181,10 +193,12 @@ class CrossAttention:
         raw, first, score = None, None, 0
         for side in self.sides:
             s, q = (img, txt) if side.query == 'text' else (txt, img)
-            if first is None: raw, first = (s.x.flatten(0, 1) @ q.lanes.T).view(*s.keep.shape, *q.keep.T.shape), s
+            if first is None:
+                raw, first = (s.x.flatten(0, 1) @ q.lanes.T).view(*s.keep.shape, *q.keep.T.shape), s
             x = raw if s is first else raw.permute(3, 2, 1, 0).contiguous()
             given = x, s.keep, s.gram, q.keep.T[None], q.size.T[None]
-            y = checkpoint(side, *given, use_reentrant=False, preserve_rng_state=False) if x.requires_grad else side(*given)
+            if x.requires_grad: y = checkpoint(side, *given, use_reentrant=False, preserve_rng_state=False)
+            else: y = side(*given)
             score = score + (y if s is img else y.T)
         return score
 
@@ -195,18 +209,22 @@ class CrossAttention:
         txt_mask:Tensor,    # (m, L)
         block:int=2**18,    # products of a tile
     )->Tensor:              # (n, m)
-        "Every image with every sentence; beyond the result it holds a sorted copy of the input and a few tiles"
+        """Every image with every sentence; beyond the result it holds a sorted copy of the input and a few
+        tiles"""
         asks, first = {s.query for s in self.sides}, self.sides[0].query
         I, at_i = parts(img, img_mask, isqrt(block), gram='text' in asks, lanes=first == 'image')
         T, at_t = parts(txt, txt_mask, isqrt(block), gram='image' in asks, lanes=first == 'text')
         return torch.cat([torch.cat([self.tile(i, t) for t in T], 1) for i in I])[at_i][:,at_t]
 
-    def pairs(self, img:Tensor, img_mask:Tensor, txt:Tensor, txt_mask:Tensor)->Tensor:   # as `matrix`, n = m -> (n,)
+    # as `matrix`, n = m -> (n,)
+    def pairs(self, img:Tensor, img_mask:Tensor, txt:Tensor, txt_mask:Tensor)->Tensor:
         "Image i with sentence i, with gradient"
-        img, txt = part(img, img_mask, lanes=False), part(txt, txt_mask, lanes=False); score = 0
+        img, txt = part(img, img_mask, lanes=False), part(txt, txt_mask, lanes=False)
+        score = 0
         for side in self.sides:
             s, q = (img, txt) if side.query == 'text' else (txt, img)
-            score = score + side((s.x @ q.x.mT).unsqueeze(-1), s.keep, s.gram, q.keep.unsqueeze(-1), q.size.unsqueeze(-1)).squeeze(-1)
+            score = score + side((s.x @ q.x.mT).unsqueeze(-1), s.keep, s.gram, q.keep.unsqueeze(-1),
+                                 q.size.unsqueeze(-1)).squeeze(-1)
         return score
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #d6f178a0
@@ -222,7 +240,9 @@ def bfan(focal:str='equal', sharp:float=20., **kw)->CrossAttention:
     "BFAN: both directions, focused, mean over the queries; scores lie in [-2, 2]"
     return CrossAttention(tuple(Side(q, sharp, 'Mean', focal=focal, **kw) for q in ('text', 'image')))
 
-SCORES = dict(scan_t2i=scan_t2i, scan_i2t=scan_i2t, bfan_equal=partial(bfan, 'equal'), bfan_prob=partial(bfan, 'prob'))   # name -> maker
+# name -> maker
+SCORES = dict(scan_t2i=scan_t2i, scan_i2t=scan_i2t, bfan_equal=partial(bfan, 'equal'),
+              bfan_prob=partial(bfan, 'prob'))
 
 def cross_attention(
     name:str,   # name in `SCORES`

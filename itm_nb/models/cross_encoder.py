@@ -34,30 +34,37 @@ def _row_pairs(pairs, anchor, other, idx, i2t):
     return (pairs(a, o) if i2t else pairs(o, a)).view(idx.shape)
 
 def _seen(tower, feats, num):
-    "What words are put beside: region features as they are, or the patches of a vision network; and which are real"
+    """What words are put beside: region features as they are, or the patches of a vision network; and
+    which are real"""
     return parts(tower, feats, num) if isinstance(tower, VisionTower) else (feats, _mask(num, feats.shape[1]))
 
 class CrossEncoder(nn.Module):
     "Words and regions in one stream; the first word's state becomes a score (UNITER's layout)"
     def __init__(self,
-        image:dict=None,   # kind and arguments of a vision tower, of length `d_in`, whose patches stand for regions
+        image:dict=None,   # kind and arguments of a vision tower of length `d_in`: its patches are the regions
         **stream           # arguments of `Stream`; `d_in` is needed
     ):
         super().__init__()
         self.config = dict(similarity='cross', **stream) | (dict(image=dict(image)) if image else {})
-        self.image_tower = tower(**image) if image else None; self.stream = Stream(**stream); dim = self.stream.config.hidden_size
+        self.image_tower = tower(**image) if image else None
+        self.stream = Stream(**stream)
+        dim = self.stream.config.hidden_size
         self.pooler, self.rank = nn.Linear(dim, dim), nn.Linear(dim, 1)
-        for m in (self.pooler, self.rank): nn.init.normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
+        for m in (self.pooler, self.rank):
+            nn.init.normal_(m.weight, std=.02)
+            nn.init.zeros_(m.bias)
 
-    def image(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:   # (B, R, d_in) or pixels, (B,) or (B, R), .. -> (B, R, dim)
+    # (B, R, d_in) or pixels, (B,) or (B, R), .. -> (B, R, dim)
+    def image(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:
         "Embedded regions or patches"
         return self.stream.see(*_seen(self.image_tower, feats, num), boxes)
 
-    def text(self, tokens:Tensor, lengths:Tensor=None)->Tensor: return tokens   # nothing can be done before the image is there
+    def text(self, tokens:Tensor, lengths:Tensor=None)->Tensor: return tokens   # nothing without its image
+    def regions(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:
+        return self.image(feats, num, boxes)
 
-    def regions(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor: return self.image(feats, num, boxes)
-
-    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # (B, R, dim), (B, L), (B, Q) -> (B, L or Q, dim)
+    # (B, R, dim), (B, L), (B, Q) -> (B, L or Q, dim)
+    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:
         "States of words that see the regions: of all, or at the places asked for"
         return self.stream.look(regions, tokens, at)
 
@@ -68,13 +75,14 @@ class CrossEncoder(nn.Module):
         return self._score(self.stream.look(img, txt, torch.zeros_like(txt[:,:1]))[:,0])
 
     def blind(self, img:Tensor, txt:Tensor)->Tensor:   # (B, R, dim), (B, L) -> (B,)
-        "The release's positive: the second word (the first behind <start>) at all places. Equal places stay equal, so one is enough"
+        "The release's positive: the second word at all places; equal places stay equal, so one is enough"
         x = self.stream.embeddings(txt)[:,1:2]
         return self._score(self.stream.run(x, torch.ones_like(x[...,0], dtype=torch.bool))[:,0])
 
     def matrix(self, img:Tensor, txt:Tensor, most:int=1024)->Tensor:   # (N, R, dim), (M, L) -> (N, M)
         "Every image with every sentence, at most so many pairs at a time"
-        N, M = len(img), len(txt); at = torch.arange(N*M, device=img.device).split(most)
+        N, M = len(img), len(txt)
+        at = torch.arange(N*M, device=img.device).split(most)
         return torch.cat([self.pairs(img[k//M], txt[k%M]) for k in at]).view(N, M)
 
     def at(self, anchor:Tensor, other:Tensor, idx:Tensor, i2t:bool=True)->Tensor:   # -> (B, k)
@@ -86,7 +94,7 @@ class TwoModes(nn.Module):
     "An image tower, and a text transformer that also reads words together with regions"
     def __init__(self,
         image:dict,    # kind and arguments of the image tower; its `dim` is that of the shared space
-        text:dict,     # arguments of `Stream`; `d_in` is needed: the length of a region's features or of a vision tower's patches
+        text:dict,     # arguments of `Stream`; `d_in`: length of the features of a region or patch
     ):
         super().__init__()
         self.config = dict(similarity='two_modes', image=dict(image), text=dict(text))
@@ -99,13 +107,15 @@ class TwoModes(nn.Module):
 
     def text(self, tokens:Tensor, lengths:Tensor=None)->Tensor:    # (B, L) -> (B, D)
         "Unit vectors of sentences, from words alone"
-        return F.normalize(wide(self.project(mean_pool(self.stream.read(tokens), real_words(tokens).sum(1)))), dim=-1)
+        return F.normalize(wide(self.project(mean_pool(self.stream.read(tokens), real_words(tokens).sum(1)))),
+                           dim=-1)
 
     def regions(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:   # -> (B, R, dim)
         "Regions or patches as the words will see them"
         return self.stream.see(*_seen(self.image_tower, feats, num), boxes)
 
-    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # (B, R, dim), (B, L), (B, Q) -> (B, L or Q, dim)
+    # (B, R, dim), (B, L), (B, Q) -> (B, L or Q, dim)
+    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:
         "States of words that see the regions: of all, or at the places asked for"
         return self.stream.look(regions, tokens, at)
 
@@ -163,7 +173,8 @@ def listed(
     rows:int=512,    # queries at a time
 )->tuple:            # (P,) images, (P,) sentences, in order
     "The pairs of `shortlist`, without the whole matrix"
-    N, M = len(img), len(txt); strips = lambda n: torch.arange(n, device=txt.device).split(rows)
+    N, M = len(img), len(txt)
+    strips = lambda n: torch.arange(n, device=txt.device).split(rows)
     by_image = [r[:,None]*M + model.matrix(img[r], txt).topk(min(most, M)).indices for r in strips(N)]
     by_text = [model.matrix(img, txt[c]).topk(min(most, N), 0).indices*M + c for c in strips(M)]
     pair = torch.cat([x.flatten() for x in by_image + by_text]).unique()
@@ -171,13 +182,20 @@ def listed(
 
 def _laid_over(model, img, txt, i, j, again):
     "(rows, columns) -> scores of a model, lowered, with those of some pairs laid over them"
-    N, M = len(img), len(txt); every = torch.arange(max(N, M), device=i.device); start = torch.searchsorted(i, every[:N])
+    N, M = len(img), len(txt)
+    every = torch.arange(max(N, M), device=i.device)
+    start = torch.searchsorted(i, every[:N])
     start = torch.cat([start, start.new_tensor([len(i)])])
-    top = max(model.pairs(img[x], txt[y]).max() for x, y in zip(i.split(1024), j.split(1024)))     # the best of every image is on the list
+    # the best of every image is on the list
+    top = max(model.pairs(img[x], txt[y]).max() for x, y in zip(i.split(1024), j.split(1024)))
     def block(r, c):
-        r, c = every[:N][r], every[:M][c]; scores = model.matrix(img[r], txt[c]) - top - 1 + again.min()
-        row, col = (torch.full((n,), -1, device=i.device).index_copy(0, x, every[:len(x)]) for n, x in ((N, r), (M, c)))
-        span = slice(int(start[r.min()]), int(start[r.max()+1])); x, y = row[i[span]], col[j[span]]; ok = (x >= 0) & (y >= 0)
+        r, c = every[:N][r], every[:M][c]
+        scores = model.matrix(img[r], txt[c]) - top - 1 + again.min()
+        row, col = (torch.full((n,), -1, device=i.device).index_copy(0, x, every[:len(x)])
+                    for n, x in ((N, r), (M, c)))
+        span = slice(int(start[r.min()]), int(start[r.max()+1]))
+        x, y = row[i[span]], col[j[span]]
+        ok = (x >= 0) & (y >= 0)
         scores[x[ok],y[ok]] = again[span][ok].to(scores)
         return scores
     return block
@@ -189,15 +207,17 @@ def reranked(
     most:int,             # candidates per query
     rows:int=1024,        # pairs at a time
     progress:bool=False,  # show a bar
-)->tuple:                 # (rows, columns) -> scores, for `metrics.ranks_blocks`; the shortlist as in `listed`
+)->tuple:  # (rows, columns) -> scores, for `metrics.ranks_blocks`; the shortlist as in `listed`
     "As `rerank`, in blocks: beyond the encodings it holds the shortlist alone"
-    i, j = listed(*first, most); model, img, txt = second
+    i, j = listed(*first, most)
+    model, img, txt = second
     cut = tqdm(list(zip(i.split(rows), j.split(rows))), 'shortlist', disable=not progress)
     return _laid_over(*first, i, j, torch.cat([model.pairs(img[x], txt[y]) for x, y in cut])), i, j
 
 # %% ../../nbs/4_models/08_cross_encoder.ipynb #cf2e2787
 UNITER = {size: dict(n_words=28996, dim=dim, layers=layers, heads=heads, longest=512, d_in=2048, d_box=7)
-          for size, dim, layers, heads in (('base', 768, 12, 12), ('large', 1024, 24, 16))}     # arguments of `CrossEncoder`
+          # arguments of `CrossEncoder`
+          for size, dim, layers, heads in (('base', 768, 12, 12), ('large', 1024, 24, 16))}
 _HEAD = (('transform.dense.', 'dense.'), ('transform.LayerNorm.', 'LayerNorm.'), ('bias', 'bias'))
 _NAMES = (('uniter.embeddings.', 'stream.embeddings.'), ('uniter.img_embeddings.', 'stream.regions.'),
           ('uniter.encoder.', 'stream.encoder.'),
@@ -205,7 +225,8 @@ _NAMES = (('uniter.embeddings.', 'stream.embeddings.'), ('uniter.img_embeddings.
           *((f'cls.predictions.{a}', f'stream.mlm.{b}') for a, b in _HEAD),
           *((f'correction_output.predictions.{a}', f'stream.cor.{b}') for a, b in _HEAD))
 _DECODERS = ('cls.predictions.decoder.weight', 'correction_output.predictions.decoder.weight')
-KINDS = dict(pretrained=('cls.',), itm=('rank_output.',), tags1=('cls.', 'rank_output.'),       # heads that a kind of file holds
+# heads that a kind of file holds
+KINDS = dict(pretrained=('cls.',), itm=('rank_output.',), tags1=('cls.', 'rank_output.'),
              tags2=('cls.', 'rank_output.', 'disc_output.', 'correction_output.'))
 
 def from_uniter(
@@ -217,21 +238,25 @@ def from_uniter(
     found = {k.replace('.gamma', '.weight').replace('.beta', '.bias'): v for k, v in found.items()}
     ours, rest = {}, {}
     for k, v in found.items():
-        hit = next((b + k[len(a):] for a, b in _NAMES if k.startswith(a) and not k.endswith('mask_embedding.weight')), None)
+        hit = next((b + k[len(a):] for a, b in _NAMES if k.startswith(a)
+                    and not k.endswith('mask_embedding.weight')), None)
         if hit: ours[hit] = v
         elif k not in _DECODERS: rest[k] = v
-    ours = _first_heads(ours, rest, restart); own = model.state_dict()
+    ours = _first_heads(ours, rest, restart)
+    own = model.state_dict()
     shape = lambda d, k: tuple(d[k].shape) if k in d else 'missing'
     for k in sorted(own.keys() | ours.keys()):
         if shape(own, k) == shape(ours, k): continue
-        raise DataError(k, f'{shape(ours, k)} in the checkpoint', f'{shape(own, k)}', 'Build the model with the sizes of the checkpoint.')
+        raise DataError(k, f'{shape(ours, k)} in the checkpoint', f'{shape(own, k)}',
+                        'Build the model with the sizes of the checkpoint.')
     model.load_state_dict(ours)
     return rest
 
 def _first_heads(ours, rest, restart):
     "Heads that are not there, or are to be started anew"
     two = {k: rest[f'itm_output.{k}'] for k in ('weight', 'bias') if f'itm_output.{k}' in rest}
-    start = {f'rank.{k}': v[1:2].clone() for k, v in two.items()} | {f'stream.disc.{k}': v.clone() for k, v in two.items()}
+    start = {f'rank.{k}': v[1:2].clone() for k, v in two.items()}
+    start |= {f'stream.disc.{k}': v.clone() for k, v in two.items()}
     start |= {k.replace('.mlm.', '.cor.'): v.clone() for k, v in ours.items() if k.startswith('stream.mlm.')}
     return ours | start if restart else start | ours
 

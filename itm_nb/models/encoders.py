@@ -58,7 +58,8 @@ def positions(
     d_pe:int,          # length of each code, even
     like:Tensor,       # dtype and device of the result
 )->Tensor:             # (size, d_pe)
-    "Sine and cosine codes of places 0..size-1, computed in float64 (the release's float32 table differs by 1e-5)"
+    """Sine and cosine codes of places 0..size-1, computed in float64 (the release's float32 table differs
+    by 1e-5)"""
     p = torch.arange(size, dtype=torch.float64, device=like.device)[:,None]
     w = 10000. ** (-torch.arange(0, d_pe, 2, dtype=torch.float64, device=like.device)/d_pe)
     return torch.stack([(p*w).sin(), (p*w).cos()], -1).flatten(1).to(like.dtype)
@@ -73,7 +74,8 @@ def run_gru(
     if x.device.type == 'cpu':
         states, last = gru(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
         return pad(states), last
-    n = on_host(lengths); order = n.argsort(descending=True, stable=True)       # torch would upload the order and wait
+    n = on_host(lengths)
+    order = n.argsort(descending=True, stable=True)       # torch would upload the order and wait
     there, back = upload(order, x.device), upload(order.argsort(), x.device)
     states, last = gru(pack_padded_sequence(x.index_select(0, there), n[order], batch_first=True))
     return pad(states).index_select(0, back), last.index_select(1, back)
@@ -123,17 +125,20 @@ class RegionTower(nn.Module):
         hidden:int=0,         # width of an MLP added to the linear map; 0: none
         pool:str='mean',      # name of the pooling
         dropout:float=0.,     # of the features, in training
-        norm:bool=False,      # batch normalisation inside the MLP, over all rows with their padding (VSE-infinity)
+        norm:bool=False,      # batch normalisation in the MLP, over all rows with padding (VSE-infinity)
     ):
         super().__init__()
-        self.linear, self.drop, self.pool, self.norm = nn.Linear(d_in, dim), nn.Dropout(dropout), pooling(pool), norm
+        self.linear, self.drop, self.pool, self.norm = (nn.Linear(d_in, dim), nn.Dropout(dropout),
+                                                        pooling(pool), norm)
         inner = [nn.Flatten(0, 1), nn.BatchNorm1d(hidden), nn.ReLU()] if norm else [nn.ReLU()]
         self.mlp = nn.Sequential(nn.Linear(d_in, hidden), *inner, nn.Linear(hidden, dim)) if hidden else None
-        nn.init.xavier_uniform_(self.linear.weight); nn.init.zeros_(self.linear.bias)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def states(self, feats:Tensor)->Tensor:   # (..., d_in) -> (..., dim)
         "A vector for every region"
-        x = self.drop(feats); y = self.linear(x)
+        x = self.drop(feats)
+        y = self.linear(x)
         return y + self.mlp(x).view_as(y) if self.mlp else y
 
     def only_real(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
@@ -141,12 +146,14 @@ class RegionTower(nn.Module):
         keep = _places(num, feats.shape[1])
         if len(keep) == feats.shape[0]*feats.shape[1]: return self.states(feats)
         y = self.states(feats.flatten(0, 1)[keep])
-        return y.new_zeros(feats.shape[0]*feats.shape[1], y.shape[1]).index_copy(0, keep, y).view(*feats.shape[:2], -1)
+        return y.new_zeros(feats.shape[0]*feats.shape[1], y.shape[1]).index_copy(0, keep,
+            y).view(*feats.shape[:2], -1)
 
     def forward(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, dim)
-        "One vector for every image; a linear map and a mean commute, so the mean is taken first where that is all there is"
+        """One vector for every image; a linear map and a mean commute, so the mean is taken first where
+        that is all there is"""
         if self.pool is mean_pool and not self.mlp: return self.linear(mean_pool(self.drop(feats), num))
-        whole = self.norm or feats.device.type != 'cpu'                       # the published normalisation sees padding too
+        whole = self.norm or feats.device.type != 'cpu'  # the published normalisation sees padding too
         return self.pool(self.states(feats) if whole else self.only_real(feats, num), num)
 
 # %% ../../nbs/4_models/00_encoders.ipynb #3b107945
@@ -171,7 +178,8 @@ class MeanTower(nn.Module):
         dropout:float=0.,    # of the word vectors, in training
     ):
         super().__init__()
-        self.words, self.linear, self.pool = Words(n_words, d_word, dropout), nn.Linear(d_word, dim), pooling(pool)
+        self.words, self.linear, self.pool = (Words(n_words, d_word, dropout), nn.Linear(d_word, dim),
+                                              pooling(pool))
 
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
         "A vector for every word"
@@ -180,11 +188,14 @@ class MeanTower(nn.Module):
     def mean(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, d_word)
         "The mean of the word vectors; on the CPU padding is not even looked up"
         if tokens.device.type != 'cpu': return mean_pool(self.words(tokens), lengths)
-        at = _places(lengths, tokens.shape[1]); x = self.words(tokens.flatten()[at])
-        return x.new_zeros(len(tokens), x.shape[1]).index_add(0, at//tokens.shape[1], x) / lengths[:,None].clamp(min=1)
+        at = _places(lengths, tokens.shape[1])
+        x = self.words(tokens.flatten()[at])
+        return x.new_zeros(len(tokens), x.shape[1]).index_add(0, at//tokens.shape[1], x) / lengths[:,
+            None].clamp(min=1)
 
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
-        "One vector for every sentence; with mean pooling the mean is taken before the linear map, at a tenth of the products"
+        """One vector for every sentence; with mean pooling the mean is taken before the linear map, at a
+        tenth of the products"""
         if self.pool is mean_pool: return self.linear(self.mean(tokens, lengths))
         return self.pool(self.states(tokens, lengths), lengths)
 
@@ -204,7 +215,8 @@ class ConvTower(nn.Module):
         self.conv, self.linear = nn.Conv1d(d_word, dim, width, padding=width//2), nn.Linear(dim, dim)
 
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
-        "A vector for every word; padding is zero before the convolution, so it looks like the end of the sentence"
+        """A vector for every word; padding is zero before the convolution, so it looks like the end of the
+        sentence"""
         keep = real(lengths, tokens.shape[1]).unsqueeze(-1)
         return self.conv((self.words(tokens)*keep).transpose(1, 2)).transpose(1, 2).relu()
 
@@ -213,7 +225,8 @@ class ConvTower(nn.Module):
         return self.linear(self.pool(self.states(tokens, lengths), lengths))
 
 class GRUTower(nn.Module):
-    "Words in order: a bidirectional GRU, the two directions averaged (SCAN, BFAN, VSE-infinity), then a pooling"
+    """Words in order: a bidirectional GRU, the two directions averaged (SCAN, BFAN, VSE-infinity), then a
+    pooling"""
     def __init__(self,
         n_words:int,         # size of the vocabulary
         dim:int,             # length of the vector that comes out
@@ -226,7 +239,8 @@ class GRUTower(nn.Module):
         self.gru = nn.GRU(d_word, dim, batch_first=True, bidirectional=True)
 
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
-        "A vector for every word; sentences are packed, so the backward direction starts at the last real word"
+        """A vector for every word; sentences are packed, so the backward direction starts at the last real
+        word"""
         states, _ = run_gru(self.gru, self.words(tokens), lengths)
         return states.unflatten(-1, (2, -1)).mean(-2)
 

@@ -34,8 +34,10 @@ class SetModel(nn.Module):
     ):
         super().__init__()
         if image['dim'] != text['dim']:
-            raise ValueError(f"regions of length {image['dim']} and words of length {text['dim']} cannot be compared")
-        self.config = dict(similarity=similarity, image=dict(image), text=dict(text), attention=dict(attention))
+            raise ValueError(f"regions of length {image['dim']} and words of length {text['dim']} cannot be "
+                             f"compared")
+        self.config = dict(similarity=similarity, image=dict(image), text=dict(text),
+                           attention=dict(attention))
         self.image_tower, self.text_tower = tower(**image), tower(**text)
         self.score = cross_attention(similarity, **attention)
 
@@ -46,7 +48,8 @@ class SetModel(nn.Module):
 
     def text(self, tokens:Tensor, lengths:Tensor)->States:    # (B, L), (B,) -> (B, L, D)
         "Unit vectors of words"
-        return States(l2_normalize(wide(self.text_tower.states(tokens, lengths))), real(lengths, tokens.shape[1]))
+        return States(l2_normalize(wide(self.text_tower.states(tokens, lengths))),
+                      real(lengths, tokens.shape[1]))
 
     def matrix(self, img:States, txt:States)->Tensor:         # N, M -> (N, M)
         "Every image with every sentence"
@@ -61,10 +64,12 @@ class SetModel(nn.Module):
         return picked_of(self.pairs, anchor, other, idx, i2t)
 
 # %% ../../nbs/4_models/09_factory.ipynb #99f98506
-MODELS = dict(cosine=Model, two_modes=TwoModes, cross=CrossEncoder) | {k: partial(SetModel, k) for k in SCORES}    # similarity -> maker
+# similarity -> maker
+MODELS = dict(cosine=Model, two_modes=TwoModes,
+              cross=CrossEncoder) | {k: partial(SetModel, k) for k in SCORES}
 
 def model_of(
-    config:dict,    # `similarity` and the arguments of its maker: what `model.config` says and config.json holds
+    config:dict,    # `similarity` and its maker's arguments: `model.config`, the content of config.json
 )->nn.Module:
     "A model with fresh weights"
     kind = config['similarity']
@@ -77,9 +82,11 @@ def save_pretrained(
     folder,         # made if it is not there
 ):
     "Write `config.json` and `model.safetensors`, each whole or not at all"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tmp = folder/f'.model.{os.getpid()}.tmp'
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp); os.replace(tmp, folder/'model.safetensors')
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
+    os.replace(tmp, folder/'model.safetensors')
     write_atomic(folder/'config.json', (json.dumps(model.config, indent=1, sort_keys=True)+'\n').encode())
 
 def from_pretrained(
@@ -87,19 +94,28 @@ def from_pretrained(
     device='cpu',
 )->nn.Module:        # in evaluation mode
     "Read a model; every weight in the file must have its place and every place its weight"
-    folder = Path(folder); cfg, file = folder/'config.json', folder/'model.safetensors'
+    folder = Path(folder)
+    cfg, file = folder/'config.json', folder/'model.safetensors'
     for f in (cfg, file):
         if f.is_file(): continue
-        raise DataError(f, 'no such file', 'a folder with config.json and model.safetensors', 'Name what save_pretrained wrote.')
-    try: config = json.loads(cfg.read_text('utf-8')); model = model_of(config)
+        raise DataError(f, 'no such file', 'a folder with config.json and model.safetensors',
+                        'Name what save_pretrained wrote.')
+    try:
+        config = json.loads(cfg.read_text('utf-8'))
+        model = model_of(config)
     except (ValueError, KeyError, TypeError) as e:
-        raise DataError(cfg, f'{type(e).__name__}: {e}', 'a model description', 'Copy the folder again.') from e
+        raise DataError(cfg, f'{type(e).__name__}: {e}', 'a model description',
+                        'Copy the folder again.') from e
     try: weights = load_file(file)
-    except Exception as e: raise DataError(file, f'{e}', 'a safetensors file', 'The file is damaged: copy or train it again.') from e
-    have, want = {k: tuple(v.shape) for k, v in weights.items()}, {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    except Exception as e:
+        raise DataError(file, f'{e}', 'a safetensors file',
+                        'The file is damaged: copy or train it again.') from e
+    have, want = ({k: tuple(v.shape) for k, v in weights.items()},
+                  {k: tuple(v.shape) for k, v in model.state_dict().items()})
     odd = sorted(k for k in have.keys()|want.keys() if have.get(k) != want.get(k))
     if odd:
-        raise DataError(file, f'{odd[0]} is {have.get(odd[0], "missing")}', f'{want.get(odd[0], "no such weight")} ({len(odd)} differ)',
+        raise DataError(file, f'{odd[0]} is {have.get(odd[0], "missing")}',
+                        f'{want.get(odd[0], "no such weight")} ({len(odd)} differ)',
                         'config.json and weights are of different models.')
     model.load_state_dict(weights)
     return model.to(device).eval()

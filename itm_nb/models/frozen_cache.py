@@ -38,7 +38,8 @@ def _flat(x):
 
 @contextmanager
 def _taken_down(net, wanted):
-    "While this holds, states behind the wanted layers are put into the dictionary that it gives, as they come"
+    """While this holds, states behind the wanted layers are put into the dictionary that it gives, as they
+    come"""
     found, got = layer_stack(net)[1], {}
     def note(i): return lambda module, args, out: got.__setitem__(i, out)
     def first(module, args, kw): got[0] = args[0] if args else kw['hidden_states']
@@ -198,11 +199,14 @@ def _digest(path, whole=1 << 30)->str:
     if size <= whole: return sha256_of(path)
     h = hashlib.sha256(str(size).encode())
     with open(path, 'rb') as f:
-        for at in np.linspace(0, size-65536, 1024).astype(np.int64).tolist(): f.seek(at); h.update(f.read(65536))
+        for at in np.linspace(0, size-65536, 1024).astype(np.int64).tolist():
+            f.seek(at)
+            h.update(f.read(65536))
     return h.hexdigest()
 
 def _opened(path:Path, key):
-    "The note and the array of a whole file; None where there is none, or a damaged one (and then this is said)"
+    """The note and the array of a whole file; None where there is none, or a damaged one (and then this is
+    said)"""
     if not path.with_suffix('.json').exists(): return None
     try:
         note = read_json(path.with_suffix('.json'))
@@ -235,7 +239,8 @@ def stored(
         try:
             x = np.lib.format.open_memmap(tmp, mode='w+', dtype=np.float32, shape=shape)
             for at, values in blocks(): x[at] = values
-            x.flush(); del x
+            x.flush()
+            del x
             with open(tmp, 'rb') as f: os.fsync(f.fileno())
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
@@ -292,7 +297,7 @@ class KeptStates:
         self.pooled = bool(reading.pools)
 
     def __deepcopy__(self, memo): return self
-    def serves(self, inputs)->bool: return len(inputs) == 2 or inputs[0].ndim == 3     # of images, those given as states
+    def serves(self, inputs)->bool: return len(inputs) == 2 or inputs[0].ndim == 3    # images given as states
 
     def look(self, made, inputs)->Tensor:   # -> (B, L, D); L = 1 where they are pooled
         "What the network would give, without running it"
@@ -314,14 +319,15 @@ class KeptStates:
         got = dict(zip(self.reading.layers, x.split(self.widths, -1)))
         later = tuple(k for k in wanted if k not in got)
         if not later: return got
-        if not self.reading.start: raise ValueError(f'states {later} are not kept; kept are {self.reading.layers}')
+        if not self.reading.start:
+            raise ValueError(f'states {later} are not kept; kept are {self.reading.layers}')
         with _gone_on(self, made, x): return got | _computed(made, _blank(made, inputs), later)
 
     def run(self, made, *inputs):   # -> what the network of `transformers` gives
         "All states of the last layer, for a tower's own pooling"
         if self.pooled:
             if len(inputs) == 2: return made.computed(*inputs)
-            raise ValueError('only one vector for each picture is kept, not its patches: ask for another pooling')
+            raise ValueError('one vector for each picture is kept, not its patches: ask for another pooling')
         x = self.look(made, inputs)
         if not self.reading.start: return SimpleNamespace(last_hidden_state=x)
         with _gone_on(self, made, x): return made.computed(*_blank(made, inputs))
@@ -349,11 +355,14 @@ def read(
     was, made.kept, learning = made.kept, None, made.training
     made.eval()
     try:
-        if reading.pools: found = [x[:,None] for x in pooled_states(made, inputs, reading.layers, reading.pools)]
+        if reading.pools:
+            found = [x[:,None] for x in pooled_states(made, inputs, reading.layers, reading.pools)]
         else:
             got = layer_states(made, inputs, reading.layers)
             found = [got[k] for k in reading.layers]
-    finally: made.kept = was; made.train(learning)
+    finally:
+        made.kept = was
+        made.train(learning)
     x = torch.cat(found, -1).float()
     return nn.functional.pad(x, (0, 0, 0, max(0, size-x.shape[1]))), [f.shape[-1] for f in found]
 
@@ -364,7 +373,8 @@ def _probe(made, reading, inputs)->dict:
     try:
         with torch.no_grad(), _taken_down(made.net, reading.layers) as got: made.computed(*inputs)
         x = got.get(reading.start) if reading.start else None
-        as_tuple = isinstance(x, tuple); x = x[0] if as_tuple else x
+        as_tuple = isinstance(x, tuple)
+        x = x[0] if as_tuple else x
         grid = list(x.shape[2:]) if x is not None and x.ndim == 4 else None
         note = dict(widths=read(made, inputs, reading)[1], grid=grid, as_tuple=as_tuple)
         return note if not reading.start or _goes_on(made, reading, note, inputs) else None
@@ -383,12 +393,14 @@ def _goes_on(made, reading, note, inputs)->bool:
         with _gone_on(trial, made, x): again = _flat(made.computed(*inputs).last_hidden_state)
         if keep.shape == whole.shape[:2]: again, whole = again[keep], whole[keep]
         return torch.allclose(again, whole, atol=1e-4)
-    except (TypeError, RuntimeError, ValueError, IndexError): return False    # layers that hand on more than states
+    # layers that hand on more than states
+    except (TypeError, RuntimeError, ValueError, IndexError): return False
     finally: made.train(learning)
 
 def _fits(folder, shape)->bool:
     "Is there room for the states?"
-    size, at = 4*math.prod(shape), Path(folder); at.mkdir(parents=True, exist_ok=True)
+    size, at = 4*math.prod(shape), Path(folder)
+    at.mkdir(parents=True, exist_ok=True)
     if size <= shutil.disk_usage(at).free/2: return True
     warnings.warn(f'{size/2**30:.0f} GiB of states are not kept: too little room on the disk. '
                   'Mean pooling keeps one vector an item')
@@ -397,13 +409,16 @@ def _fits(folder, shape)->bool:
 def _part(made, reading, note, folder, items, inputs, per, progress):
     "States of one part, from its file or into it; and where each item's begin"
     starts = np.concatenate([[0], np.cumsum(per)])
-    key = _key(made, reading, items); path = Path(folder)/f'states-{key[:16]}.npy'
+    key = _key(made, reading, items)
+    path = Path(folder)/f'states-{key[:16]}.npy'
     shape = (int(starts[-1]), sum(note['widths']))
     if not path.exists() and not _fits(folder, shape): return None
     def blocks():
         step = 64 if isinstance(made, VisionTower) else 128
-        for at in tqdm(range(0, len(per), step), desc='frozen network, once', disable=not progress, unit='block'):
-            n = per[at:at+step]; x = read(made, inputs(slice(at, at+step)), reading)[0]
+        for at in tqdm(range(0, len(per), step), desc='frozen network, once', disable=not progress,
+                       unit='block'):
+            n = per[at:at+step]
+            x = read(made, inputs(slice(at, at+step)), reading)[0]
             keep = real(torch.as_tensor(n, device=x.device), x.shape[1])
             yield slice(starts[at], starts[at+len(n)]), x[keep].cpu().numpy()
     return stored(path, key, shape, blocks, note)[1], starts
@@ -431,7 +446,8 @@ def _sentences(made, reading, note, folder, rows, progress):
     "One part: names, states, where they begin"
     lengths, at = np.array([len(r)//4 for r in rows]), next(made.parameters()).device
     def inputs(s):
-        n = lengths[s]; x = np.zeros((len(n), n.max()), np.int64)
+        n = lengths[s]
+        x = np.zeros((len(n), n.max()), np.int64)
         x[np.arange(x.shape[1]) < n[:,None]] = np.frombuffer(b''.join(rows[s]), '<i4')
         return torch.from_numpy(x).to(at), torch.from_numpy(n).to(at)
     items = hashlib.sha256(b''.join(len(r).to_bytes(4, 'little') + r for r in rows)).hexdigest()
@@ -446,7 +462,7 @@ def keep_pictures(
     frame:str='crop',        # how pictures are cut
     reading:Reading=None,    # None: what this tower needs
     progress:bool=False,
-)->KeptStates:               # also put into the tower; its `pictures` replace pixels; None: nothing can be kept
+)->KeptStates:  # also put into the tower; its `pictures` replace pixels; None: nothing can be kept
     "Let a frozen vision network see every picture once"
     made.kept, reading, at = None, reading or reading_of(made), next(made.parameters()).device
     one = torch.zeros(1, made.size, made.size, 3, device=at)

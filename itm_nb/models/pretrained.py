@@ -36,37 +36,45 @@ class Network:
     folder:Path=None     # with config.json and safetensors; None: initial weights are drawn
 
     @property
-    def pair(self)->bool: return {'vision_config', 'text_config'} <= self.config.keys()    # CLIP, SigLIP and the like: two networks in one
+    # CLIP, SigLIP and the like: two networks in one
+    def pair(self)->bool: return {'vision_config', 'text_config'} <= self.config.keys()
 
 @contextmanager
 def _quiet():
     "Without the remarks and bars of `transformers`: what matters is checked here"
     from transformers.utils import logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try: yield
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-_LABELS = {'architectures', 'transformers_version', 'dtype', 'torch_dtype', '_name_or_path', 'id2label', 'label2id', 'auto_map'}
+_LABELS = {'architectures', 'transformers_version', 'dtype', 'torch_dtype', '_name_or_path', 'id2label',
+           'label2id', 'auto_map'}
 
 def _spelt(config, plain, where):
     "A misspelt setting would be kept and ignored by `transformers`; it is refused here"
     have = set(plain.to_dict()) | set(plain.attribute_map) | _LABELS
     for k in config.keys() - have:
         near = difflib.get_close_matches(k, have, 1)
-        raise DataError(where, f'setting {k!r} of {plain.model_type}', 'one of its settings' + (f', perhaps {near[0]!r}' if near else ''))
-    for half in {'vision_config', 'text_config'} & config.keys(): _spelt(config[half], getattr(plain, half), where)
+        raise DataError(where, f'setting {k!r} of {plain.model_type}',
+                        'one of its settings' + (f', perhaps {near[0]!r}' if near else ''))
+    for half in {'vision_config', 'text_config'} & config.keys():
+        _spelt(config[half], getattr(plain, half), where)
 
-# settings that name programs or files elsewhere; `attn_implementation` may name a kernel on the Hub, which would be fetched and run
+# settings that name programs or files elsewhere; `attn_implementation` may name a kernel on the Hub, which
+# would be fetched and run
 _PROGRAMS = {'auto_map', 'custom_pipelines', 'use_pretrained_backbone', 'quantization_config',
-             *(f'{a}{x}_implementation{b}' for a in ('', '_') for x in ('attn', 'experts') for b in ('', '_internal'))}
+             *(f'{a}{x}_implementation{b}' for a in ('', '_') for x in ('attn', 'experts')
+               for b in ('', '_internal'))}
 
 def _inert(config):
     "A description without what would be run or fetched, at any depth"
     if isinstance(config, list): return [_inert(x) for x in config]
-    return {k: _inert(v) for k, v in config.items() if k not in _PROGRAMS} if isinstance(config, dict) else config
+    return {k: _inert(v) for k, v in config.items() if k not in _PROGRAMS} if isinstance(config,
+        dict) else config
 
 def _known(config, where, strict=True):
     "The settings of a network as `transformers` understands them"
@@ -74,16 +82,19 @@ def _known(config, where, strict=True):
     kind = config.get('model_type') if isinstance(config, dict) else None
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 3)
-        raise DataError(where, f'model_type {kind!r}', f'a type of network that transformers knows, e.g. {near or ["vit", "bert", "clip"]}')
+        raise DataError(where, f'model_type {kind!r}',
+                        f'a type of network that transformers knows, e.g. {near or ["vit", "bert", "clip"]}')
     with _quiet():
         if strict: _spelt(_inert(config), CONFIG_MAPPING[kind](), where)
         try: return AutoConfig.for_model(**_inert(config))
-        except Exception as e:                       # every kind of network checks its settings in its own way
-            raise DataError(where, f'settings that {kind} refuses ({str(e)[:120]})', 'the description of a network') from None
+        except Exception as e:  # every kind of network checks its settings in its own way
+            raise DataError(where, f'settings that {kind} refuses ({str(e)[:120]})',
+                            'the description of a network') from None
 
 def _slim(c)->dict:
     "A description that can be stored: all settings but labels and versions"
-    return json.loads(json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _LABELS} | dict(model_type=c.model_type)))
+    return json.loads(json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _LABELS}
+                                 | dict(model_type=c.model_type)))
 
 def _place(name, models):
     "The folder of a name: itself, below `models`, or among the networks fetched earlier"
@@ -91,19 +102,23 @@ def _place(name, models):
         if (at/'config.json').is_file(): return at
     from transformers.utils import cached_file
     try: return Path(cached_file(name, 'config.json', local_files_only=True)).parent
-    except Exception:                                # not a name, not there, not whole: all the same to the user
+    except Exception:  # not a name, not there, not whole: all the same to the user
         at = Path(models or 'models')/name
-        raise DataError(name, 'no network of this name', f'a folder {at} with config.json and model.safetensors, or a name in the '
-                        'cache of Hugging Face', 'Copy the network there; nothing is fetched from here.') from None
+        raise DataError(name, 'no network of this name',
+                        f'a folder {at} with config.json and model.safetensors, or a name in the '
+                        'cache of Hugging Face',
+                        'Copy the network there; nothing is fetched from here.') from None
 
 def find(
-    name:str,        # folder, name below `models`, name in the cache, a .json file, or the JSON text of a description
+    name:str,        # folder, name below `models` or in the cache, .json file, or JSON text of a description
     models='',       # folder of networks; '': ./models
 )->Network:
     "A network by name; one given as a description has no weights"
     if name.lstrip().startswith('{'):
         try: config = json.loads(name)
-        except ValueError as e: raise DataError('network', f'broken JSON ({e})', 'the description of a network', 'Check quotes.') from None
+        except ValueError as e:
+            raise DataError('network', f'broken JSON ({e})', 'the description of a network',
+                            'Check quotes.') from None
         return Network(_slim(_known(config, 'network')))
     if name.endswith('.json'): return Network(_slim(_known(read_json(name), name)))
     folder = _place(name, models)
@@ -111,9 +126,11 @@ def find(
 
 # %% ../../nbs/4_models/01_pretrained.ipynb #39180d55
 # pairs that can be taken apart -> which vector of the reading half they compare
-PAIRS = dict(clip='last', metaclip_2='last', siglip='pooler', siglip2='pooler', chinese_clip='cls', altclip='cls',
+PAIRS = dict(clip='last', metaclip_2='last', siglip='pooler', siglip2='pooler', chinese_clip='cls',
+             altclip='cls',
              blip='pooler', **{'vision-text-dual-encoder': 'pooler'})
-_GIVEN = dict(vision={'pixel_values', 'pixel_attention_mask', 'spatial_shapes'}, text={'input_ids', 'attention_mask'})
+_GIVEN = dict(vision={'pixel_values', 'pixel_attention_mask', 'spatial_shapes'},
+              text={'input_ids', 'attention_mask'})
 
 def _maker(c):
     "The class of a bare network; None where `transformers` has none"
@@ -124,13 +141,16 @@ def _maker(c):
 
 def _lacks(config, side)->str:
     "Why a network cannot be a tower; '' where it can"
-    made = _maker(_known(config, 'network', strict=False)); needs = dict(vision='pixel_values', text='input_ids')[side]
+    made = _maker(_known(config, 'network', strict=False))
+    needs = dict(vision='pixel_values', text='input_ids')[side]
     if made is None: return 'no bare network of this type'
-    takes = inspect.signature(made.forward).parameters; given = _GIVEN[side] | {'self'}
+    takes = inspect.signature(made.forward).parameters
+    given = _GIVEN[side] | {'self'}
     must = {k for k, v in takes.items() if v.default is v.empty and v.kind is v.POSITIONAL_OR_KEYWORD} - given
     called = made.main_input_name
     if needs not in takes or called != needs: return f'it is called with {called}, not {needs}'
-    if side == 'text' and 'attention_mask' not in takes: return 'it takes no attention_mask, so it would read the padding'
+    if side == 'text' and 'attention_mask' not in takes:
+        return 'it takes no attention_mask, so it would read the padding'
     return f'it also wants {", ".join(sorted(must))}' if must else ''
 
 def suited(
@@ -139,14 +159,17 @@ def suited(
 )->Network:           # the same
     "Refuse by name, from its description alone, a network that cannot be such a tower (`DataError`)"
     kind, where = source.config['model_type'], source.folder or 'network'
-    several = source.pair or any(k.endswith('_config') and isinstance(v, dict) for k, v in source.config.items())
+    several = source.pair or any(k.endswith('_config') and isinstance(v, dict)
+                                 for k, v in source.config.items())
     if several and kind not in PAIRS:
         known = f'one of {", ".join(PAIRS)}, or a single network'
         raise DataError(where, f'{kind}, several networks that cannot be taken apart', known)
     why = _lacks(source.config[f'{side}_config'] if source.pair else source.config, side)
     if not why: return source
-    wanted = dict(vision='one that sees pixel_values', text='one that reads input_ids under an attention_mask')[side]
-    raise DataError(where, f'{kind} cannot be the {side} tower: {why}', wanted, 'The page of towers lists families that work.')
+    wanted = dict(vision='one that sees pixel_values',
+                  text='one that reads input_ids under an attention_mask')[side]
+    raise DataError(where, f'{kind} cannot be the {side} tower: {why}', wanted,
+                    'The page of towers lists families that work.')
 
 # %% ../../nbs/4_models/01_pretrained.ipynb #33649317
 def network(
@@ -156,7 +179,8 @@ def network(
     import transformers
     c = _known(config, 'network', strict=False)
     with _quiet():
-        if type(c) in transformers.AutoModel._model_mapping: made = transformers.AutoModel.from_config(c, dtype=torch.float32)
+        if type(c) in transformers.AutoModel._model_mapping:
+            made = transformers.AutoModel.from_config(c, dtype=torch.float32)
         else: made = _maker(c)._from_config(c, dtype=torch.float32)
     return made.get_encoder() if c.is_encoder_decoder else made
 
@@ -169,10 +193,14 @@ def _without_pooler(net, pool):
 def _joint(width, dim, project):
     "The map to the joint length: 'linear', 'plain' (no bias: what CLIP has), or 'none'"
     if project == 'none':
-        if width != dim: raise ValueError(f'without a projection the vectors have length {width}; set dim to it (it is {dim})')
+        if width != dim:
+            raise ValueError(f'without a projection the vectors have length {width}; set dim to it (it is '
+                             f'{dim})')
         return nn.Identity()
-    if project not in ('linear', 'plain'): raise ValueError(f"project is {project!r}; there are 'linear', 'plain', 'none'")
-    lin = nn.Linear(width, dim, bias=project == 'linear'); nn.init.xavier_uniform_(lin.weight)
+    if project not in ('linear', 'plain'):
+        raise ValueError(f"project is {project!r}; there are 'linear', 'plain', 'none'")
+    lin = nn.Linear(width, dim, bias=project == 'linear')
+    nn.init.xavier_uniform_(lin.weight)
     if lin.bias is not None: nn.init.zeros_(lin.bias)
     return lin
 
@@ -196,7 +224,8 @@ def depths(
     net:nn.Module,
 )->dict:           # name of each parameter -> 0 embeddings, 1.. layers, last + 1 what follows
     "How far from the input each weight is"
-    at, found = layer_stack(net); names = [k for k, _ in net.named_parameters()]
+    at, found = layer_stack(net)
+    names = [k for k, _ in net.named_parameters()]
     inside = {k: int(k[len(at)+1:].split('.')[0])+1 for k in names if at and k.startswith(at+'.')}
     first = names.index(next(iter(inside))) if inside else len(names)
     return {k: inside.get(k, 0 if i < first else len(found)+1) for i, k in enumerate(names)}
@@ -208,9 +237,12 @@ def freeze_parts(
     "Stop parts of a network from learning"
     kept, depth, n = [], depths(net), layers(net)
     for part in filter(None, what.split('+')):
-        if part == 'stats': kept += [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]; continue
+        if part == 'stats':
+            kept += [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            continue
         if not (part in ('all', 'embeddings') or part.isdecimal()):
-            raise ValueError(f"cannot freeze {part!r}; there are 'all', 'embeddings', a number of layers, 'stats'")
+            raise ValueError(f"cannot freeze {part!r}; there are 'all', 'embeddings', a number of layers, "
+                             f"'stats'")
         top = n+1 if part == 'all' else 0 if part == 'embeddings' else int(part)
         if part.isdecimal() and top > n: raise ValueError(f'cannot freeze {top} layers: there are {n}')
         for k, p in net.named_parameters():
@@ -222,7 +254,8 @@ def freeze_parts(
 # %% ../../nbs/4_models/01_pretrained.ipynb #96999248
 def _train(self, mode:bool=True):
     "As always, but what is frozen stays in evaluation mode"
-    if self.frozen and self.frozen[0] is self.net:         # all of it: to walk through hundreds of modules costs a third of a small step
+    # all of it: to walk through hundreds of modules costs a third of a small step
+    if self.frozen and self.frozen[0] is self.net:
         self.training = mode
         if self.net.training: self.net.eval()
         for m in self.children(): m is self.net or m.train(mode)
@@ -234,17 +267,22 @@ def _train(self, mode:bool=True):
 @torch.no_grad()
 def _probe_vision(self):
     "Tokens before the patches, and the length of the vector that is projected"
-    self.net.eval(); out = self._run(torch.zeros(1, self.size, self.size, 3)); self.net.train(); x = out.last_hidden_state
-    if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
+    self.net.eval()
+    out = self._run(torch.zeros(1, self.size, self.size, 3))
+    self.net.train()
+    x = out.last_hidden_state
+    if self.kind == 'pooler' and getattr(out, 'pooler_output', None) is None:
+        raise ValueError('this network has no pooler')
     if x.ndim == 4 and self.kind in ('cls', 'all'):
         raise ValueError("a grid has no first token; use 'mean', 'max', 'topk', 'gpo' or 'pooler'")
     patch = _side(getattr(self.net.config, 'patch_size', 0) or 0)
     skip = max(0, x.shape[1] - (self.size//patch)**2) if x.ndim == 3 and patch else 0
-    return skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler' else x.shape[1 if x.ndim == 4 else 2]
+    return (skip, out.pooler_output.flatten(1).shape[1] if self.kind == 'pooler'
+            else x.shape[1 if x.ndim == 4 else 2])
 
 class VisionTower(nn.Module):
     "Pixels to one vector per image, by a vision network of `transformers`"
-    kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
+    kept = None  # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
 
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
@@ -258,21 +296,23 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         self.net, self.mean, self.std = _without_pooler(network(net), pool), tuple(mean), tuple(std)
-        self.size, self.kind, self.pool = size or _side(net.get('image_size', 224)), pool, _pool(pool, ('cls', 'pooler', 'all'))
+        self.kind, self.pool = pool, _pool(pool, ('cls', 'pooler', 'all'))
+        self.size = size or _side(net.get('image_size', 224))
         self.inputs = _inputs_of(self.net, self.size != _side(net.get('image_size', 0)))
         self.skip, width = self._probe()
-        self.joint = _joint(width, dim, project); self.frozen = freeze_parts(self.net, freeze)
+        self.joint = _joint(width, dim, project)
+        self.frozen = freeze_parts(self.net, freeze)
 
     _probe = _probe_vision
+    train = _train
 
     def computed(self, feats:Tensor):   # (B, S, S, 3) -> what a network of `transformers` gives
         "The network itself"
         return self.net(**self.inputs(pixel_values=normalise(feats, self.mean, self.std)))
 
-    def _run(self, feats): return self.kept.run(self, feats) if self.kept and self.kept.serves((feats,)) else self.computed(feats)
-
-    train = _train
-
+    def _run(self, feats):
+        there = self.kept and self.kept.serves((feats,))
+        return self.kept.run(self, feats) if there else self.computed(feats)
     def _patches(self, out):
         x = out.last_hidden_state
         return self.joint(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x[:,self.skip:])
@@ -288,30 +328,38 @@ class VisionTower(nn.Module):
         if self.kind == 'pooler': return self.joint(out.pooler_output.flatten(1))
         if self.kind == 'cls': return self.joint(out.last_hidden_state[:,0])
         if self.kind == 'all': return self.joint(out.last_hidden_state.mean(1))
-        x = self._patches(out); return self.pool(x, torch.full((len(x),), x.shape[1], device=x.device))
+        x = self._patches(out)
+        return self.pool(x, torch.full((len(x),), x.shape[1], device=x.device))
 
 def _inputs_of(net, resized):   # callable (B, 3, S, S) -> dict
     "How a network wants to be given pictures"
     takes = inspect.signature(net.forward).parameters
     if 'spatial_shapes' in takes: return partial(_in_patches, side=net.config.patch_size)
-    return partial(dict, interpolate_pos_encoding=True) if resized and 'interpolate_pos_encoding' in takes else dict
+    return (partial(dict, interpolate_pos_encoding=True) if resized and 'interpolate_pos_encoding' in takes
+            else dict)
 
 def _in_patches(pixel_values, side)->dict:   # (B, 3, S, S)
-    "Pictures as SigLIP 2 is given them: rows of patches, which are real (all), and how many there are down and across"
-    x = pixel_values; B, C, S, _ = x.shape; n = S//side
+    """Pictures as SigLIP 2 is given them: rows of patches, which are real (all), and how many there are
+    down and across"""
+    x = pixel_values
+    B, C, S, _ = x.shape
+    n = S//side
     grid = x[...,:n*side,:n*side].reshape(B, C, n, side, n, side)
     rows = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     every = torch.ones(B, n*n, dtype=torch.long, device=x.device)
-    return dict(pixel_values=rows, pixel_attention_mask=every, spatial_shapes=torch.full((B, 2), n, device=x.device))
+    return dict(pixel_values=rows, pixel_attention_mask=every,
+                spatial_shapes=torch.full((B, 2), n, device=x.device))
 
 def _side(x)->int:
     "One number of a size that may be given as two"
-    if isinstance(x, (list, tuple)) and len(set(x)) > 1: raise ValueError(f'a network for pictures of {tuple(x)}; wanted squares')
+    if isinstance(x, (list, tuple)) and len(set(x)) > 1:
+        raise ValueError(f'a network for pictures of {tuple(x)}; wanted squares')
     return x[0] if isinstance(x, (list, tuple)) else x
 
 # %% ../../nbs/4_models/01_pretrained.ipynb #92882aa6
 def _places(net)->tuple:   # (limit or 0, number that padding must have or None)
-    "What a network's table of positions says: how many, and whether they are counted behind a padding number (RoBERTa)"
+    """What a network's table of positions says: how many, and whether they are counted behind a padding
+    number (RoBERTa)"""
     n = getattr(net.config, 'max_position_embeddings', 0) or 0
     for name, m in net.named_modules():
         if not isinstance(m, nn.Embedding) or not ('position' in name or name.endswith('wpe')): continue
@@ -330,7 +378,8 @@ def longest(
 def _probe_text(self)->int:
     "The length of the vector that is projected"
     ids = torch.ones(1, self.fill or 2, dtype=torch.long)
-    given = {} if self.fill or ids.is_meta else dict(attention_mask=torch.ones_like(ids))      # without memory no mask can be read
+    # without memory no mask can be read
+    given = {} if self.fill or ids.is_meta else dict(attention_mask=torch.ones_like(ids))
     self.net.eval()
     out = self.net(input_ids=ids, **given)
     self.net.train()
@@ -340,7 +389,7 @@ def _probe_text(self)->int:
 
 class TextTower(nn.Module):
     "Tokens to one vector per sentence, by a text network of `transformers`"
-    kept = None                 # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
+    kept = None  # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
 
     def __init__(self,
         net:dict,               # description of the network, with `model_type`
@@ -348,12 +397,12 @@ class TextTower(nn.Module):
         pool:str='mean',        # 'cls', 'last', 'pooler', 'all', 'mean', 'max', 'topk', 'gpo'
         project:str='linear',   # 'linear', 'plain' (no bias) or 'none'
         freeze:str='',          # parts that do not learn
-        even:int=0,             # outside training every sentence is padded to so many tokens, which 'all' sees (FNE's release: 30)
+        even:int=0,             # outside training: sentences are padded to so many tokens (FNE's release: 30)
     ):
         super().__init__()
         self.even, self.kind, self.pool = even, pool, _pool(pool, ('cls', 'last', 'pooler', 'all'))
         self.net = _without_pooler(network(net), pool)
-        c = self.net.config; self.most, counted = _places(self.net)
+        c, (self.most, counted) = self.net.config, _places(self.net)
         own = getattr(c, 'pad_token_id', None) or 0                # some have none: the mask is enough
         self.pad = own if counted is None else counted
         self.fill = c.max_position_embeddings if pool == 'pooler' and 'siglip' in c.model_type else 0
@@ -361,19 +410,19 @@ class TextTower(nn.Module):
         self.frozen = freeze_parts(self.net, freeze)
 
     _probe = _probe_text
-
     train = _train
 
-    def computed(self, tokens:Tensor, lengths:Tensor):   # (B, L), (B,) -> what a network of `transformers` gives
+    def computed(self, tokens:Tensor, lengths:Tensor):   # (B, L), (B,) -> what `transformers` gives
         "The network itself"
         if not self.training: tokens = F.pad(tokens, (0, max(0, self.even-tokens.shape[1])))
-        mask = real(lengths, tokens.shape[1]); ids = tokens.masked_fill(~mask, self.pad)
-        if self.most and tokens.shape[1] > self.most: raise ValueError(f'{tokens.shape[1]} tokens, but this network reads {self.most}')
+        mask = real(lengths, tokens.shape[1])
+        ids = tokens.masked_fill(~mask, self.pad)
+        if self.most and tokens.shape[1] > self.most:
+            raise ValueError(f'{tokens.shape[1]} tokens, but this network reads {self.most}')
         if self.fill: return self.net(input_ids=F.pad(ids, (0, self.fill-ids.shape[1]), value=self.pad))
         return self.net(input_ids=ids, attention_mask=mask.long())
 
     def _run(self, *inputs): return self.kept.run(self, *inputs) if self.kept else self.computed(*inputs)
-
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
         "A vector for every token"
         return self.joint(self._run(tokens, lengths).last_hidden_state[:,:tokens.shape[1]])
@@ -381,7 +430,8 @@ class TextTower(nn.Module):
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
         "One vector for every sentence"
         if self.kept and (x := self.kept.vector(self, tokens, lengths)) is not None: return self.joint(x)
-        out = self._run(tokens, lengths); x = out.last_hidden_state
+        out = self._run(tokens, lengths)
+        x = out.last_hidden_state
         if self.kind == 'pooler': return self.joint(out.pooler_output)
         if self.kind == 'cls': return self.joint(x[:,0])
         if self.kind == 'all': return self.joint(x.mean(1))
@@ -408,15 +458,19 @@ def describe(
     net, more, clip = dict(suited(source, side).config), {}, 'projection_dim' in source.config
     if source.pair:
         pool = 'pooler' if side == 'vision' else PAIRS[source.config['model_type']]
-        net = dict(net[f'{side}_config']); more = dict(project='plain' if clip else 'none')
+        net = dict(net[f'{side}_config'])
+        more = dict(project='plain' if clip else 'none')
     if side == 'vision': more |= _constants(source) | dict(size=size)
     if side == 'vision' and not source.folder and size: net['image_size'] = size
     if side == 'text' and n_words:
-        if source.folder is None: net |= dict(vocab_size=n_words, pad_token_id=0, bos_token_id=n_words-1, eos_token_id=n_words-1)
+        if source.folder is None:
+            net |= dict(vocab_size=n_words, pad_token_id=0, bos_token_id=n_words-1, eos_token_id=n_words-1)
         elif n_words > net.get('vocab_size', n_words):
-            raise ValueError(f'{n_words} tokens, but the text network knows {net["vocab_size"]}: use its own tokeniser')
+            raise ValueError(f'{n_words} tokens, but the text network knows {net["vocab_size"]}: use its '
+                             f'own tokeniser')
     if source.pair and clip and source.folder and dim != source.config['projection_dim']:
-        raise ValueError(f"this pair's vectors have length {source.config['projection_dim']}; set dim to it (it is {dim})")
+        raise ValueError(f"this pair's vectors have length {source.config['projection_dim']}; set dim to it "
+                         f"(it is {dim})")
     return dict(kind=side, net=net, dim=dim, pool=pool, freeze=freeze, **more)
 
 def parts(
@@ -446,16 +500,23 @@ def _weight(folder, names)->dict:
     out = {}
     for f in sorted(folder.glob('*.safetensors')):
         try:
-            with safe_open(regular_file(f), 'pt') as z: out |= {k: z.get_tensor(k).float() for k in names if k in z.keys()}
-        except Exception as e: raise DataError(f, f'{str(e)[:80]}', 'a safetensors file', 'It is damaged: fetch it again.') from None
+            with safe_open(regular_file(f), 'pt') as z:
+                out |= {k: z.get_tensor(k).float() for k in names if k in z.keys()}
+        except Exception as e:
+            raise DataError(f, f'{str(e)[:80]}', 'a safetensors file',
+                            'It is damaged: fetch it again.') from None
     return out
 
 def _loaded_half(source, side)->tuple:   # (the network of a tower, names of its weights that the files lack)
-    "A network is loaded whole, as `transformers` saved it, and the half is taken: weights' names are its own affair"
-    c = _known(source.config, source.folder, strict=False); made = _maker(c)
-    how = dict(config=c, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    """A network is loaded whole, as `transformers` saved it, and the half is taken: weights' names are its
+    own affair"""
+    c = _known(source.config, source.folder, strict=False)
+    made = _maker(c)
+    how = dict(config=c, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+               output_loading_info=True)
     with _quiet(): whole, note = made.from_pretrained(str(source.folder), **how)
-    half = getattr(whole, f'{side}_model') if source.pair else whole.get_encoder() if c.is_encoder_decoder else whole
+    half = (getattr(whole, f'{side}_model') if source.pair else whole.get_encoder() if c.is_encoder_decoder
+            else whole)
     lost = {id(p) for k, p in whole.named_parameters() if k in note['missing_keys']}
     return half, {k for k, p in half.named_parameters() if id(p) in lost}
 
@@ -469,10 +530,12 @@ def fill(
     wanted, again = 'model.safetensors with every weight of the network', 'Fetch the network again.'
     side = 'visual' if isinstance(made, VisionTower) else 'text'
     if not any(source.folder.glob('*.safetensors')):
-        raise DataError(source.folder, 'no safetensors file', wanted, 'Convert the weights: other formats can run code when read.')
+        raise DataError(source.folder, 'no safetensors file', wanted,
+                        'Convert the weights: other formats can run code when read.')
     held = _weight(source.folder, [f'{side}_projection.weight'])
     try: half, missing = _loaded_half(source, 'vision' if side == 'visual' else 'text')
-    except Exception as e: raise DataError(source.folder, f'weights that do not fit ({str(e)[:120]})', wanted, again) from None
+    except Exception as e:
+        raise DataError(source.folder, f'weights that do not fit ({str(e)[:120]})', wanted, again) from None
     have = half.state_dict()
     lost = sorted(k for k, _ in made.net.named_parameters() if k not in have or k in missing)
     if lost: raise DataError(source.folder, f'no weight {lost[0]} ({len(lost)} are missing)', wanted, again)
@@ -511,9 +574,11 @@ def groups(
     scale = {}
     for name, t in model.named_modules():
         if not isinstance(t, (VisionTower, TextTower)): continue
-        depth = depths(t.net); top = layers(t.net) + 1
+        depth = depths(t.net)
+        top = layers(t.net) + 1
         scale |= {'.'.join(filter(None, (name, 'net', k))): rate*decay**(top-v) for k, v in depth.items()}
     made = {}
     for k, p in model.named_parameters():
-        if p.requires_grad: made.setdefault((scale.get(k, 1.), weight_decay if p.ndim > 1 else 0.), []).append(p)
+        if p.requires_grad:
+            made.setdefault((scale.get(k, 1.), weight_decay if p.ndim > 1 else 0.), []).append(p)
     return [dict(params=ps, lr=lr*s, scale=s, weight_decay=w) for (s, w), ps in made.items()]

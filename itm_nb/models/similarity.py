@@ -28,7 +28,8 @@ class States:
     mask:Tensor    # (n, L) which parts are real
 
     def __len__(self): return len(self.x)
-    def __getitem__(self, idx): return States(self.x[idx], self.mask[idx])    # idx: slice, or a tensor of indices
+    # idx: slice, or a tensor of indices
+    def __getitem__(self, idx): return States(self.x[idx], self.mask[idx])
     def detach(self): return States(self.x.detach(), self.mask)
     @property
     def device(self): return self.x.device
@@ -44,7 +45,7 @@ def are_vectors(
     "One vector for every item: then scores of all with all are one product, and a memory can hold thousands"
     return isinstance(e, Tensor) and e.ndim == 2 and e.is_floating_point()
 
-def _long(e)->int: return (e if isinstance(e, Tensor) else e.x).shape[1]     # parts of an item, padding included
+def _long(e)->int: return (e if isinstance(e, Tensor) else e.x).shape[1]  # parts of an item, padding included
 
 def _wide(e, size):
     "An encoding that keeps the parts of its items, with more padding"
@@ -55,7 +56,8 @@ def join(
 ):                 # one encoding of all items
     "Encodings one after the other"
     if are_vectors(parts[0]): return torch.cat(parts)
-    size = max(map(_long, parts)); parts = [_wide(p, size) for p in parts]
+    size = max(map(_long, parts))
+    parts = [_wide(p, size) for p in parts]
     if isinstance(parts[0], Tensor): return torch.cat(parts)
     return States(torch.cat([p.x for p in parts]), torch.cat([p.mask for p in parts]))
 
@@ -66,7 +68,8 @@ def gather(
     "Everybody's encodings or ids, with gradient; on one device simply what was given"
     if e is None or devices()[1] == 1: return e
     if isinstance(e, Tensor) and (e.ndim == 1 or are_vectors(e)): return Gather.apply(e.contiguous())
-    size = torch.tensor(_long(e), device=e.device); dist.all_reduce(size, dist.ReduceOp.MAX)
+    size = torch.tensor(_long(e), device=e.device)
+    dist.all_reduce(size, dist.ReduceOp.MAX)
     e = _wide(e, int(size))
     if isinstance(e, Tensor): return Gather.apply(e.contiguous())
     return States(gather(e.x), gather(e.mask.byte()).bool())
@@ -83,7 +86,8 @@ class Dots(torch.autograd.Function):
     def backward(ctx, g):
         a, o, idx = ctx.saved_tensors
         into_o = (g.unsqueeze(-1)*a.unsqueeze(1)).flatten(0, 1)
-        return torch.einsum('bk,bkd->bd', g, o[idx]), torch.zeros_like(o).index_add_(0, idx.flatten(), into_o), None
+        return (torch.einsum('bk,bkd->bd', g, o[idx]),
+                torch.zeros_like(o).index_add_(0, idx.flatten(), into_o), None)
 
 def dots(
     a:Tensor,     # (B, D) anchors
@@ -101,7 +105,8 @@ def matrix_of(
     most:int=4096,     # pairs at a time
 )->Tensor:             # (N, M)
     "Every image with every sentence, pair by pair"
-    M, out = len(txt), []; step = max(1, most//max(M, 1))
+    M, out = len(txt), []
+    step = max(1, most//max(M, 1))
     for rows in torch.arange(len(img), device=img.device).split(step):
         cols = torch.arange(M, device=img.device).repeat(len(rows))
         out.append(pairs(img[rows.repeat_interleave(M)], txt[cols]).view(len(rows), M))
@@ -125,16 +130,18 @@ class Model(nn.Module):
     def __init__(self,
         image:dict,   # kind and arguments of the image tower, e.g. dict(kind='region', d_in=64, dim=256)
         text:dict,    # kind and arguments of the text tower, e.g. dict(kind='gru', n_words=200, dim=256)
-        captioner:dict=None,   # arguments of a `Captioner` that reads the states of the image tower (VSRN); None: none
+        captioner:dict=None,   # arguments of a `Captioner` that reads the image tower's states (VSRN)
     ):
         super().__init__()
         if image['dim'] != text['dim']:
-            raise ValueError(f"image vectors of length {image['dim']} and text vectors of length {text['dim']} have no cosine")
+            raise ValueError(f"image vectors of length {image['dim']} and text vectors of length "
+                             f"{text['dim']} have no cosine")
         self.config = dict(similarity='cosine', image=dict(image), text=dict(text))
         self.image_tower, self.text_tower = tower(**image), tower(**text)
         if captioner: self.config['captioner'], self.captioner = dict(captioner), Captioner(**captioner)
 
-    def forward(self, feats:Tensor, num:Tensor, tokens:Tensor, lengths:Tensor)->tuple:   # (B, D) images, (B, D) sentences
+    # -> (B, D) images, (B, D) sentences
+    def forward(self, feats:Tensor, num:Tensor, tokens:Tensor, lengths:Tensor)->tuple:
         "Both sides of a batch at once"
         return self.image(feats, num), self.text(tokens, lengths)
 
@@ -154,7 +161,8 @@ class Model(nn.Module):
         "Image i with sentence i"
         return (img*txt).sum(-1)
 
-    def at(self, anchor:Tensor, other:Tensor, idx:Tensor, i2t:bool=True)->Tensor:   # (B, D), (K, D), (B, k) -> (B, k)
+    # (B, D), (K, D), (B, k) -> (B, k)
+    def at(self, anchor:Tensor, other:Tensor, idx:Tensor, i2t:bool=True)->Tensor:
         "Anchor i with the candidates picked for it; a cosine does not mind which side the anchor is on"
         return dots(anchor, other, idx)
 

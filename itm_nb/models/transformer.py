@@ -34,7 +34,8 @@ class Regions(nn.Module):
     ):
         super().__init__()
         self.img_linear, self.img_layer_norm = nn.Linear(d_in, dim), nn.LayerNorm(dim, eps=1e-12)
-        self.pos_linear, self.pos_layer_norm = (nn.Linear(d_box, dim), nn.LayerNorm(dim, eps=1e-12)) if d_box else (None, None)
+        self.pos_linear = nn.Linear(d_box, dim) if d_box else None
+        self.pos_layer_norm = nn.LayerNorm(dim, eps=1e-12) if d_box else None
         self.LayerNorm, self.dropout = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
 
     def forward(self,
@@ -53,7 +54,8 @@ class WordHead(nn.Module):
     "From the state of a word to scores of all words; the decoder is the table of word embeddings"
     def __init__(self, dim:int, n_words:int):
         super().__init__()
-        self.dense, self.LayerNorm, self.bias = nn.Linear(dim, dim), nn.LayerNorm(dim, eps=1e-12), nn.Parameter(torch.zeros(n_words))
+        self.dense, self.LayerNorm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(n_words))
 
     def forward(self, states:Tensor, table:Tensor)->Tensor:   # (.., dim), (V, dim) -> (.., V)
         "Logits over the vocabulary"
@@ -73,10 +75,13 @@ def _asked(
     at:Tensor,      # (B, Q) places
 )->Tensor:          # (B, Q, dim)
     "Nobody reads the last layer's other places, so they only answer (keys, values) and do not ask"
-    a = layer.attention; s = a.self; q = x.gather(1, at[...,None].expand(*at.shape, x.shape[-1]))
+    a = layer.attention
+    s = a.self
+    q = x.gather(1, at[...,None].expand(*at.shape, x.shape[-1]))
     heads = lambda y: y.unflatten(-1, (s.num_attention_heads, -1)).transpose(1, 2)
     mask, drop = keep[:,None,None].expand(-1, 1, at.shape[1], -1), s.dropout.p if s.training else 0.
-    seen = F.scaled_dot_product_attention(heads(s.query(q)), heads(s.key(x)), heads(s.value(x)), mask, drop, scale=s.scaling)
+    seen = F.scaled_dot_product_attention(heads(s.query(q)), heads(s.key(x)), heads(s.value(x)), mask, drop,
+                                          scale=s.scaling)
     return layer.feed_forward_chunk(a.output(seen.transpose(1, 2).flatten(2), q))
 
 class Stream(nn.Module):
@@ -92,18 +97,19 @@ class Stream(nn.Module):
         d_box:int=0,           # numbers per box: 0 or 7
         dropout:float=.1,
     ):
-        from transformers import BertConfig             # seconds to import: only runs that read with it wait
+        from transformers import BertConfig             # takes seconds: only runs that read with it wait
         from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder
         super().__init__()
-        c = BertConfig(vocab_size=n_words, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-                       intermediate_size=ffn or 4*dim, max_position_embeddings=longest, hidden_dropout_prob=dropout,
-                       attention_probs_dropout_prob=dropout, attn_implementation='sdpa')
+        c = BertConfig(
+            vocab_size=n_words, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=ffn or 4*dim, max_position_embeddings=longest, hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout, attn_implementation='sdpa')
         self.config, self.embeddings, self.encoder = c, BertEmbeddings(c), BertEncoder(c)
         self.regions = Regions(d_in, dim, d_box, dropout) if d_in else None
         self.mlm, self.cor, self.disc = WordHead(dim, n_words), WordHead(dim, n_words), nn.Linear(dim, 2)
         self.apply(_start)
 
-    def run(self, x:Tensor, keep:Tensor, at:Tensor=None)->Tensor:   # (B, S, dim) embedded, (B, S) the real ones, (B, Q) -> (B, S or Q, dim)
+    def run(self, x:Tensor, keep:Tensor, at:Tensor=None)->Tensor:   # embedded, which are real, places
         "The encoder; states at the places asked for, or at all"
         mask = keep[:,None,None].expand(-1, 1, x.shape[1], -1)
         if at is None: return self.encoder(x, attention_mask=mask).last_hidden_state
@@ -114,33 +120,39 @@ class Stream(nn.Module):
         "States of words alone"
         return self.run(self.embeddings(tokens), real_words(tokens))
 
-    def see(self, feats:Tensor, mask:Tensor, boxes:Tensor=None)->Tensor:   # (B, R, d_in), (B, R), (B, R, d_box) -> (B, R, dim)
+    # (B, R, d_in), (B, R), (B, R, d_box) -> (B, R, dim)
+    def see(self, feats:Tensor, mask:Tensor, boxes:Tensor=None)->Tensor:
         "Embedded regions, zero where there is none"
         return self.regions(feats, mask, self.embeddings.token_type_embeddings.weight[1], boxes)
 
-    def look(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # (B, R, dim) from `see`, (B, L), (B, Q) -> (B, L or Q, dim)
+    def look(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor:   # -> (B, L or Q, dim)
         "States of words that see the regions: of all words, or of those at places asked for"
         keep = torch.cat([real_words(tokens), (regions != 0).any(-1)], 1)
         if at is None: at = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         return self.run(torch.cat([self.embeddings(tokens), regions], 1), keep, at)
 
-    def guess(self, states:Tensor)->Tensor: return self.mlm(states, self.embeddings.word_embeddings.weight)     # (.., dim) -> (.., V)
-    def correct(self, states:Tensor)->Tensor: return self.cor(states, self.embeddings.word_embeddings.weight)   # (.., dim) -> (.., V)
+    # both: (.., dim) -> (.., V)
+    def guess(self, states:Tensor)->Tensor: return self.mlm(states, self.embeddings.word_embeddings.weight)
+    def correct(self, states:Tensor)->Tensor: return self.cor(states, self.embeddings.word_embeddings.weight)
 
 def _start(m):
     "Initial weights of BERT"
     if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
     if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
-    if isinstance(m, nn.Embedding) and m.padding_idx is not None: nn.init.zeros_(m.weight[m.padding_idx:m.padding_idx+1].detach())
+    if isinstance(m, nn.Embedding) and m.padding_idx is not None:
+        nn.init.zeros_(m.weight[m.padding_idx:m.padding_idx+1].detach())
 
 # %% ../../nbs/4_models/05_transformer.ipynb #eab563cb
-_BERT = (('bert.embeddings.', 'embeddings.'), ('bert.encoder.', 'encoder.'), ('cls.predictions.transform.dense.', 'mlm.dense.'),
+_BERT = (('bert.embeddings.', 'embeddings.'), ('bert.encoder.', 'encoder.'),
+         ('cls.predictions.transform.dense.', 'mlm.dense.'),
          ('cls.predictions.transform.LayerNorm.', 'mlm.LayerNorm.'), ('cls.predictions.bias', 'mlm.bias'))
 
 def _words(name, v, own):
-    "A table of words: our last word, a mask for vocabularies without one, keeps its start; rows that no token has are left out"
+    """A table of words: our last word, a mask for vocabularies without one, keeps its start; rows that no
+    token has are left out"""
     table = name.endswith('word_embeddings.weight') or name in ('mlm.bias', 'cor.bias')
-    if not table or own is None or v.shape == own.shape or v.shape[1:] != own.shape[1:] or len(v) < len(own)-1: return v
+    if not table or own is None or v.shape == own.shape: return v
+    if v.shape[1:] != own.shape[1:] or len(v) < len(own)-1: return v
     return torch.cat([v[:len(own)-1], own[-1:]])
 
 def load_bert(
@@ -148,7 +160,8 @@ def load_bert(
     folder,          # with `model.safetensors` of a BertModel or BertForMaskedLM
 )->list:             # what kept its own start
     "Start a stream from BERT"
-    file = regular_file(Path(folder)/'model.safetensors'); found, own = load_file(file), stream.state_dict()
+    file = regular_file(Path(folder)/'model.safetensors')
+    found, own = load_file(file), stream.state_dict()
     found = {k if k.startswith(('bert.', 'cls.')) else f'bert.{k}': v for k, v in found.items()}
     ours = {b + k[len(a):]: v for k, v in found.items() for a, b in _BERT if k.startswith(a)}
     ours |= {k.replace('mlm.', 'cor.', 1): v for k, v in ours.items() if k.startswith('mlm.')}
@@ -156,6 +169,8 @@ def load_bert(
     need = [k for k in own if k.startswith(('embeddings.', 'encoder.'))]
     odd = [k for k in {*need, *ours} if k not in own or k not in ours or own[k].shape != ours[k].shape]
     if odd:
-        k = sorted(odd)[0]; shape = lambda d: tuple(d[k].shape) if k in d else 'missing'
-        raise DataError(file, f'{k} is {shape(ours)}', f'{shape(own)}', 'Build the stream with the sizes of this BERT.')
+        k = sorted(odd)[0]
+        shape = lambda d: tuple(d[k].shape) if k in d else 'missing'
+        raise DataError(file, f'{k} is {shape(ours)}', f'{shape(own)}',
+                        'Build the stream with the sizes of this BERT.')
     return stream.load_state_dict(ours, strict=False).missing_keys

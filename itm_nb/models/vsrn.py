@@ -28,10 +28,12 @@ class Reasoning(nn.Module):
     ):
         super().__init__()
         inner = inner or dim
-        self.g, self.theta, self.phi, self.W = nn.Linear(dim, inner), nn.Linear(dim, inner), nn.Linear(dim, inner), nn.Linear(inner, dim)
+        self.g, self.theta, self.phi, self.W = (nn.Linear(dim, inner), nn.Linear(dim, inner),
+                                                nn.Linear(dim, inner), nn.Linear(inner, dim))
         self.norm = nn.BatchNorm1d(dim) if norm else None
         last = self.norm if norm else self.W
-        nn.init.zeros_(last.weight); nn.init.zeros_(last.bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self,
         v:Tensor,        # (B, R, D) zero where not real
@@ -42,7 +44,8 @@ class Reasoning(nn.Module):
         related = self.theta(v) @ (self.phi(v)*some).mT / keep.sum(1).view(-1, 1, 1)
         u = self.W(related @ self.g(v))
         if self.norm:
-            at = upload(on_host(keep).flatten().nonzero()[:,0], v.device); flat = u.flatten(0, 1)
+            at = upload(on_host(keep).flatten().nonzero()[:,0], v.device)
+            flat = u.flatten(0, 1)
             u = torch.zeros_like(flat).index_copy(0, at, self.norm(flat.index_select(0, at))).view_as(u)
         return v + u*some
 
@@ -57,7 +60,8 @@ def region_norm(
 
 # %% ../../nbs/4_models/03_vsrn.ipynb #5edfedf9
 class VSRNTower(nn.Module):
-    "Region features to one vector per image: linear map, four blocks of reasoning, a GRU over the regions in their order"
+    """Region features to one vector per image: linear map, four blocks of reasoning, a GRU over the
+    regions in their order"""
     def __init__(self,
         d_in:int,               # length of a region's feature vector
         dim:int,                # length of the vector that comes out
@@ -72,7 +76,8 @@ class VSRNTower(nn.Module):
         self.linear, self.gru = nn.Linear(d_in, dim), nn.GRU(dim, dim, batch_first=True)
         self.blocks = nn.ModuleDict({str(k+1): Reasoning(dim) for k in range(blocks)})
         self.norm = nn.BatchNorm1d(dim) if final_norm else None
-        nn.init.xavier_uniform_(self.linear.weight); nn.init.zeros_(self.linear.bias)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def states(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
         "The regions after reasoning: what the GRU and the captioner read; zero where not real"
@@ -143,11 +148,13 @@ class Captioner(nn.Module):
         dropout:float=.2,    # of what the two GRUs read
     ):
         super().__init__()
-        self.enter, self.reader, self.drop = nn.Linear(d_region, dim), nn.GRU(dim, dim, batch_first=True), nn.Dropout(dropout)
+        self.enter, self.reader, self.drop = (nn.Linear(d_region, dim), nn.GRU(dim, dim, batch_first=True),
+                                              nn.Dropout(dropout))
         self.table, self.speaker = nn.Embedding(n_words, d_word), nn.GRU(dim + d_word, dim, batch_first=True)
         self.out = nn.Linear(dim, n_words)
         self.look, self.rate = nn.Linear(2*dim, dim), nn.Linear(dim, 1, bias=False)
-        nn.init.xavier_normal_(self.enter.weight); nn.init.xavier_normal_(self.out.weight)
+        nn.init.xavier_normal_(self.enter.weight)
+        nn.init.xavier_normal_(self.out.weight)
 
     def forward(self,
         regions:Tensor,    # (B, R, d_region) zero where not real
@@ -155,15 +162,18 @@ class Captioner(nn.Module):
         words:Tensor,      # (B, T) the words so far, from the start token on
     )->Tensor:             # (B, T, n_words) log-probability of the next word
         "Teacher forcing: one step of attention and GRU per word; the vocabulary once, for all steps together"
-        keep = real(num, regions.shape[1]); seen, state = self.reader(self.drop(self.enter(regions)))
+        keep = real(num, regions.shape[1])
+        seen, state = self.reader(self.drop(self.enter(regions)))
         state = seen[torch.arange(len(num), device=num.device), num-1][None]
         w_seen, w_state = self.look.weight.chunk(2, 1)
-        old = F.linear(seen, w_seen, self.look.bias)          # the regions' part does not change from word to word
+        old = F.linear(seen, w_seen, self.look.bias)  # the regions' part does not change from word to word
         outs = []
         for word in self.table(words).unbind(1):
-            e = self.rate((old + F.linear(state[0], w_state).unsqueeze(1)).tanh()).squeeze(-1).masked_fill(~keep, -torch.inf)
+            new = F.linear(state[0], w_state).unsqueeze(1)
+            e = self.rate((old + new).tanh()).squeeze(-1).masked_fill(~keep, -torch.inf)
             context = (e.softmax(1).unsqueeze(1) @ seen).squeeze(1)
-            out, state = self.speaker(self.drop(torch.cat([word, context], 1)).unsqueeze(1), state); outs.append(out)
+            out, state = self.speaker(self.drop(torch.cat([word, context], 1)).unsqueeze(1), state)
+            outs.append(out)
         return self.out(torch.cat(outs, 1)).log_softmax(-1)
 
 # %% ../../nbs/4_models/03_vsrn.ipynb #fa5d5117
@@ -180,7 +190,8 @@ def caption_targets(
     last = (at == max_len - 1) & (lengths >= max_len)[:,None]
     labels = labels[:,:max_len+1].masked_fill(last, end).masked_fill(at >= n[:,None], 0)
     keep = at < (n + one_more)[:,None]
-    if keep.device.type != 'cpu': keep.host = real(on_host(lengths).clamp(max=max_len) + one_more, max_len + 1)
+    if keep.device.type != 'cpu':
+        keep.host = real(on_host(lengths).clamp(max=max_len) + one_more, max_len + 1)
     return labels, keep
 
 def caption_cost(
@@ -201,10 +212,13 @@ _NAMES = {   # our name (a pattern) -> the name in the release
     RegionTower: ((r'^linear\.', 'fc.'),),
     GRUTower: ((r'^words\.table\.', 'embed.'), (r'^gru\.', 'rnn.')),
     LastTower: ((r'^words\.table\.', 'embed.'), (r'^gru\.', 'rnn.')),
-    VSRNTower: ((r'^linear\.', 'fc.'), (r'^gru\.', 'img_rnn.'), (r'^norm\.', 'bn.'), (r'^blocks\.(\d+)\.W\.', r'Rs_GCN_\1.W.0.'),
+    VSRNTower: ((r'^linear\.', 'fc.'), (r'^gru\.', 'img_rnn.'), (r'^norm\.', 'bn.'),
+                (r'^blocks\.(\d+)\.W\.', r'Rs_GCN_\1.W.0.'),
                 (r'^blocks\.(\d+)\.norm\.', r'Rs_GCN_\1.W.1.'), (r'^blocks\.(\d+)\.', r'Rs_GCN_\1.')),
-    Captioner: ((r'^enter\.', 'encoder.vid2hid.'), (r'^reader\.', 'encoder.rnn.'), (r'^table\.', 'decoder.embedding.'),
-                (r'^speaker\.', 'decoder.rnn.'), (r'^out\.', 'decoder.out.'), (r'^look\.', 'decoder.attention.linear1.'),
+    Captioner: ((r'^enter\.', 'encoder.vid2hid.'), (r'^reader\.', 'encoder.rnn.'),
+                (r'^table\.', 'decoder.embedding.'),
+                (r'^speaker\.', 'decoder.rnn.'), (r'^out\.', 'decoder.out.'),
+                (r'^look\.', 'decoder.attention.linear1.'),
                 (r'^rate\.', 'decoder.attention.linear2.')),
 }
 _WIDTH_1 = re.compile(r'Rs_GCN_\d+\.(g|theta|phi|W\.0)\.weight$')
@@ -232,9 +246,12 @@ def from_released(
     missing = [k for k in want if k not in state and not k.endswith('num_batches_tracked')]
     wrong = [f'{k} {tuple(state[k].shape)}' for k in want if k in state and state[k].shape != want[k].shape]
     odd = sorted(state.keys() - want.keys())
-    for found, wanted in ((odd, 'no further keys'), (wrong, 'the shapes of this model'), (missing, 'these keys too')):
+    for found, wanted in ((odd, 'no further keys'), (wrong, 'the shapes of this model'),
+                          (missing, 'these keys too')):
         if not found: continue
-        raise DataError(where, f'{len(found)} keys: {", ".join(found[:4])}', wanted, 'Build the model with the sizes of the file')
+        raise DataError(where, f'{len(found)} keys: {", ".join(found[:4])}', wanted,
+                        'Build the model with the sizes of the file')
     own = module.state_dict()
-    module.load_state_dict({k: state.get(released_name(module, k), v).reshape(v.shape) for k, v in own.items()})
+    module.load_state_dict({k: state.get(released_name(module, k), v).reshape(v.shape)
+                            for k, v in own.items()})
     return module
