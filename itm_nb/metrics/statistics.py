@@ -116,7 +116,7 @@ class Difference:
     lo:float          # lower end
     hi:float          # upper end
     p:float           # two-sided; `paired`: of the sign-flip permutation test
-    n:int             # clusters or blocks it rests on
+    n:int             # clusters or replicates it rests on
     p_boot:float=math.nan   # two-sided, of the bootstrap (`paired` only)
 
 def paired(
@@ -146,12 +146,12 @@ def paired(
 
 # %% ../../nbs/3_metrics/02_statistics.ipynb #b93d3032
 def corrected_t(
-    differences,        # (k,) one difference per block
-    n_train:int,        # photographs a block was trained on
+    differences,        # (k,) one difference per replicate
+    n_train:int,        # photographs a replicate was trained on
     n_test:int,         # photographs it was tested on; 0 gives the plain t-test
     level:float=.95,
 )->Difference:
-    "Mean difference over blocks whose training sets overlap (Nadeau and Bengio's corrected resampled t-test)"
+    "Mean difference over replicates whose training sets overlap (Nadeau and Bengio's corrected resampled t-test)"
     from scipy import stats
     d = np.asarray(differences, dtype=np.float64)
     k = len(d)

@@ -488,7 +488,7 @@ def itm_convert(argv=None)->int:
     p.add_argument('file', help='the authors\' .pth, .pth.tar or .pt; with --to-released, a folder')
     p.add_argument('--as', dest='kind', default='', metavar='RELEASE', help=', '.join(RELEASES))
     p.add_argument('--vocab', default='',
-                   help='vocabulary of the release: word2idx in JSON, vocab.txt, or a folder with a tokeniser')
+                   help='vocabulary of the release: word2idx in JSON, vocab.txt, or a tokeniser folder')
     p.add_argument('--out', required=True, help='the folder to write; with --to-released, the file')
     p.add_argument('--to-released', action='store_true', help='the way back')
     a = p.parse_args(argv)
