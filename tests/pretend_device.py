@@ -1,8 +1,9 @@
-"""A pretend accelerator, in Python alone: tensors say they live on the device `pretend`, numbers are computed on the CPU.
+"""A pretend accelerator, in Python alone: tensors say they live on the device `pretend`, the CPU computes.
 
-It refuses what an accelerator refuses (tensors of two devices in one operation) and counts what costs time there, by file and line of the
-package: `waits` (the host asks for a value and must wait until the device has come so far), `uploads` (copies to the device; 'blocking' ones
-hold the host up) and `operations`. What it cannot show: kernels of a real device, their numerics, their memory.
+It refuses what an accelerator refuses (tensors of two devices in one operation) and counts what costs time
+there, by file and line of the package: `waits` (the host asks for a value and must wait until the device has
+come so far), `uploads` (copies to the device; 'blocking' ones hold the host up) and `operations`. What it
+cannot show: kernels of a real device, their numerics, their memory.
 """
 import sys
 from collections import Counter

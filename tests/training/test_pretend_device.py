@@ -230,8 +230,11 @@ def test_recurrent_towers_have_the_same_gradients(made):
 def test_the_table(runs, capsys):
     "What was measured: printed for whoever looks"
     with capsys.disabled():
-        (print(f'\n{"model or method":16}{"loss, CPU":>12}{"loss there":>12}{"waits":>7}{"blocking":>10}{"operations":>12}'))
+        head = ('loss, CPU', 'loss there', 'waits', 'blocking', 'operations')
+        widths = (12, 12, 7, 10, 12)
+        print(f'\n{"model or method":16}' + ''.join(f'{x:>{w}}' for x, w in zip(head, widths)))
         for name, ((log, *_), (far, _, c)) in runs.made.items():
             n = LAST - FIRST
-            last = lambda rows: [x['loss'] for x in rows if 'loss' in x][-1]
-            (print(f'{name:16}{last(log):12.6f}{last(far):12.6f}{sum(c["waits"].values())/n:7.1f}{sum(c["uploads"].values())/n:10.1f}{c["operations"]:12.0f}'))
+            last, there = ([x['loss'] for x in rows if 'loss' in x][-1] for rows in (log, far))
+            waits, uploads = (sum(c[k].values())/n for k in ('waits', 'uploads'))
+            print(f'{name:16}{last:12.6f}{there:12.6f}{waits:7.1f}{uploads:10.1f}{c["operations"]:12.0f}')
