@@ -1,8 +1,9 @@
-"""A pretend accelerator, in Python alone: tensors say they live on the device `pretend`, numbers are computed on the CPU.
+"""A pretend accelerator, in Python alone: tensors say they live on the device `pretend`, the CPU computes.
 
-It refuses what an accelerator refuses (tensors of two devices in one operation) and counts what costs time there, by file and line of the
-package: `waits` (the host asks for a value and must wait until the device has come so far), `uploads` (copies to the device; 'blocking' ones
-hold the host up) and `operations`. What it cannot show: kernels of a real device, their numerics, their memory.
+It refuses what an accelerator refuses (tensors of two devices in one operation) and counts what costs time
+there, by file and line of the package: `waits` (the host asks for a value and must wait until the device has
+come so far), `uploads` (copies to the device; 'blocking' ones hold the host up) and `operations`. What it
+cannot show: kernels of a real device, their numerics, their memory.
 """
 import sys
 from collections import Counter
@@ -13,9 +14,11 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = 'pretend'
-WAITING = {'nonzero', 'masked_select', 'unique', '_unique2', 'unique_consecutive', 'unique_dim', 'bincount', 'equal', 'histc', 'argwhere'}
+WAITING = {'nonzero', 'masked_select', 'unique', '_unique2', 'unique_consecutive', 'unique_dim', 'bincount',
+           'equal', 'histc', 'argwhere'}
 INDEXING = {'index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_impl_'}
-ON_HOST = {'_pack_padded_sequence', '_pack_padded_sequence_backward', '_pad_packed_sequence'}      # their lengths are wanted on the host
+# their lengths are wanted on the host
+ON_HOST = {'_pack_padded_sequence', '_pack_padded_sequence_backward', '_pad_packed_sequence'}
 COPIES = {'_to_copy', 'to'}
 FACTORY_SKIPS = ('_sparse', 'sparse', 'from_file', '_efficientzerotensor')
 
@@ -48,7 +51,8 @@ def place():
     "The innermost line of the package that is being executed"
     f = sys._getframe(1)
     while f:
-        if '/itm_nb/' in f.f_code.co_filename and f.f_code.co_name not in HELPERS: return f"{f.f_code.co_filename.rsplit('/', 1)[1]}:{f.f_lineno} {f.f_code.co_name}"
+        if '/itm_nb/' in f.f_code.co_filename and f.f_code.co_name not in HELPERS:
+            return f"{f.f_code.co_filename.rsplit('/', 1)[1]}:{f.f_lineno} {f.f_code.co_name}"
         f = f.f_back
     return 'outside'
 
@@ -60,12 +64,16 @@ class OnDevice(torch.Tensor):
     "A tensor that says it is on the device; `raw` holds its numbers"
     @staticmethod
     def __new__(cls, raw):
-        return torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), dtype=raw.dtype, device=DEVICE)
+        return torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), dtype=raw.dtype,
+                                                   device=DEVICE)
 
     def __init__(self, raw): self.raw = raw
     def __repr__(self): return f'OnDevice({self.raw})'
-    def tolist(self): LEDGER.wait('tolist'); return self.raw.tolist()
-    def numpy(self, *_, **__): raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy [{place()}]")
+    def tolist(self):
+        LEDGER.wait('tolist')
+        return self.raw.tolist()
+    def numpy(self, *_, **__):
+        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy [{place()}]")
     __array__ = numpy
 
     @classmethod
@@ -77,10 +85,13 @@ def raw(x): return x.raw if isinstance(x, OnDevice) else x
 
 def dispatch(func, args, kwargs):
     "Every operation with a tensor of the device comes by here"
-    name = func._schema.name.split('::')[1]; LEDGER.operations[name] += 1
+    name = func._schema.name.split('::')[1]
+    LEDGER.operations[name] += 1
     if name in COPIES: return copied(args[0], dict(kwargs))
     if name == 'copy_': return copied_into(*args, **kwargs)
-    if name == '_local_scalar_dense': LEDGER.wait('item'); return args[0].raw.item()
+    if name == '_local_scalar_dense':
+        LEDGER.wait('item')
+        return args[0].raw.item()
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
     if name in INDEXING: indexed(name, *args)
     elif name not in ON_HOST: together(name, tensors)
@@ -94,21 +105,28 @@ def dispatch(func, args, kwargs):
         return args[0]
     if to_host: return out
     if name == '_pack_padded_sequence': return OnDevice(out[0]), out[1]
-    mine = {id(x.raw): x for x in tensors if isinstance(x, OnDevice)}          # an operation in place gives its argument back
-    wrap = lambda x: mine.get(id(x)) if id(x) in mine else OnDevice(x) if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) else x
+    # an operation in place gives its argument back
+    mine = {id(x.raw): x for x in tensors if isinstance(x, OnDevice)}
+    wrap = lambda x: mine.get(id(x)) if id(x) in mine else OnDevice(x) if isinstance(x,
+        torch.Tensor) and not isinstance(x, OnDevice) else x
     return tree_map(wrap, out)
 
 
 def gru_cell(i, h, hx, bi=0., bh=0.):
     "The fused cell of accelerators (the CPU has none): next state, and what its backward pass wants to know"
-    r_i, z_i, n_i = (i + bi).chunk(3, 1); r_h, z_h, n_h = (h + bh).chunk(3, 1)
-    r, z = (r_i + r_h).sigmoid(), (z_i + z_h).sigmoid(); n = (n_i + r*n_h).tanh()
+    r_i, z_i, n_i = (i + bi).chunk(3, 1)
+    r_h, z_h, n_h = (h + bh).chunk(3, 1)
+    r, z = (r_i + r_h).sigmoid(), (z_i + z_h).sigmoid()
+    n = (n_i + r*n_h).tanh()
     return n + z*(hx - n), torch.cat([r, z, n, hx, n_h], 1)
 
 
 def gru_cell_backward(g, kept, has_bias):
     "Gradients of the two gates, of the state before, and of the two biases"
-    r, z, n, hx, n_h = kept.chunk(5, 1); g_z = g*(hx - n)*z*(1 - z); g_n = g*(1 - z)*(1 - n*n); g_r = g_n*n_h*r*(1 - r)
+    r, z, n, hx, n_h = kept.chunk(5, 1)
+    g_z = g*(hx - n)*z*(1 - z)
+    g_n = g*(1 - z)*(1 - n*n)
+    g_r = g_n*n_h*r*(1 - r)
     of_i, of_h = torch.cat([g_r, g_z, g_n], 1), torch.cat([g_r, g_z, g_n*r], 1)
     return of_i, of_h, g*z, of_i.sum(0) if has_bias else None, of_h.sum(0) if has_bias else None
 
@@ -119,7 +137,8 @@ GRU = dict(_thnn_fused_gru_cell=gru_cell, _thnn_fused_gru_cell_backward=gru_cell
 def copied(x, kw):
     "`to`: up, down or on the device"
     device, blocking = torch.device(kw.pop('device', None) or x.device), not kw.pop('non_blocking', False)
-    kw.pop('pin_memory', None); kw.pop('layout', None)
+    kw.pop('pin_memory', None)
+    kw.pop('layout', None)
     out = torch.ops.aten._to_copy.default(raw(x), **kw)
     if device.type != NAME:
         if isinstance(x, OnDevice): LEDGER.wait('to the host')
@@ -131,17 +150,23 @@ def copied(x, kw):
 def copied_into(to, x, non_blocking=False):
     "`copy_`"
     if isinstance(x, OnDevice) and not isinstance(to, OnDevice): LEDGER.wait('to the host')
-    if isinstance(to, OnDevice) and not isinstance(x, OnDevice): LEDGER.upload('behind' if non_blocking else 'blocking')
-    raw(to).copy_(raw(x)); return to
+    if isinstance(to, OnDevice) and not isinstance(x, OnDevice):
+        LEDGER.upload('behind' if non_blocking else 'blocking')
+    raw(to).copy_(raw(x))
+    return to
 
 
 def indexed(name, x, idx, values=None, *_):
-    "Indices of the host are uploaded, boolean ones are counted first; a tensor of the host takes no indices of the device"
-    idx = [i for i in idx if i is not None]; there = isinstance(x, OnDevice)
+    """Indices of the host are uploaded, boolean ones are counted first; a tensor of the host takes no
+    indices of the device"""
+    idx = [i for i in idx if i is not None]
+    there = isinstance(x, OnDevice)
     if not there and any(isinstance(i, OnDevice) for i in idx):
-        raise RuntimeError(f'indices should be either on cpu or on the same device as the indexed tensor (cpu) [{name}, {place()}]')
+        raise RuntimeError(f'indices should be either on cpu or on the same device as the indexed tensor '
+                           f'(cpu) [{name}, {place()}]')
     if there and values is not None and not isinstance(values, OnDevice) and values.dim():
-        raise RuntimeError(f'expected all tensors to be on the same device: values of {name} are on the cpu [{place()}]')
+        raise RuntimeError(f'expected all tensors to be on the same device: values of {name} are on the cpu '
+                           f'[{place()}]')
     if there and any(not isinstance(i, OnDevice) and i.dim() for i in idx): LEDGER.upload('blocking')
     if any(i.dtype in (torch.bool, torch.uint8) for i in idx): LEDGER.wait('boolean index')
 
@@ -150,7 +175,8 @@ def together(name, tensors):
     "A scalar of the host may go with tensors of the device, nothing else may"
     strange = [tuple(x.shape) for x in tensors if not isinstance(x, OnDevice) and x.dim()]
     if strange and any(isinstance(x, OnDevice) for x in tensors):
-        raise RuntimeError(f'Expected all tensors to be on the same device: {name} of {NAME} and cpu {strange} [{place()}]')
+        raise RuntimeError(f'Expected all tensors to be on the same device: {name} of {NAME} and cpu '
+                           f'{strange} [{place()}]')
 
 
 def factories():
@@ -161,13 +187,16 @@ def factories():
         if name.startswith(FACTORY_SKIPS): continue
         try: op = getattr(getattr(torch.ops.aten, name), overload or 'default')
         except (AttributeError, RuntimeError): continue
-        s = op._schema; makes = len(s.returns) == 1 and 'Tensor' in str(s.returns[0].type)
+        s = op._schema
+        makes = len(s.returns) == 1 and 'Tensor' in str(s.returns[0].type)
         given = any('Tensor' in str(a.type) for a in s.arguments)
         if makes and not given and any(a.name == 'device' for a in s.arguments): yield full[6:], op
 
 
 def making(op):
-    def make(*args, pin_memory=None, device=None, **kw): LEDGER.operations[op._schema.name] += 1; return OnDevice(op(*args, **kw, device='cpu'))
+    def make(*args, pin_memory=None, device=None, **kw):
+        LEDGER.operations[op._schema.name] += 1
+        return OnDevice(op(*args, **kw, device='cpu'))
     return make
 
 

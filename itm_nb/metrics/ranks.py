@@ -26,7 +26,7 @@ def tie_threshold(
     pos:Tensor,     # (Q,) scores of the right answers
     eps:float,      # scores closer than this are a tie
     ties:str,       # 'pessimistic' or 'optimistic'
-)->Tensor:          # (Q,) smallest value that counts as "before": >= pos-eps if pessimistic, > pos+eps if optimistic
+)->Tensor:  # (Q,) smallest value that counts as "before": >= pos-eps if pessimistic, > pos+eps if optimistic
     "The bar a wrong answer has to reach to stand before the right one"
     x = pos.double() + (-eps if ties == 'pessimistic' else eps)
     y = x.to(pos.dtype)
@@ -48,12 +48,14 @@ class Ranks:
 _KEEP = 1_000_000     # undecided scores held before the pass is given up and repeated
 
 def _reaching(S, cut, d):
-    "How many scores of a block reach the bar of each row (d=0) or column (d=1); a float sum: exact below 2**24, far faster than bools"
+    """How many scores of a block reach the bar of each row (d=0) or column (d=1); a float sum: exact below
+    2**24, far faster than bools"""
     return torch.ge(S, cut if d else cut[:,None], out=torch.empty_like(S)).sum(1-d).long()
 
 class Tally:
     "Counts for both directions, while the largest |score| is still being learned"
-    def __init__(self, sizes, tie, ties, scale=None, device='cpu'):    # (N, M); see `ranks_blocks`; the largest |score|, if known
+    # (N, M); see `ranks_blocks`; the largest |score|, if known
+    def __init__(self, sizes, tie, ties, scale=None, device='cpu'):
         self.tie, self.ties, self.scale, self.reach, self.max, self.held = tie, ties, scale, scale, 0., 0
         self.counts, self.near = [torch.zeros(n, dtype=torch.int64, device=device) for n in sizes], [[], []]
 
@@ -62,24 +64,28 @@ class Tally:
         lo, hi = S.aminmax()
         m = torch.maximum(-lo, hi).item()
         if not math.isfinite(m):
-            raise DataError('scores', 'NaN or an infinite score', 'finite scores', 'Give what shall come last a low finite score.')
+            raise DataError('scores', 'NaN or an infinite score', 'finite scores',
+                            'Give what shall come last a low finite score.')
         self.max = max(self.max, m)
         if self.reach is None: self.reach = 2*m
 
     @property
     def lost(self): return self.max > self.reach or self.held > _KEEP
 
-    def add(self, S:Tensor, d:int, at:slice, pos:Tensor):    # d: 0 if its rows are the queries, 1 if its columns; which; their own scores
+    # d: 0 if its rows are the queries, 1 if its columns; which of them; their own scores
+    def add(self, S:Tensor, d:int, at:slice, pos:Tensor):
         "Count what stands before the right answers for certain, keep what cannot be decided yet"
         if self.lost: return
         a, b = (tie_threshold(pos, self.tie*x, self.ties) for x in (self.scale or self.max, self.reach))
         lo, hi = torch.minimum(a, b), torch.maximum(a, b)
-        sure = _reaching(S, hi, d); self.counts[d][at] += sure
+        sure = _reaching(S, hi, d)
+        self.counts[d][at] += sure
         if self.tie == 0 or self.scale is not None: return
         q = (_reaching(S, lo, d) != sure).nonzero().squeeze(1)
         T = S[:,q].T if d else S[q]
         close = (T >= lo[q,None]) & (T < hi[q,None])
-        self.near[d].append((at.start + q[close.nonzero()[:,0]], T[close])); self.held += int(close.sum())
+        self.near[d].append((at.start + q[close.nonzero()[:,0]], T[close]))
+        self.held += int(close.sum())
 
     def close(self, d:int, pos:Tensor):
         "(Q,) final counts of one direction, and the bars they were counted with"
@@ -94,38 +100,44 @@ def block_slices(n, size):
 
 def _home(score, img, R, C, tally, own, best):
     "Home blocks, row block by row block: learn the right answers' scores, count as soon as they are known"
-    first = torch.searchsorted(img, torch.tensor([r.start for r in R] + [R[-1].stop])).tolist()   # a row block's first own sentence
+    # a row block's first own sentence
+    first = torch.searchsorted(img, torch.tensor([r.start for r in R] + [R[-1].stop])).tolist()
     homes = [range(a // C[0].stop, (b-1) // C[0].stop + 1) for a,b in zip(first, first[1:])]
     waiting = defaultdict(list)
     for r,home in enumerate(homes):
         for c in home:
-            S = score(R[r], C[c]); tally.see(S); waiting[c].append((r, S))
+            S = score(R[r], C[c])
+            tally.see(S)
+            waiting[c].append((r, S))
             j = torch.arange(max(first[r], C[c].start), min(first[r+1], C[c].stop))
             own[j.to(own.device)] = S[(img[j]-R[r].start).to(S.device), (j-C[c].start).to(S.device)].to(own)
         j = slice(first[r], first[r+1])
         best.scatter_reduce_(0, img[j].to(own.device), own[j], 'amax')
         for c in home: tally.add(waiting[c][-1][1], 0, R[r], best[R[r]])
-        for c in [c for c in waiting if C[c].stop <= first[r+1]]:                                  # every sentence of c has met its image
+        for c in [c for c in waiting if C[c].stop <= first[r+1]]:  # every sentence of c has met its image
             for _,S in waiting.pop(c): tally.add(S, 1, C[c], own[C[c]])
     return homes
 
 def _walk(
-    score:Callable,     # (rows, columns) slices, columns in the order of their images -> (rows, columns) scores
+    score:Callable,  # (rows, columns) slices, columns in the order of their images -> (rows, columns) scores
     img:Tensor,         # (M,) image of each sentence, sorted, on the CPU
     N:int,              # images
     tally:Tally,
     rows:int, cols:int, # shape of a block
     dtype, device,      # of the scores
-):                      # own (M,): each sentence's score with its image; best (N,): the largest of these per image
+):  # own (M,): each sentence's score with its image; best (N,): the largest of these per image
     "Feed every block to the tally once: home blocks first, then the others"
     R, C = block_slices(N, rows), block_slices(len(img), cols)
-    own, best = torch.empty(len(img), dtype=dtype, device=device), torch.full((N,), -torch.inf, dtype=dtype, device=device)
+    own, best = (torch.empty(len(img), dtype=dtype, device=device),
+                 torch.full((N,), -torch.inf, dtype=dtype, device=device))
     homes = _home(score, img, R, C, tally, own, best)
     for c,col in enumerate(C):
         for r,row in enumerate(R):
             if c in homes[r]: continue
-            S = score(row, col); tally.see(S)
-            tally.add(S, 0, row, best[row]); tally.add(S, 1, col, own[col])
+            S = score(row, col)
+            tally.see(S)
+            tally.add(S, 0, row, best[row])
+            tally.add(S, 1, col, own[col])
     return own, best
 
 # %% ../../nbs/3_metrics/00_ranks.ipynb #ad0cae7d
@@ -135,18 +147,21 @@ def _checked(img_of, N:int, M:int, unasked:bool=False)->Tensor:
     def need(ok, found, wanted, remedy=''):
         if not ok: raise DataError('img_of', found, wanted, remedy)
     need(N > 0 and M > 0, f'{N} images and {M} sentences', 'at least one of each')
-    need(x.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8), f'type {x.dtype}', 'integer image indices')
+    need(x.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8), f'type {x.dtype}',
+         'integer image indices')
     x = x.long()
     need(x.shape == (M,), f'shape {tuple(x.shape)}', f'one image index for each of the {M} sentences',
          'Scores have images in rows and sentences in columns.')
-    need(0 <= int(x.min()) and int(x.max()) < N, f'indices from {int(x.min())} to {int(x.max())}', f'0 to {N-1}')
+    need(0 <= int(x.min()) and int(x.max()) < N, f'indices from {int(x.min())} to {int(x.max())}',
+         f'0 to {N-1}')
     lone = int((torch.bincount(x, minlength=N) == 0).sum())
     need(unasked or lone == 0, f'{lone} images without a sentence', 'a sentence for every image',
          'Leave such images out of the queries.')
     return x
 
 def _reader(block, order):
-    "The user's scorer behind slices of the ordered sentences; the last column indices are kept, so that a scorer knows them again"
+    """The user's scorer behind slices of the ordered sentences; the last column indices are kept, so that
+    a scorer knows them again"""
     look = [None, None]
     def score(r, c):
         if look[0] != c: look[:] = [c, c if order is None else order[c]]
@@ -168,17 +183,19 @@ def _without_own(tally, own, best, img, order)->Ranks:
 
 @torch.no_grad()
 def ranks_blocks(
-    block:Callable,             # (rows, columns) -> scores; a slice of images; a slice, or (n,) indices if `img_of` is unsorted
+    block:Callable,             # (rows, columns) -> scores; slices, or (n,) columns if `img_of` is unsorted
     N:int,                      # images
     M:int,                      # sentences
     img_of,                     # (M,) image of each sentence
     ties:str='pessimistic',     # or 'optimistic': who comes first in a tie
     tie:float=TIE,              # scores within this share of the largest |score| are a tie; 0 switches it off
     rows:int=512, cols:int=2048,# shape of a block: fixed, because another shape may round differently
-    unasked:bool=False,         # allow images without a sentence: searched, never asked; their i2t is M, no rank at all
+    unasked:bool=False,         # allow images without a sentence: searched, never asked; their i2t is M
 )->Ranks:
-    "Ranks of both directions from any scorer; every block is asked for once (twice if the largest |score| came as a surprise)"
-    if ties not in ('pessimistic', 'optimistic'): raise DataError('ties', repr(ties), "'pessimistic' or 'optimistic'")
+    """Ranks of both directions from any scorer; every block is asked for once (twice if the largest
+    |score| came as a surprise)"""
+    if ties not in ('pessimistic', 'optimistic'):
+        raise DataError('ties', repr(ties), "'pessimistic' or 'optimistic'")
     img_of = _checked(img_of, N, M, unasked)
     order = None if bool((img_of[1:] >= img_of[:-1]).all()) else img_of.argsort(stable=True)
     img, score = img_of if order is None else img_of[order], _reader(block, order)
@@ -198,9 +215,11 @@ def ranks_of(
     **kw                        # block shape, passed to `ranks_blocks`
 )->Ranks:
     "Ranks of both directions from a matrix of scores"
-    if len(scores.shape) != 2: raise DataError('scores', f'shape {tuple(scores.shape)}', '(images, sentences)')
+    if len(scores.shape) != 2:
+        raise DataError('scores', f'shape {tuple(scores.shape)}', '(images, sentences)')
     def block(r, c):
-        if isinstance(scores, Tensor): S = scores.detach()[r, c if isinstance(c, slice) else c.to(scores.device)]
+        if isinstance(scores, Tensor):
+            S = scores.detach()[r, c if isinstance(c, slice) else c.to(scores.device)]
         else: S = torch.from_numpy(np.array(scores[r, c if isinstance(c, slice) else c.numpy()]))
         return S if S.is_floating_point() else S.double()
     return ranks_blocks(block, *scores.shape, img_of, ties, tie, **kw)
@@ -213,7 +232,8 @@ def exact_matmul():
         old = torch.get_float32_matmul_precision()
         def put(x): torch.set_float32_matmul_precision(x)
         new = 'highest'
-    except RuntimeError:                     # the settings were made through torch's newer interface, and the two must not be mixed
+    # the settings were made through torch's newer interface, and the two must not be mixed
+    except RuntimeError:
         at = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
         old, new = [b.fp32_precision for b in at], ['ieee']*2
         def put(xs):
@@ -230,10 +250,12 @@ class DotScores:
         if device is not None: self.img, self.txt = self.img.to(device), self.txt.to(device)
         both = (self.img, self.txt)
         if any(x.ndim != 2 or not x.is_floating_point() for x in both) or len({x.shape[1] for x in both}) > 1:
-            raise DataError('embeddings', ' and '.join(f'{tuple(x.shape)} {x.dtype}' for x in both), '(N, D) and (M, D) floats')
+            raise DataError('embeddings', ' and '.join(f'{tuple(x.shape)} {x.dtype}' for x in both),
+                            '(N, D) and (M, D) floats')
         self.cols, self.ready, self.buf = None, None, self.txt[:0].clone()
     def __call__(self, r, c):
-        if self.cols is not c: self.cols, self.ready = c, (self.txt[c] if isinstance(c, slice) else self._pick(c)).float()
+        if self.cols is not c:
+            self.cols, self.ready = c, (self.txt[c] if isinstance(c, slice) else self._pick(c)).float()
         return self.img[r].float() @ self.ready.T
     def _pick(self, c):
         "Rows in any order, into one buffer: fresh ones for every block would scatter the heap"
@@ -249,7 +271,8 @@ def ranks(
     device=None,                # where to multiply; None: where the embeddings are
     **kw                        # block shape, passed to `ranks_blocks`
 )->Ranks:
-    "Ranks of both directions from the dot products of two sets of embeddings, without ever holding the N x M matrix"
+    """Ranks of both directions from the dot products of two sets of embeddings, without ever holding the N
+    x M matrix"""
     with exact_matmul():
         return ranks_blocks(DotScores(img, txt, device), len(img), len(txt), img_of, ties, tie, **kw)
 
@@ -292,7 +315,8 @@ def summary(
     ks:tuple=(1, 5, 10),    # cut-offs; `rsum` adds up their recalls in both directions
 )->dict:                    # {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'rsum'}
     "The usual row of a results table"
-    res = recalls(ranks, ks); res['rsum'] = sum(sum(x.values()) for x in res.values())
+    res = recalls(ranks, ks)
+    res['rsum'] = sum(sum(x.values()) for x in res.values())
     for d in ('i2t', 't2i'):
         x = getattr(ranks, d)
         res[d] |= dict(medr=float(np.floor(np.median(x)) + 1), meanr=float(x.mean() + 1))
@@ -302,7 +326,8 @@ def mean_summary(
     summaries:list,     # dicts of equal keys, nested or not
 )->dict:                # the same keys
     "Plain mean of every number (how COCO 1K averages its folds: medians and means too)"
-    return {k: mean_summary([s[k] for s in summaries]) if isinstance(v, dict) else float(np.mean([s[k] for s in summaries]))
+    return {k: mean_summary([s[k] for s in summaries]) if isinstance(v, dict)
+            else float(np.mean([s[k] for s in summaries]))
             for k,v in summaries[0].items()}
 
 def by_gallery(
@@ -312,5 +337,6 @@ def by_gallery(
     ks:tuple=(1, 5, 10),
 )->list:                # a `summary` for each gallery, in the order of their numbers
     "The row of each gallery; `mean_summary` makes one of them"
-    gallery = as_array(gallery); of = gallery[as_array(img_of)]
+    gallery = as_array(gallery)
+    of = gallery[as_array(img_of)]
     return [summary(Ranks(ranks.i2t[gallery == g], ranks.t2i[of == g]), ks) for g in np.unique(gallery)]

@@ -39,29 +39,36 @@ def relevant(
         q = np.repeat(np.array(list(given), dtype=np.int64), [len(v) for v in given.values()])
         k = np.concatenate([np.asarray(list(v), dtype=np.int64) for v in given.values()]) if given else q
         if len(q) and not (0 <= min(q.min(), k.min()) and q.max() < shape[0] and k.max() < shape[1]):
-            raise DataError('right answers', f'queries to {q.max()}, items to {k.max()}', f'indices below {shape}',
+            raise DataError('right answers', f'queries to {q.max()}, items to {k.max()}',
+                            f'indices below {shape}',
                             'Translate ids into indices first.')
         given = sparse.coo_matrix((np.ones(len(q), bool), (q, k)), shape)
-    res = sparse.csr_matrix(given if sparse.issparse(given) else as_array(given)).astype(bool); res.sum_duplicates(); res.eliminate_zeros()
+    res = sparse.csr_matrix(given if sparse.issparse(given) else as_array(given)).astype(bool)
+    res.sum_duplicates()
+    res.eliminate_zeros()
     if res.shape != tuple(shape): raise DataError('right answers', f'shape {res.shape}', f'{tuple(shape)}')
     return res
 
 # %% ../../nbs/3_metrics/01_relevance.ipynb #a2fd36fe
 def _match_block(S:Tensor, pos, out, missing, eps:float, ties:str):
-    "(average precision, R-Precision, first rank) of the rows of a block; `pos`, `out`: CSR rows of right and ignored answers"
+    """(average precision, R-Precision, first rank) of the rows of a block; `pos`, `out`: CSR rows of right
+    and ignored answers"""
     n = torch.as_tensor(np.diff(pos.indptr)).to(S.device)
-    R = n + torch.as_tensor(missing).to(S.device)                                 # right answers, retrievable or not
+    R = n + torch.as_tensor(missing).to(S.device)  # right answers, retrievable or not
     q, p = (torch.as_tensor(x.astype(np.int64)).to(S.device) for x in pos.nonzero())
-    order = S[q,p].argsort(descending=True, stable=True); order = order[q[order].argsort(stable=True)]
+    order = S[q,p].argsort(descending=True, stable=True)
+    order = order[q[order].argsort(stable=True)]
     k = torch.arange(len(q), device=S.device) - (n.cumsum(0) - n)[q]     # place among the query's own, from 0
     own = torch.full((len(S), int(R.max())), -torch.inf, dtype=S.dtype, device=S.device)
     own[q, k] = S[q,p][order]
     real = own > -torch.inf
     cut = torch.where(real, tie_threshold(own, eps, ties), torch.inf)
-    wrong = S.clone(); wrong[q,p] = -torch.inf
+    wrong = S.clone()
+    wrong[q,p] = -torch.inf
     wrong[tuple(torch.as_tensor(x.astype(np.int64)).to(S.device) for x in out.nonzero())] = -torch.inf
     top = wrong.topk(min(own.shape[1], S.shape[1]), 1).values.flip(1).contiguous()
-    place = torch.arange(1, own.shape[1]+1, device=S.device) + top.shape[1] - torch.searchsorted(top, cut.contiguous())
+    place = torch.arange(1, own.shape[1]+1, device=S.device) + top.shape[1] - torch.searchsorted(top,
+        cut.contiguous())
     hit = real & (place <= R[:,None])
     ap = (hit * torch.arange(1, own.shape[1]+1, device=S.device) / place.double()).sum(1) / R
     first = torch.where(n > 0, (wrong >= cut[:,:1]).sum(1), S.shape[1])  # nothing to find: behind everything
@@ -82,12 +89,15 @@ def _missing(
 
 def _match(score:Callable, pos, out, missing, eps:float, ties:str, rows:int)->Matches:
     "One direction: blocks of whole rows that have a right answer"
-    R = np.diff(pos.indptr) + missing; keep = np.flatnonzero(R)
+    R = np.diff(pos.indptr) + missing
+    keep = np.flatnonzero(R)
     if pos[keep].multiply(out[keep]).nnz:
-        raise DataError('ignore', 'pairs that are also right answers', 'pairs that are neither right nor wrong')
+        raise DataError('ignore', 'pairs that are also right answers',
+                        'pairs that are neither right nor wrong')
     blocks = [keep[s] for s in block_slices(len(keep), rows)]
     got = [_match_block(score(q), pos[q], out[q], missing[q], eps, ties) for q in blocks]
-    ap, rp, first = (torch.cat(x).cpu().numpy() for x in zip(*got)) if got else (np.zeros(0), np.zeros(0), np.zeros(0, np.int64))
+    ap, rp, first = (torch.cat(x).cpu().numpy() for x in zip(*got)) if got else (np.zeros(0), np.zeros(0),
+        np.zeros(0, np.int64))
     return Matches(keep, R[keep].astype(np.int64), ap, rp, first, pos.shape[0] - len(keep))
 
 def _parts(scores)->tuple:
@@ -95,17 +105,19 @@ def _parts(scores)->tuple:
     if isinstance(scores, tuple):
         dots = DotScores(*scores)
         return (lambda i, j: dots.img[i].float() @ dots.txt[j].float().T), len(dots.img), len(dots.txt)
-    if len(scores.shape) != 2: raise DataError('scores', f'shape {tuple(scores.shape)}', '(images, sentences)')
+    if len(scores.shape) != 2:
+        raise DataError('scores', f'shape {tuple(scores.shape)}', '(images, sentences)')
     def part(i, j):
-        S = scores.detach()[i][:,j] if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores[i, j]))
+        S = scores.detach()[i][:,j] if isinstance(scores,
+                                                  Tensor) else torch.from_numpy(np.array(scores[i, j]))
         return S if S.dtype == torch.float64 else S.float() if S.is_floating_point() else S.double()
     return part, *scores.shape
 
 @torch.no_grad()
 def many_positives(
-    scores,                     # (N, M) array or tensor, images in rows; or a pair of embeddings (N, D), (M, D)
-    positives,                  # right pairs (N, M): bool array, tensor or sparse; or {'i2t': ..., 't2i': ...}, each as
-                                # `relevant` takes it; and 'missing': {'i2t': {query: n}, ...}, n more right answers that
+    scores,  # (N, M) array or tensor, images in rows; or a pair of embeddings (N, D), (M, D)
+    positives,  # right pairs (N, M): bool array, tensor or sparse; or {'i2t': ..., 't2i': ...}, each as
+  # `relevant` takes it; and 'missing': {'i2t': {query: n}, ...}, n more right answers that
                                 # are not among the items
     ignore=None,                # pairs (N, M) left out of the ranking, e.g. half-true ones
     ties:str='pessimistic',     # or 'optimistic'
@@ -115,23 +127,26 @@ def many_positives(
     "mAP@R, R-Precision and first ranks of queries with several right answers, both directions"
     part, N, M = _parts(scores)
     if not isinstance(positives, dict) or not {'i2t', 't2i'} & set(positives):
-        pos = relevant(positives, (N, M)); positives = dict(i2t=pos, t2i=pos.T)
+        pos = relevant(positives, (N, M))
+        positives = dict(i2t=pos, t2i=pos.T)
     lost = positives.get('missing', {})
     out, every, look = relevant(ignore, (N, M)), slice(None), Tally((0, 0), 0., ties)
     with exact_matmul():
         for s in block_slices(N, rows): look.see(part(s, every))
         i2t, t2i = (relevant(positives.get(d), shape) for d,shape in (('i2t', (N, M)), ('t2i', (M, N))))
         lost = {d: _missing(lost.get(d), Q) for d, Q in (('i2t', N), ('t2i', M))}
-        how = tie*look.max, ties, rows; column = lambda q: part(every, q).T.contiguous()
+        how = tie*look.max, ties, rows
+        column = lambda q: part(every, q).T.contiguous()
         return dict(i2t=_match(lambda q: part(q, every), i2t, out, lost['i2t'], *how),
                     t2i=_match(column, t2i, out.T.tocsr(), lost['t2i'], *how))
 
 def match_summary(
     matches:dict,           # from `many_positives`
     ks:tuple=(1, 5, 10),    # cut-offs
-)->dict:                    # {'i2t': {'map_r', 'rp', 'r1', ...}, 't2i': {...}, 'map_r': mean of both} in percent
+)->dict:  # {'i2t': {'map_r', 'rp', 'r1', ...}, 't2i': {...}, 'map_r': mean of both} in percent
     "Means over the queries, in percent"
-    res = {d: dict(map_r=100*float(m.ap.mean()), rp=100*float(m.rp.mean())) | {f'r{k}': 100*float((m.first < k).mean()) for k in ks}
+    res = {d: dict(map_r=100*float(m.ap.mean()), rp=100*float(m.rp.mean()))
+           | {f'r{k}': 100*float((m.first < k).mean()) for k in ks}
            if len(m.query) else {} for d,m in matches.items()}
     if all(res.values()): res['map_r'] = sum(x['map_r'] for x in res.values()) / len(res)
     return res
@@ -143,14 +158,18 @@ def _reach(tied:np.ndarray, own:np.ndarray, k)->np.ndarray:
     "(Q,) chance that one of `own` answers is among the first `k` of `tied` in random order (hypergeometric)"
     k = np.broadcast_to(np.clip(k, 0, tied), np.shape(tied))
     sure = k > tied - own
-    return np.where(sure, 1., -np.expm1(np.where(sure, 0., _choose(np.where(sure, k, tied-own), k) - _choose(tied, k))))
+    return np.where(sure, 1., -np.expm1(np.where(sure, 0.,
+                                                 _choose(np.where(sure, k, tied-own), k) - _choose(tied, k))))
 
 def _expected(ahead, tied, own, ks)->dict:
-    "Expected metrics of queries with `ahead` wrong answers before `tied` ones in random order, `own` of them right"
+    """Expected metrics of queries with `ahead` wrong answers before `tied` ones in random order, `own` of
+    them right"""
     cdf = lambda k: float(_reach(tied, own, k - ahead).mean())
     lo, hi = 0, int((ahead + tied).max())
-    while hi - lo > 1: lo, hi = (lo, mid) if cdf(mid := (lo+hi)//2) >= .5 else (mid, hi)   # the median of all queries' ranks pooled
-    return {f'r{k}': 100*cdf(k) for k in ks} | dict(medr=float(hi), meanr=float((ahead + (tied-own)/(own+1) + 1).mean()))
+    # the median of all queries' ranks pooled
+    while hi - lo > 1: lo, hi = (lo, mid) if cdf(mid := (lo+hi)//2) >= .5 else (mid, hi)
+    return {f'r{k}': 100*cdf(k) for k in ks} | dict(medr=float(hi),
+                                                    meanr=float((ahead + (tied-own)/(own+1) + 1).mean()))
 
 def _both(i2t:tuple, t2i:tuple, ks)->dict:
     res = dict(i2t=_expected(*i2t, ks), t2i=_expected(*t2i, ks))
@@ -163,9 +182,11 @@ def oracle(
     ks:tuple=(1, 5, 10),
 )->dict:                    # as `summary`, expectations
     "Identity metrics of the best possible model: its score is the truth, ties are broken at random"
-    own = as_array(img_of); M = len(own)
-    true = relevant(positives, (N or positives.shape[0], M)); N = true.shape[0]
-    told = np.asarray(true[own, np.arange(M)]).ravel()                         # is the own pair true? (captions contain errors)
+    own = as_array(img_of)
+    M = len(own)
+    true = relevant(positives, (N or positives.shape[0], M))
+    N = true.shape[0]
+    told = np.asarray(true[own, np.arange(M)]).ravel()  # is the own pair true? (captions contain errors)
     per, good = np.bincount(own, minlength=N), np.bincount(own, told, N).astype(int)
     T, K = np.diff(true.indptr), np.asarray(true.sum(0)).ravel()
     i2t = (np.where(good, 0, T), np.where(good, T, M-T), np.where(good, good, per))
@@ -181,9 +202,11 @@ def chance(
     "Expected metrics of random scores"
     per = np.full(N, M//N) if per_image is None else as_array(per_image)
     if per.sum() != M or len(per) != N or per.min() < 1:
-        raise DataError('per_image', f'{per.sum()} sentences of {len(per)} images', f'{M} of {N}, at least one each',
+        raise DataError('per_image', f'{per.sum()} sentences of {len(per)} images',
+                        f'{M} of {N}, at least one each',
                         'Give the number of sentences of every image.')
-    return _both((np.zeros(N, int), np.full(N, M), per), (np.zeros(M, int), np.full(M, N), np.ones(M, int)), ks)
+    return _both((np.zeros(N, int), np.full(N, M), per), (np.zeros(M, int), np.full(M, N), np.ones(M, int)),
+                 ks)
 
 def chance_many(
     R,                  # right answers of each query

@@ -34,18 +34,22 @@ def bounds(
     unjudged,     # picks nobody judged
 )->Bounds:
     "Lower, judged-only and upper share of true picks"
-    t, f, u = map(_count, (true, false, unjudged)); n = t + f + u
-    if n == 0 or min(t, f, u) < 0: raise DataError('bounds', f'{t} true, {f} false, {u} unjudged picks', 'at least one pick')
+    t, f, u = map(_count, (true, false, unjudged))
+    n = t + f + u
+    if n == 0 or min(t, f, u) < 0:
+        raise DataError('bounds', f'{t} true, {f} false, {u} unjudged picks', 'at least one pick')
     return Bounds(t/n, t/(t+f) if t+f else math.nan, (t+u)/n, (t+f)/n, n)
 
 def sensitivity(
     true, false, unjudged,             # (strata,) counts, e.g. one for each decile of the score
-    odds:tuple=(1, .5, .25, 0),        # odds(true | unjudged) = `odds` x odds(true | judged), within each stratum
+    odds:tuple=(1, .5, .25, 0),  # odds(true | unjudged) = `odds` x odds(true | judged), within each stratum
 )->dict:                               # odds -> share of true picks
     "How the share moves when unjudged picks are assumed less often true than judged ones"
     t, f, u = (np.atleast_1d(np.asarray(x, dtype=float)) for x in (true, false, unjudged))
-    a, b = (np.where(t+f > 0, x, x.sum()) for x in (t, f))                  # a stratum without judgements borrows the overall odds
-    return {L: float((t + u * np.divide(L*a, L*a+b, out=np.zeros_like(a), where=L*a+b > 0)).sum() / (t+f+u).sum()) for L in odds}
+    # a stratum without judgements borrows the overall odds
+    a, b = (np.where(t+f > 0, x, x.sum()) for x in (t, f))
+    return {L: float((t + u * np.divide(L*a, L*a+b, out=np.zeros_like(a),
+                                        where=L*a+b > 0)).sum() / (t+f+u).sum()) for L in odds}
 
 # %% ../../nbs/3_metrics/02_statistics.ipynb #0cfe990c
 def _sums(values, clusters):
@@ -55,14 +59,16 @@ def _sums(values, clusters):
     if values.ndim != 1 or not len(values) or not sound:
         raise DataError('values', f'shape {values.shape}, finite: {sound}', 'a row of finite numbers')
     if clusters is None: return values, np.ones_like(values)
-    if len(clusters) != len(values): raise DataError('clusters', f'{len(clusters)} labels', f'one for each of the {len(values)} values')
+    if len(clusters) != len(values):
+        raise DataError('clusters', f'{len(clusters)} labels', f'one for each of the {len(values)} values')
     of = np.unique(as_array(clusters), return_inverse=True)[1].ravel()
     return np.bincount(of, values), np.bincount(of).astype(float)
 
 def _ratio(s, n, axis=-1): return s.sum(axis) / n.sum(axis)
 
 def _pieces(k:int, draws:int, seed:int):
-    "How often each of `k` clusters is in each of `draws` samples (uint8: never above 255 in practice), a few rows at a time"
+    """How often each of `k` clusters is in each of `draws` samples (uint8: never above 255 in practice), a
+    few rows at a time"""
     rng, rows = np.random.default_rng(seed), max(1, 2**21//k)
     for i in range(0, draws, rows):
         m = min(rows, draws-i)
@@ -73,7 +79,8 @@ def _pieces(k:int, draws:int, seed:int):
 def _samples(k:int, draws:int, seed:int)->tuple: return tuple(_pieces(k, draws, seed))
 
 def _drawn(s, n, draws:int, seed:int)->np.ndarray:
-    "Means of `draws` samples of clusters, drawn with replacement; every row of a table is judged by the same samples, which are drawn once"
+    """Means of `draws` samples of clusters, drawn with replacement; every row of a table is judged by the
+    same samples, which are drawn once"""
     k, both = len(s), np.stack([s, n], 1)
     sums = np.concatenate([p @ both for p in (_samples if k*draws <= 2**27 else _pieces)(k, draws, seed)])
     return sums[:,0]/sums[:,1]
@@ -109,7 +116,7 @@ class Difference:
     lo:float          # lower end
     hi:float          # upper end
     p:float           # two-sided; `paired`: of the sign-flip permutation test
-    n:int             # clusters or blocks it rests on
+    n:int             # clusters or replicates it rests on
     p_boot:float=math.nan   # two-sided, of the bootstrap (`paired` only)
 
 def paired(
@@ -123,28 +130,34 @@ def paired(
     "Paired bootstrap and sign-flip permutation test over clusters"
     from scipy import stats
     a, b = (as_array(x).astype(np.float64) for x in (a, b))
-    if a.shape != b.shape: raise DataError('paired', f'{a.shape} and {b.shape} values', 'the same queries on both sides')
-    s, c = _sums(a-b, clusters); d = float(_ratio(s, c))
+    if a.shape != b.shape:
+        raise DataError('paired', f'{a.shape} and {b.shape} values', 'the same queries on both sides')
+    s, c = _sums(a-b, clusters)
+    d = float(_ratio(s, c))
     if len(s) < 2: return Difference(d, math.nan, math.nan, math.nan, len(s))
     draws = _drawn(s, c, n, seed)
-    flip = stats.permutation_test((s,), lambda x, axis: x.sum(axis), permutation_type='samples', vectorized=True, n_resamples=n,
+    flip = stats.permutation_test((s,), lambda x, axis: x.sum(axis), permutation_type='samples',
+                                  vectorized=True, n_resamples=n,
                                   batch=max(1, 2**21 // len(s)), random_state=np.random.default_rng(seed))
     lo, hi = np.quantile(draws, [(1-level)/2, (1+level)/2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    return Difference(d, float(lo), float(hi), float(min(1, flip.pvalue)), len(s), float(min(1, 2*(tail+1)/(n+1))))
+    return Difference(d, float(lo), float(hi), float(min(1, flip.pvalue)), len(s),
+                      float(min(1, 2*(tail+1)/(n+1))))
 
 # %% ../../nbs/3_metrics/02_statistics.ipynb #b93d3032
 def corrected_t(
-    differences,        # (k,) one difference per block
-    n_train:int,        # photographs a block was trained on
+    differences,        # (k,) one difference per replicate
+    n_train:int,        # photographs a replicate was trained on
     n_test:int,         # photographs it was tested on; 0 gives the plain t-test
     level:float=.95,
 )->Difference:
-    "Mean difference over blocks whose training sets overlap (Nadeau and Bengio's corrected resampled t-test)"
+    "Mean difference over replicates whose training sets overlap (Nadeau and Bengio's corrected resampled t-test)"
     from scipy import stats
-    d = np.asarray(differences, dtype=np.float64); k = len(d)
+    d = np.asarray(differences, dtype=np.float64)
+    k = len(d)
     if k < 2: return Difference(float(d.mean()), math.nan, math.nan, math.nan, k)
-    se = math.sqrt((1/k + n_test/n_train) * d.var(ddof=1)); mean = float(d.mean())
+    se = math.sqrt((1/k + n_test/n_train) * d.var(ddof=1))
+    mean = float(d.mean())
     half = float(stats.t.ppf((1+level)/2, k-1)) * se
     p = 2*float(stats.t.sf(abs(mean)/se, k-1)) if se else float(mean == 0)
     return Difference(mean, mean-half, mean+half, p, k)
@@ -153,10 +166,11 @@ def corrected_t(
 def spread(
     img,        # (N, D) vectors of images; encodings that are no vectors are passed over
     txt,        # (M, D) vectors of sentences
-)->dict:        # {'spread': {'image', 'text'}}: mean cosine of different images, of different sentences; {} where there are no vectors
+)->dict:        # {'spread': {'image', 'text'}}: mean cosines of different ones; {} without vectors
     "How much alike the vectors of one side are: near 0 apart, 1 all the same"
     def alike(x):
-        u = x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-12); n = len(u)
+        u = x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        n = len(u)
         return float((u.sum(0).square().sum() - u.square().sum()) / (n*(n-1)))
     fit = lambda x: torch.is_tensor(x) and x.is_floating_point() and x.ndim == 2 and len(x) > 1
     return dict(spread=dict(image=alike(img), text=alike(txt))) if fit(img) and fit(txt) else {}

@@ -38,7 +38,8 @@ def embed(
     model.eval()
     def blocks(n, side): return torch.arange(n).split(block//8 if _is_network(model, side) else block)
     img = [model.image(*image_inputs(b)) for b in map(batches.images, blocks(len(batches.mask), 'image'))]
-    txt = [model.text(b['tokens'], b['lengths']) for b in map(batches.texts, blocks(len(batches.lengths), 'text'))]
+    txt = [model.text(b['tokens'], b['lengths'])
+           for b in map(batches.texts, blocks(len(batches.lengths), 'text'))]
     return join(img), join(txt)
 
 @torch.no_grad()
@@ -46,13 +47,18 @@ def rank_encoded(
     encoded:list,     # of (model, images, sentences): the scores of several models are averaged
     split:Split,
 )->Ranks:
-    "Ranks of encodings, each image and sentence inside its own gallery; beyond them it holds a block of scores"
+    """Ranks of encodings, each image and sentence inside its own gallery; beyond them it holds a block of
+    scores"""
     (model, img, txt), n = encoded[0], len(encoded)
     if n == 1 and are_vectors(img): return galleries(img, txt, split.img_of, split.gallery)
     def rank(i, j, own):
-        here = [(m, a[torch.as_tensor(i, device=a.device)], b[torch.as_tensor(j, device=b.device)]) for m, a, b in encoded]
-        return ranks_blocks(lambda r, c: sum(m.matrix(a[r], b[c]) for m, a, b in here)/n, len(i), len(j), own, rows=128, cols=512)
-    with exact_matmul(): return in_galleries(rank, split.img_of, np.zeros(len(split), int) if split.gallery is None else split.gallery)
+        here = [(m, a[torch.as_tensor(i, device=a.device)], b[torch.as_tensor(j, device=b.device)])
+                for m, a, b in encoded]
+        return ranks_blocks(lambda r, c: sum(m.matrix(a[r], b[c]) for m, a, b in here)/n, len(i), len(j), own,
+                            rows=128, cols=512)
+    with exact_matmul():
+        return in_galleries(rank, split.img_of,
+                            np.zeros(len(split), int) if split.gallery is None else split.gallery)
 
 def scores_of(
     encoded:list,     # of (model, images, sentences)
@@ -63,7 +69,8 @@ def scores_of(
     def rows(r, b): return sum(m.matrix(a[r], x) for (m, a, _), x in zip(encoded, b))/n
     @torch.no_grad()
     def matrix(i, j):
-        i, j = torch.as_tensor(i, device=txt.device), torch.as_tensor(j, device=txt.device); b = [x[j] for *_, x in encoded]
+        i, j = torch.as_tensor(i, device=txt.device), torch.as_tensor(j, device=txt.device)
+        b = [x[j] for *_, x in encoded]
         return torch.cat([rows(r, b).cpu() for r in i.split(128)])
     return matrix
 
@@ -79,8 +86,10 @@ def save_ranks(path, r:Ranks):
     "Ranks as a file; written whole or not at all"
     if not leads(): return
     tmp = Path(path).with_name('ranks.tmp.npz')
-    np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32')); sync(tmp)
-    os.replace(tmp, path); sync(tmp.parent)
+    np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32'))
+    sync(tmp)
+    os.replace(tmp, path)
+    sync(tmp.parent)
 
 def load_ranks(path)->Ranks:
     "Ranks from a file"

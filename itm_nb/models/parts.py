@@ -22,7 +22,7 @@ from .pretrained import describe, layers, Network, TextTower, VisionTower
 
 # %% ../../nbs/4_models/04_parts.ipynb #00000006
 FORMS = dict(                                                       # names for what is written often
-    heads='net:-3:mean+net:-1:mean+net:-1:max',                     # a frozen text network, linear heads alone
+    heads='net:-3:mean+net:-1:mean+net:-1:max',  # a frozen text network, linear heads alone
     heads_words='net:-3:mean+net:-1:mean+net:-1:max+bag',           # the same and word vectors that learn
     token_states='net:-3+net:-1',                                   # for cross-attention
     vector='regions:mean', all_regions='regions',
@@ -44,7 +44,8 @@ def _part(word, at)->Part:
     blocks = "'net:4:mean', 'net:pooler', 'bag', 'regions:0-15:top3'"
     if not m: raise ValueError(f'{at}: {word.strip()!r} is no block; blocks are {blocks} and the like')
     source, where, pool, weight = m[1], m[2] or '', m[3] or '', float(m[4] or 1)
-    if source == 'net' and not where: raise ValueError(f"{at}: {word!r} names no layer; 'net:-1:mean' is the last")
+    if source == 'net' and not where:
+        raise ValueError(f"{at}: {word!r} names no layer; 'net:-1:mean' is the last")
     if where and (source == 'bag' or source == 'regions' and where in ('out', 'pooler')):
         raise ValueError(f'{at}: {word!r} cannot be')
     if pool: pool_of(pool)
@@ -109,7 +110,8 @@ class Bag(nn.Module):
         width:int,        # length of a vector
     ):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(n_rows+1, width).uniform_(-.1, .1))      # row 0: unseen, and padding
+        # row 0: unseen, and padding
+        self.table = nn.Parameter(torch.empty(n_rows+1, width).uniform_(-.1, .1))
         self.register_buffer('row', torch.zeros(n_words, dtype=torch.int64))           # of each piece
         with torch.no_grad(): self.table[0] = 0
 
@@ -124,15 +126,19 @@ class Bag(nn.Module):
 
     def forward(self, tokens:Tensor, lengths:Tensor, words:Tensor=None)->Tensor:   # -> (B, width)
         "Means"
-        keep = real(lengths, tokens.shape[1]); row = self.row[tokens].masked_fill(~keep, 0)
+        keep = real(lengths, tokens.shape[1])
+        row = self.row[tokens].masked_fill(~keep, 0)
         out = F.embedding_bag(row, self.table, mode='sum', padding_idx=0)
-        if words is not None and tokens.device.type == 'cpu' and not (new := keep & (row == 0)).any(): words = None
-        if words is not None: out = out + (F.embedding(tokens, words)*(keep & (row == 0)).unsqueeze(-1)).sum(1)
+        if words is not None and tokens.device.type == 'cpu' and not (new := keep & (row == 0)).any():
+            words = None
+        if words is not None:
+            out = out + (F.embedding(tokens, words)*(keep & (row == 0)).unsqueeze(-1)).sum(1)
         return out / lengths[:,None].clamp(min=1)
 
     def states(self, tokens:Tensor, lengths:Tensor, words:Tensor=None)->Tensor:   # -> (B, L, width)
         "Each piece's own"
-        row = self.row[tokens]; out = F.embedding(row, self.table, padding_idx=0)
+        row = self.row[tokens]
+        out = F.embedding(row, self.table, padding_idx=0)
         return out if words is None else torch.where(row.unsqueeze(-1) > 0, out, F.embedding(tokens, words))
 
 # %% ../../nbs/4_models/04_parts.ipynb #0000000f
@@ -146,7 +152,8 @@ def _asked(parts, net)->tuple:
     "The layers that blocks of a network ask for, counted from 0"
     def one(where):
         if where in ('out', 'pooler'): return where
-        n = layers(net); k = int(where) + (n+1 if int(where) < 0 else 0)
+        n = layers(net)
+        k = int(where) + (n+1 if int(where) < 0 else 0)
         if not 0 <= k <= n: raise ValueError(f'layer {where} of a network that has {n}')
         return k
     return tuple(one(p.where) for p in parts if p.source == 'net')
@@ -178,7 +185,8 @@ class TextParts(nn.Module):
         sets:bool=False,      # a vector for each token, for cross-attention?
     ):
         super().__init__()
-        groups = parse(parts, sets, 'text_parts'); self.order, self.sets = [p for g in groups for p in g], sets
+        groups = parse(parts, sets, 'text_parts')
+        self.order, self.sets = [p for g in groups for p in g], sets
         self.reader = _inner(TextTower, net, {p.where for p in self.order}) if net else None
         self.asked = _asked(self.order, self.reader.net) if net else ()
         self.pools = () if sets else tuple(p.pool for p in self.order if p.source == 'net')
@@ -201,7 +209,7 @@ class TextParts(nn.Module):
         got = iter(_of_net(self.reader, inputs, self.asked, self.pools))
         return [bag(*inputs, self.words) if p.source == 'bag' else next(got) for p in self.order]
 
-    def raw(self, tokens:Tensor, lengths:Tensor)->Tensor:       # (B, L), (B,) -> (B, sum of widths) or (B, L, sum)
+    def raw(self, tokens:Tensor, lengths:Tensor)->Tensor:  # (B, L), (B,) -> (B, sum of widths) or (B, L, sum)
         "The blocks beside each other"
         return torch.cat(self.found(tokens, lengths), -1)
 
@@ -231,7 +239,8 @@ class ImageParts(nn.Module):
         sets:bool=False,      # a vector for each region, for cross-attention?
     ):
         super().__init__()
-        groups = parse(parts, sets, 'image_parts'); self.order, self.sets = [p for g in groups for p in g], sets
+        groups = parse(parts, sets, 'image_parts')
+        self.order, self.sets = [p for g in groups for p in g], sets
         self.eye = _inner(VisionTower, net, {p.where for p in self.order}) if net else None
         self.asked = _asked(self.order, self.eye.net) if net else ()
         self.pools = () if sets else tuple(p.pool for p in self.order)
@@ -273,7 +282,8 @@ def _regions(feats, num, part):
         raise ValueError(f'image_parts: region {part.where} of {feats.shape[1]}')
     x = feats[:, some]
     if not part.pool: return x
-    return pool_of(part.pool)(x, num if not part.where else torch.full((len(x),), x.shape[1], device=x.device), 0)
+    return pool_of(part.pool)(x, num if not part.where
+                              else torch.full((len(x),), x.shape[1], device=x.device), 0)
 
 # %% ../../nbs/4_models/04_parts.ipynb #00000015
 def _network(source, side, parts, size=0, n_words=0, freeze='')->dict:
@@ -282,7 +292,8 @@ def _network(source, side, parts, size=0, n_words=0, freeze='')->dict:
     setting = dict(text='text_model', vision='vision')[side]
     if source is None and asks: raise ValueError(f'{side} parts ask for a network: name one ({setting})')
     if source is None: return {}
-    own = describe(source, side, source.config.get('projection_dim', 1), size=size, n_words=n_words, freeze=freeze)
+    own = describe(source, side, source.config.get('projection_dim', 1), size=size, n_words=n_words,
+                   freeze=freeze)
     return dict(net={k: own[k] for k in ('net', 'freeze', 'mean', 'std', 'size') if k in own})
 
 def describe_text(
@@ -315,9 +326,11 @@ def describe_image(
     sets:bool=False,        # for cross-attention?
 )->dict:                    # kind and arguments
     "An image tower out of parts"
-    groups = parse(parts, sets, 'image_parts'); sources = {p.source for g in groups for p in g}
+    groups = parse(parts, sets, 'image_parts')
+    sources = {p.source for g in groups for p in g}
     if sources != ({'net'} if source else {'regions'}):
-        raise ValueError(f"image_parts: blocks of {sorted(sources)}; wanted all of {'net' if source else 'regions'}")
+        raise ValueError(f"image_parts: blocks of {sorted(sources)}; wanted all of "
+                         f"{'net' if source else 'regions'}")
     return dict(kind='image_parts', parts=FORMS.get(parts, parts), dim=dim, dropout=dropout, sets=sets,
                 d_in=0 if source else d_in, **_network(source, 'vision', groups, size=size, freeze=freeze))
 

@@ -36,7 +36,8 @@ def _refused(path, e)->DataError:
         what = m.group(1) or m.group(2) or str(e)[:80]
         return DataError(path, f'an object of {what}, which can run code when it is read', wanted,
                          'It was not opened. Ask for the state dictionary alone, saved with torch.save.')
-    return DataError(path, f'no whole file of tensors ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else "cut off"})', wanted,
+    return DataError(path, f'no whole file of tensors ({type(e).__name__}: '
+                           f'{str(e).splitlines()[0][:80] if str(e) else "cut off"})', wanted,
                      'Fetch it again and compare its size.')
 
 def read_pth(
@@ -45,19 +46,24 @@ def read_pth(
     "What `torch.save` wrote, if there is nothing in it that could run code"
     file = regular_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                    # of the encoding, which texts of Python 2 need
+        warnings.simplefilter('ignore')  # of the encoding, which texts of Python 2 need
         try: return torch.load(file, map_location='cpu', weights_only=True, encoding='latin1')
         except Exception as e: raise _refused(path, e) from None       # a damaged file can fail anywhere
 
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #e5c89cce
-_VSE = ((r'^image_tower\.linear\.', '0|fc.'), (r'^image_tower\.mlp\.0\.', '0|mlp.layers.0.'), (r'^image_tower\.mlp\.2\.', '0|mlp.bns.0.'),
-        (r'^image_tower\.mlp\.4\.', '0|mlp.layers.1.'), (r'^image_tower\.pool\.', '0|gpool.'), (r'^text_tower\.pool\.', '1|gpool.'),
-        (r'^text_tower\.words\.table\.', '1|embed.'), (r'^text_tower\.gru\.', '1|rnn.'), (r'^text_tower\.net\.', '1|bert.'),
+_VSE = ((r'^image_tower\.linear\.', '0|fc.'), (r'^image_tower\.mlp\.0\.', '0|mlp.layers.0.'),
+        (r'^image_tower\.mlp\.2\.', '0|mlp.bns.0.'),
+        (r'^image_tower\.mlp\.4\.', '0|mlp.layers.1.'), (r'^image_tower\.pool\.', '0|gpool.'),
+        (r'^text_tower\.pool\.', '1|gpool.'),
+        (r'^text_tower\.words\.table\.', '1|embed.'), (r'^text_tower\.gru\.', '1|rnn.'),
+        (r'^text_tower\.net\.', '1|bert.'),
         (r'^text_tower\.joint\.', '1|linear.'))
 _LAYER, _WAS = r'^image_tower\.net\.layers\.(\d+)\.', r'0|visual_encoder.encoder.layer.\1.'
 _FNE = (*((_LAYER + a, _WAS + b) for a, b in (
-          (r'attention\.q_proj\.', 'attention.attention.query.'), (r'attention\.k_proj\.', 'attention.attention.key.'),
-          (r'attention\.v_proj\.', 'attention.attention.value.'), (r'attention\.o_proj\.', 'attention.output.dense.'),
+          (r'attention\.q_proj\.', 'attention.attention.query.'),
+          (r'attention\.k_proj\.', 'attention.attention.key.'),
+          (r'attention\.v_proj\.', 'attention.attention.value.'),
+          (r'attention\.o_proj\.', 'attention.output.dense.'),
           (r'mlp\.fc1\.', 'intermediate.dense.'), (r'mlp\.fc2\.', 'output.dense.'), ('', ''))),
         (r'^image_tower\.net\.', '0|visual_encoder.'), (r'^text_tower\.net\.', '0|text_encoder.'))
 
@@ -66,7 +72,8 @@ def _ruled(rules, model)->dict:
     out = {}
     for k, v in model.state_dict().items():
         ours, theirs = next(r for r in rules if re.match(r[0], k))
-        part, name = re.sub(ours, theirs, k).split('|'); out[k] = int(part), name, tuple(v.shape)
+        part, name = re.sub(ours, theirs, k).split('|')
+        out[k] = int(part), name, tuple(v.shape)
     return out
 
 def _towers(model)->dict:
@@ -74,7 +81,8 @@ def _towers(model)->dict:
     out = {}
     for part, name in enumerate(('image_tower', 'text_tower', 'captioner')):
         if not (module := getattr(model, name, None)): continue
-        for k, (t, v) in zip(module.state_dict(), to_released(module).items()): out[f'{name}.{k}'] = part, t, tuple(v.shape)
+        for k, (t, v) in zip(module.state_dict(), to_released(module).items()):
+            out[f'{name}.{k}'] = part, t, tuple(v.shape)
     return out
 
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #b289de1c
@@ -84,30 +92,35 @@ def _said(opt, path, **want):
     "Refuse a file whose settings contradict"
     for k, v in want.items():
         if k not in opt or opt[k] == v: continue
-        raise DataError(path, f'the setting {k} = {opt[k]!r}', f'{v!r}', 'Correct --as; other settings are not supported.')
+        raise DataError(path, f'the setting {k} = {opt[k]!r}', f'{v!r}',
+                        'Correct --as; other settings are not supported.')
 
 def _gru(txt, kind='gru', **kw)->dict:
     n_words, d_word = txt['embed.weight'].shape
     return dict(kind=kind, n_words=n_words, dim=txt['rnn.weight_hh_l0'].shape[1], d_word=d_word, **kw)
 
-def _regions(img, **kw)->dict: return dict(kind='region', d_in=img['fc.weight'].shape[1], dim=img['fc.weight'].shape[0], **kw)
+def _regions(img, **kw)->dict:
+    return dict(kind='region', d_in=img['fc.weight'].shape[1], dim=img['fc.weight'].shape[0], **kw)
 
 def _attended(similarity, states, opt, path)->dict:
     "SCAN and BFAN"
     way, kind = similarity.split('_') if similarity != 'bfan' else ('bfan', opt.get('focal_type', 'equal'))
-    _said(opt, path, no_imgnorm=False, no_txtnorm=False, num_layers=1, **(dict(cross_attn=kind) if way == 'scan' else {}))
+    _said(opt, path, no_imgnorm=False, no_txtnorm=False, num_layers=1,
+          **(dict(cross_attn=kind) if way == 'scan' else {}))
     known = _ATTENTION if way == 'scan' else dict(lambda_softmax='sharp')
     return dict(similarity=f'{way}_{kind}', image=_regions(states[0]), text=_gru(states[1]),
                 attention={b: opt[a] for a, b in known.items() if a in opt})
 
 def _vsrn(states, opt, path)->dict:
     "VSRN, and with a third state dictionary AOQ's"
-    img, txt = states[:2]; blocks = len({k.split('.')[0] for k in img if k.startswith('Rs_GCN')})
+    img, txt = states[:2]
+    blocks = len({k.split('.')[0] for k in img if k.startswith('Rs_GCN')})
     _said(opt, path, no_imgnorm=False, no_txtnorm=False, use_abs=False)
     more = dict(kind='vsrn', blocks=blocks, final_norm='bn.weight' in img, early_norm='bn.weight' not in img)
     out = dict(similarity='cosine', image=_regions(img) | more, text=_gru(txt, 'gru_last'))
     if len(states) < 3: return out
-    (dim, d_region), (n, d) = (states[2][k].shape for k in ('encoder.vid2hid.weight', 'decoder.embedding.weight'))
+    (dim, d_region), (n, d) = (states[2][k].shape
+                               for k in ('encoder.vid2hid.weight', 'decoder.embedding.weight'))
     return out | dict(captioner=dict(n_words=n, d_region=d_region, dim=dim, d_word=d))
 
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #e4aab1d3
@@ -115,7 +128,8 @@ def _bert(at)->dict:
     "The description of a BERT whose weights `at` gives by name"
     (n, dim), depth = at('embeddings.word_embeddings.weight').shape, 0
     while at(f'encoder.layer.{depth}.output.dense.bias', None) is not None: depth += 1
-    return dict(model_type='bert', vocab_size=n, hidden_size=dim, num_hidden_layers=depth, num_attention_heads=max(1, dim//64),
+    return dict(model_type='bert', vocab_size=n, hidden_size=dim, num_hidden_layers=depth,
+                num_attention_heads=max(1, dim//64),
                 intermediate_size=len(at('encoder.layer.0.intermediate.dense.bias')), pad_token_id=0,
                 max_position_embeddings=len(at('embeddings.position_embeddings.weight')))
 
@@ -125,32 +139,42 @@ def _getter(state, before)->Callable:
 
 def _vse(states, opt, path)->dict:
     "VSE-infinity on regions"
-    img, txt = states; dim = len(img['fc.bias'])
-    words = _gru(txt) if 'embed.weight' in txt else dict(kind='text', net=_bert(_getter(txt, 'bert.')), dim=dim)
-    return dict(similarity='cosine', image=_regions(img, hidden=len(img['mlp.layers.0.bias']), pool='gpo', norm=True),
-                text=words | dict(pool='gpo'))
+    img, txt = states
+    dim = len(img['fc.bias'])
+    if 'embed.weight' in txt: words = _gru(txt)
+    else: words = dict(kind='text', net=_bert(_getter(txt, 'bert.')), dim=dim)
+    regions = _regions(img, hidden=len(img['mlp.layers.0.bias']), pool='gpo', norm=True)
+    return dict(similarity='cosine', image=regions, text=words | dict(pool='gpo'))
 
 def _fne(states, opt, path)->dict:
     "FNE: the mean of all tokens, of sentences padded to 30; pixels scaled as for CLIP"
     eye, (mean, std) = _getter(states[0], 'visual_encoder.'), SCALES['clip']
     dim, _, _, patch = eye('embeddings.patch_embeddings.projection.weight').shape
     side = round((eye('embeddings.position_embeddings').shape[1]-1)**.5)
-    depth = len({k for k in states[0] if re.fullmatch(r'visual_encoder\.encoder\.layer\.\d+\.output\.dense\.bias', k)})
-    net = dict(model_type='vit', hidden_size=dim, num_hidden_layers=depth, num_attention_heads=max(1, dim//64), image_size=side*patch,
+    depth = len({k for k in states[0]
+                 if re.fullmatch(r'visual_encoder\.encoder\.layer\.\d+\.output\.dense\.bias', k)})
+    net = dict(model_type='vit', hidden_size=dim, num_hidden_layers=depth,
+               num_attention_heads=max(1, dim//64), image_size=side*patch,
                patch_size=patch, intermediate_size=len(eye('encoder.layer.0.intermediate.dense.bias')))
     same = dict(dim=dim, pool='all', project='none')
-    return dict(similarity='cosine', image=dict(kind='vision', net=net, mean=list(mean), std=list(std), **same),
+    return dict(similarity='cosine', image=dict(kind='vision', net=net, mean=list(mean), std=list(std),
+                                                **same),
                 text=dict(kind='text', net=_bert(_getter(states[0], 'text_encoder.')), even=30, **same))
 
 def _uniter(size, states, opt, path)->dict:
     "UNITER and TAGS"
-    s = states[0]; net = _bert(_getter(s, 'uniter.')); box = s.get('uniter.img_embeddings.pos_linear.weight')
-    same = dict(n_words='vocab_size', dim='hidden_size', layers='num_hidden_layers', heads='num_attention_heads',
-                longest='max_position_embeddings')
-    found = {a: net[b] for a, b in same.items()} | dict(d_in=s['uniter.img_embeddings.img_linear.weight'].shape[1],
-                                                        d_box=0 if box is None else box.shape[1])
+    s = states[0]
+    net = _bert(_getter(s, 'uniter.'))
+    box = s.get('uniter.img_embeddings.pos_linear.weight')
+    same = dict(n_words='vocab_size', dim='hidden_size', layers='num_hidden_layers',
+                heads='num_attention_heads', longest='max_position_embeddings')
+    found = {a: net[b] for a, b in same.items()}
+    found['d_in'] = s['uniter.img_embeddings.img_linear.weight'].shape[1]
+    found['d_box'] = 0 if box is None else box.shape[1]
     for k, v in UNITER.get(size, {}).items():
-        if found[k] != v: raise DataError(path, f'{k} is {found[k]}', f'{v}, as in uniter_{size}', 'Correct --as; tags takes any size.')
+        if found[k] != v:
+            raise DataError(path, f'{k} is {found[k]}', f'{v}, as in uniter_{size}',
+                            'Correct --as; tags takes any size.')
     return dict(similarity='cross', ffn=net['intermediate_size'], **found)
 
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #9d4c006d
@@ -159,7 +183,7 @@ class Release:
     "How the authors of a model keep its weights"
     describe:Callable         # (state dictionaries, settings, path) -> config of our model
     names:Callable=_towers    # our model -> {our name: (state dictionary, their name, their shape)}
-    loose:str='$.'            # names that have no place in our model, behind the number of their state dictionary
+    loose:str='$.'  # names that have no place in our model, behind the number of their state dictionary
     parts:tuple=(2,)          # how many state dictionaries there may be; (0,): the file is one itself
 
 _POOLERS = r'(pooler\.dense\.(weight|bias)|embeddings\.position_ids)$'
@@ -167,7 +191,8 @@ RELEASES = {k: Release(partial(_attended, k)) for k in ('scan_t2i', 'scan_i2t', 
     vsrn=Release(_vsrn, parts=(2, 3)),
     vse_infinity=Release(_vse, partial(_ruled, _VSE), rf'0\.mlp\.bns\.1\.|1\.bert\.{_POOLERS}'),
     fne=Release(_fne, partial(_ruled, _FNE), rf'0\.(visual|text)_encoder(_m)?\.{_POOLERS}', (1,)),
-    uniter_base=Release(partial(_uniter, 'base'), None, parts=(0,)), uniter_large=Release(partial(_uniter, 'large'), None, parts=(0,)),
+    uniter_base=Release(partial(_uniter, 'base'), None, parts=(0,)),
+    uniter_large=Release(partial(_uniter, 'large'), None, parts=(0,)),
     tags=Release(partial(_uniter, ''), None, parts=(0,)))            # name -> how its files are read
 
 def release(
@@ -189,13 +214,15 @@ def opened(
     path='file',     # for messages
 )->tuple:            # (state dictionaries without `module.`, note: everything else of the file)
     "The state dictionaries of a file, and what is around them"
-    flat = release(kind).parts == (0,); wanted = f'a file as the authors of {kind} save it'
+    flat = release(kind).parts == (0,)
+    wanted = f'a file as the authors of {kind} save it'
     held = found.get('model') if isinstance(found, dict) and not flat else None
     states = [found] if flat else list(held) if isinstance(held, (list, tuple)) else []
     if not (states and all(map(_is_state, states)) and (flat or len(states) in release(kind).parts)):
         raise DataError(path, f'{type(found).__name__} without the state dictionaries it should hold', wanted,
                         'Correct --as, or fetch the whole checkpoint.')
-    more = {} if flat else {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in found.items() if k != 'model'}
+    more = {} if flat else {k: vars(v) if isinstance(v, argparse.Namespace) else v
+                            for k, v in found.items() if k != 'model'}
     before = 'module.' if all(k.startswith('module.') for s in states for k in s) else ''
     keys = [[[k, str(v.dtype).removeprefix('torch.')] for k, v in s.items()] for s in states]
     note = dict(kind=kind, before=before, keys=keys, more=json.loads(json.dumps(more, default=str)))
@@ -217,8 +244,11 @@ def described(
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #669ce0c0
 def _misfit(path, odd, wrong, missing):
     "Say which names have no partner"
-    for found, wanted in ((odd, 'no further tensors'), (wrong, 'the shapes of this model'), (missing, 'these too')):
-        if found: raise DataError(path, f'{len(found)} tensors: {", ".join(found[:3])}', wanted, 'Correct --as, or fetch the file again.')
+    for found, wanted in ((odd, 'no further tensors'), (wrong, 'the shapes of this model'),
+                          (missing, 'these too')):
+        if found:
+            raise DataError(path, f'{len(found)} tensors: {", ".join(found[:3])}', wanted,
+                            'Correct --as, or fetch the file again.')
 
 def take(
     model:nn.Module,    # made of `described`
@@ -229,7 +259,9 @@ def take(
     "Put released weights into a model; every tensor has one place, every place its tensor"
     if release(kind).names is None: return dict(released=_take_uniter(model, states[0], path), memory={})
     states, memory = _bank_of(states) if kind == 'fne' else (states, {})
-    names = release(kind).names(model); back = {(p, t): k for k, (p, t, _) in names.items()}; ours, kept, odd = {}, {}, []
+    names = release(kind).names(model)
+    back = {(p, t): k for k, (p, t, _) in names.items()}
+    ours, kept, odd = {}, {}, []
     for p, state in enumerate(states):
         for t, v in state.items():
             if (p, t) in back: ours[back[p, t]] = v
@@ -237,7 +269,8 @@ def take(
             else: odd.append(t)
     own = model.state_dict()
     wrong = [f'{names[k][1]} {tuple(v.shape)}' for k, v in ours.items() if tuple(v.shape) != names[k][2]]
-    _misfit(path, odd, wrong, [names[k][1] for k in own if k not in ours and not k.endswith('num_batches_tracked')])
+    _misfit(path, odd, wrong, [names[k][1] for k in own if k not in ours
+                               and not k.endswith('num_batches_tracked')])
     model.load_state_dict({k: ours.get(k, v).reshape(v.shape) for k, v in own.items()})
     return dict(released=kept, memory=_copies(memory, model, path) if kind == 'fne' else {})
 
@@ -248,15 +281,20 @@ def give(
     note:dict=None,     # from `opened`: order, types and prefix of the file; None: those of our model
 )->list:                # state dictionaries as the release has them
     "The way back"
-    if release(kind).names is None: states = [to_uniter(model, beside['released'], note['uniter'] if note else 'tags2')]
+    if release(kind).names is None:
+        states = [to_uniter(model, beside['released'], note['uniter'] if note else 'tags2')]
     else:
-        names, own = release(kind).names(model), model.state_dict(); states = [{} for _ in range(1 + max(p for p, *_ in names.values()))]
+        names, own = release(kind).names(model), model.state_dict()
+        states = [{} for _ in range(1 + max(p for p, *_ in names.values()))]
         for k, (p, t, shape) in names.items(): states[p][t] = own[k].reshape(shape)
-        for k, v in beside['released'].items(): p, t = k.split('.', 1); states[int(p)][t] = v
+        for k, v in beside['released'].items():
+            p, t = k.split('.', 1)
+            states[int(p)][t] = v
     if beside['memory']: states[0] |= _bank_out(beside['memory'], names)
     if not note: return states
     same = lambda k: k.removeprefix(note['before'])
-    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8,
+             torch.int16, torch.int32, torch.int64)
     types = {str(x).removeprefix('torch.'): x for x in (*known, torch.bool)}
     return [{k: s[same(k)].to(types[t]) for k, t in keys} for s, keys in zip(states, note['keys'])]
 
@@ -266,20 +304,24 @@ _QUEUE = ('image_queue', 'text_queue', 'idx_queue', 'queue_ptr')
 def _bank_of(states)->tuple:   # (state dictionaries without it, state of a `memory.Bank` under their names)
     "Set the memory and the slow copies apart"
     def its(k): return k in _QUEUE or re.match(r'(visual|text)_encoder_m\.', k) and not re.search(_POOLERS, k)
-    return [{k: v for k, v in states[0].items() if not its(k)}], {k: v for k, v in states[0].items() if its(k)}
+    return ([{k: v for k, v in states[0].items() if not its(k)}],
+            {k: v for k, v in states[0].items() if its(k)})
 
 def _copies(found, model, path)->dict:
     "The state of a `memory.Bank`"
     names = {k: _slow(t) for k, (_, t, _) in _ruled(_FNE, model).items()}
-    own = model.state_dict(); wrong = [t for k, t in names.items() if t in found and found[t].shape != own[k].shape]
-    _misfit(path, sorted(found.keys() - {*names.values(), *_QUEUE}), wrong, [k for k in (*names.values(), *_QUEUE) if k not in found])
+    own = model.state_dict()
+    wrong = [t for k, t in names.items() if t in found and found[t].shape != own[k].shape]
+    _misfit(path, sorted(found.keys() - {*names.values(), *_QUEUE}), wrong,
+            [k for k in (*names.values(), *_QUEUE) if k not in found])
     images, texts, ids, place = (found[k] for k in _QUEUE)
-    if not (images.shape == texts.shape == (model.config['image']['dim'], ids.numel()) and len(ids) == 1 and place.shape == (1,)):
+    if not (images.shape == texts.shape == (model.config['image']['dim'], ids.numel()) and len(ids) == 1
+            and place.shape == (1,)):
         shapes = ', '.join(str(tuple(found[k].shape)) for k in _QUEUE)
         raise DataError(path, f'a memory of {shapes}', 'as many columns as ids', 'Fetch the file again.')
-    written = (ids[0] != -100).sum()[None]                                                     # -100: nobody was written there
+    written = (ids[0] != -100).sum()[None]  # -100: nobody was written there
     ring = dict(images=images.T, texts=texts.T, ids=ids[0], place=torch.cat([place, written]),
-                caps=torch.full_like(ids[0], -1))                                                  # whose sentences: not in the file
+                caps=torch.full_like(ids[0], -1))  # whose sentences: not in the file
     return {f'ring.{k}': v for k, v in ring.items()} | {f'copy.{k}': found[t] for k, t in names.items()}
 
 def _slow(name)->str: return name.replace('_encoder.', '_encoder_m.', 1)
@@ -295,10 +337,14 @@ def _take_uniter(model, state, path)->dict:
     words = state.get('uniter.embeddings.word_embeddings.weight')
     for k in ('cls.predictions.decoder.weight', 'correction_output.predictions.decoder.weight'):
         if k in state and words is not None and not words.is_meta and not torch.equal(state[k], words):
-            raise DataError(path, f'{k} is not the table of words', 'the same tensor twice', 'Fetch the file again.')
-    if uniter_kind(state) == 'itm': state = state | {k: v for k, v in to_uniter(model, {}).items() if k.startswith('cls.')}
+            raise DataError(path, f'{k} is not the table of words', 'the same tensor twice',
+                            'Fetch the file again.')
+    if uniter_kind(state) == 'itm':
+        state = state | {k: v for k, v in to_uniter(model, {}).items() if k.startswith('cls.')}
     try: rest = from_uniter(model, state)
-    except DataError as e: raise DataError(path, f'{e.where}: {e.found}', e.wanted, 'Correct --as, or fetch the file again.') from None
+    except DataError as e:
+        raise DataError(path, f'{e.where}: {e.found}', e.wanted,
+                        'Correct --as, or fetch the file again.') from None
     known = r'uniter\.img_embeddings\.mask_embedding\.|itm_output\.|feat_regress\.|region_classifier\.'
     _misfit(path, [k for k in rest if not re.match(known, k)], [], [])
     return rest
@@ -314,9 +360,11 @@ def uniter_kind(
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #51bfe743
 _APART = (r"``|''", r'\.{2,}', '--', r'(?<=[^.])\.(?=[\])}>"' r"' ]*$)",
           r'(?<![.\s])(?<!\b[a-z])(?<!\b(?:mr|ms|dr|st|vs|jr|sr))(?<!\bmrs)\.(?=\s)',
-          r'[:,](?=\D|$)', r'[;@#$%&?!*\[\](){}<>]', r"(?<=[^' ])n't(?=[ .]|$)", r"(?<=[^' ])'(?:s|m|d|ll|re|ve)(?=[ .]|$)",
+          r'[:,](?=\D|$)', r'[;@#$%&?!*\[\](){}<>]', r"(?<=[^' ])n't(?=[ .]|$)",
+          r"(?<=[^' ])'(?:s|m|d|ll|re|ve)(?=[ .]|$)",
           r"(?<=[^' ])'(?=\s|$)", r"(?<![\w])'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)",
-          r'\bcan(?=not\b)|\bgim(?=me\b)|\bgon(?=na\b)|\bgot(?=ta\b)|\blem(?=me\b)|\bwan(?=na\b)')     # what stands alone
+          # what stands alone
+          r'\bcan(?=not\b)|\bgim(?=me\b)|\bgon(?=na\b)|\bgot(?=ta\b)|\blem(?=me\b)|\bwan(?=na\b)')
 
 def _split_rules(numbers)->str:
     "NLTK's words in the language of `tokenizers`"
@@ -336,8 +384,10 @@ def _piece_rules(pieces, lower, before=())->str:
     t = Tokenizer(models.WordPiece({w: i for i, w in enumerate(pieces)}, unk_token='[UNK]'))
     taken = [normalizers.Replace(Regex(a), b) for a, b in before]
     t.normalizer = normalizers.Sequence([*taken, normalizers.BertNormalizer(lowercase=lower)])
-    t.pre_tokenizer, ends = pre_tokenizers.BertPreTokenizer(), [(w, pieces.index(w)) for w in ('[CLS]', '[SEP]')]
-    t.add_special_tokens(list(ENDS)); t.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', special_tokens=ends)
+    t.pre_tokenizer, ends = (pre_tokenizers.BertPreTokenizer(),
+                             [(w, pieces.index(w)) for w in ('[CLS]', '[SEP]')])
+    t.add_special_tokens(list(ENDS))
+    t.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', special_tokens=ends)
     return t.to_str()
 
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #2de66bff
@@ -345,7 +395,9 @@ _CLEANED = ((r"[,.'!?\"()*#:;~]", ''), ('[-/]', ' '))        # what FNE's releas
 
 def _word_numbers(path)->dict:
     "Word -> number, of a vocabulary in JSON"
-    d = read_json(path); d = d.get('word2idx', d) if isinstance(d, dict) else None; need = ('<pad>', '<start>', '<end>', '<unk>')
+    d = read_json(path)
+    d = d.get('word2idx', d) if isinstance(d, dict) else None
+    need = ('<pad>', '<start>', '<end>', '<unk>')
     good = isinstance(d, dict) and all(w in d for w in need) and all(type(n) is int for n in d.values())
     if good and d['<pad>'] == 0 and sorted(d.values()) == list(range(len(d))): return d
     raise DataError(path, 'no vocabulary', f'word2idx: a number from 0 for every word, with {" ".join(need)}',
@@ -365,11 +417,14 @@ def vocabulary_of(
     elif path.suffix == '.txt':
         pieces = path.read_text('utf-8').splitlines()
         if not {*ENDS} <= {*pieces}:
-            raise DataError(path, f'{len(pieces)} lines', f'a piece a line, with {" ".join(ENDS)}', 'Take vocab.txt of the BERT.')
-        made = Pieces(_piece_rules(pieces, release(kind).names is not None, _CLEANED if kind == 'fne' else ()), most, path)
+            raise DataError(path, f'{len(pieces)} lines', f'a piece a line, with {" ".join(ENDS)}',
+                            'Take vocab.txt of the BERT.')
+        made = Pieces(_piece_rules(pieces, release(kind).names is not None,
+                                   _CLEANED if kind == 'fne' else ()), most, path)
     else: made = Pieces(_split_rules(_word_numbers(path)), most, path)
     if len(made) == n_words: return made
-    raise DataError(path, f'{len(made)} words', f'{n_words}, as the model has', 'Take the vocabulary of this checkpoint.')
+    raise DataError(path, f'{len(made)} words', f'{n_words}, as the model has',
+                    'Take the vocabulary of this checkpoint.')
 
 # %% ../../nbs/4_models/11_released_checkpoints.ipynb #c1856e51
 def _tensors(d, file):
@@ -383,17 +438,22 @@ def convert(
     out,             # folder, made if need be
     vocab='',        # vocabulary of the release; '': none, and nothing can be ranked yet
 )->nn.Module:
-    "A file of the authors as a folder that `from_pretrained` reads; what our model does not use is kept beside it"
-    out = Path(out); states, note = opened(read_pth(path), kind, path)
-    torch.manual_seed(0); model = model_of(described(states, kind, note['more'].get('opt') or {}, path))
-    beside = take(model, states, kind, path); config = model.config
+    """A file of the authors as a folder that `from_pretrained` reads; what our model does not use is kept
+    beside it"""
+    out = Path(out)
+    states, note = opened(read_pth(path), kind, path)
+    torch.manual_seed(0)
+    model = model_of(described(states, kind, note['more'].get('opt') or {}, path))
+    beside = take(model, states, kind, path)
+    config = model.config
     n = config.get('n_words') or config['text'].get('n_words') or config['text']['net']['vocab_size']
     words = vocabulary_of(vocab, kind, n) if vocab else None
     if release(kind).names is None: note['uniter'] = uniter_kind(states[0])
     save_pretrained(model, out)
     for k, d in beside.items(): _tensors(d, out/f'{k}.safetensors')
     if words: words.save(out/'vocab.json')
-    write_atomic(out/'released.json', json.dumps(note | dict(file=Path(path).name, sha256=sha256_of(path)), indent=1).encode())
+    write_atomic(out/'released.json', json.dumps(note | dict(file=Path(path).name, sha256=sha256_of(path)),
+                                                 indent=1).encode())
     return model
 
 def restore(
@@ -402,14 +462,19 @@ def restore(
     kind:str='',     # name in `RELEASES`; '': the one it came from
 ):
     "A folder as a file of the authors"
-    folder = Path(folder); model, said = from_pretrained(folder), folder/'released.json'
+    folder = Path(folder)
+    model, said = from_pretrained(folder), folder/'released.json'
     note = read_json(said) if said.is_file() else None
-    if note and kind and note['kind'] != kind: raise SetupError(f'{folder}: came from {note["kind"]}, not {kind}')
-    if not (kind := kind or (note or {}).get('kind', '')): raise SetupError(f'{folder}: say which release with --as: {", ".join(RELEASES)}')
-    beside = {k: load_file(f) if (f := folder/f'{k}.safetensors').is_file() else {} for k in ('released', 'memory')}
+    if note and kind and note['kind'] != kind:
+        raise SetupError(f'{folder}: came from {note["kind"]}, not {kind}')
+    if not (kind := kind or (note or {}).get('kind', '')):
+        raise SetupError(f'{folder}: say which release with --as: {", ".join(RELEASES)}')
+    beside = {k: load_file(f) if (f := folder/f'{k}.safetensors').is_file() else {}
+              for k in ('released', 'memory')}
     try: states = give(model, beside, kind, note)
     except (StopIteration, ValueError, KeyError, AttributeError):
-        raise DataError(folder, f"a model of kind {model.config['similarity']}", f'one that {kind} can hold', 'Correct --as.') from None
+        raise DataError(folder, f"a model of kind {model.config['similarity']}", f'one that {kind} can hold',
+                        'Correct --as.') from None
     states = [{k: v.detach().contiguous().clone() for k, v in s.items()} for s in states]
     more = dict(note['more']) if note else dict(opt={})
     if 'opt' in more: more['opt'] = argparse.Namespace(**(more['opt'] or {}))
@@ -422,17 +487,23 @@ def itm_convert(argv=None)->int:
     p = Parser(prog='itm_convert', description=itm_convert.__doc__)
     p.add_argument('file', help='the authors\' .pth, .pth.tar or .pt; with --to-released, a folder')
     p.add_argument('--as', dest='kind', default='', metavar='RELEASE', help=', '.join(RELEASES))
-    p.add_argument('--vocab', default='', help='vocabulary of the release: word2idx in JSON, vocab.txt, or a folder with a tokeniser')
+    p.add_argument('--vocab', default='',
+                   help='vocabulary of the release: word2idx in JSON, vocab.txt, or a tokeniser folder')
     p.add_argument('--out', required=True, help='the folder to write; with --to-released, the file')
     p.add_argument('--to-released', action='store_true', help='the way back')
     a = p.parse_args(argv)
     check_place(a.out, '--out', not a.to_released)
-    if a.kind and a.kind not in RELEASES: raise SetupError(f'--as {a.kind!r}{suggest(a.kind, RELEASES)}; there are {", ".join(RELEASES)}')
-    if a.to_released: restore(a.file, a.out, a.kind); print(f'{a.out}: written'); return 0
+    if a.kind and a.kind not in RELEASES:
+        raise SetupError(f'--as {a.kind!r}{suggest(a.kind, RELEASES)}; there are {", ".join(RELEASES)}')
+    if a.to_released:
+        restore(a.file, a.out, a.kind)
+        print(f'{a.out}: written')
+        return 0
     if not a.kind: raise SetupError(f'say what the file is with --as: {", ".join(RELEASES)}')
     model = convert(a.file, a.kind, a.out, a.vocab)
     kept = [f.name for k in ('released', 'memory') if (f := Path(a.out)/f'{k}.safetensors').is_file()]
     n = sum(x.numel() for x in model.parameters())
-    print(f'{a.out}: {model.config["similarity"]}, {n:,} weights' + (f'; beside it {", ".join(kept)}' if kept else ''))
+    print(f'{a.out}: {model.config["similarity"]}, {n:,} weights'
+          + (f'; beside it {", ".join(kept)}' if kept else ''))
     if not a.vocab: print('no vocabulary was given (--vocab): the model cannot read sentences yet')
     return 0

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent.parent
 FIELDS = 'names of the fields of one of our own dataclasses, or a literal tuple beside the call'
 PARSER = 'names that argparse was given by us'
 OURS = 'a literal of the package in another function, passed on'
+SIDE = "'image' or 'text', a literal of the package: a tower of a model, or None"
 
 # (module, function, what is called, its text) -> why it is safe
 SAFE = {
@@ -36,6 +37,10 @@ SAFE = {
     ('pretrained', '_spelt', 'getattr', 'half'): "'vision_config' or 'text_config' of a configuration of transformers; it is read, not called",
     ('pretrained', '_maker', 'getattr', "type(c).__name__.replace('Config', 'Model')"): 'the class of a configuration that transformers made of a type in CONFIG_MAPPING',
     ('corpus', 'batches', 'getattr', 'missing'): FIELDS,
+    ('build', '_what_is_read', 'getattr', "f'{side}_tower'"): SIDE,
+    ('build', 'measure', 'getattr', "f'{side}_tower'"): SIDE,
+    ('encode', '_is_network', 'getattr', "f'{side}_tower'"): SIDE,
+    ('frozen_cache', 'network_print', 'getattr', 'k'): 'names in a literal tuple beside the call; what is found is hashed, not called',
     ('build', '_described', 'getattr', 'k'): FIELDS, ('loop', 'call_hooks', 'getattr', 'hook'): OURS,
     ('grammar', '__getitem__', 'getattr', 'f.name'): FIELDS, ('grammar', 'join', 'getattr', 'f.name'): FIELDS, ('world', '_columns', 'getattr', 'f.name'): FIELDS,
 }
