@@ -91,7 +91,7 @@ def test_settings_of_the_attention_arrive():
     (side,) = m.score.sides
     assert (side.sharp, side.lse, side.agg, side.norm) == (4., 3., 'Mean',
                                                            'softmax') and m.config[
-        'attention'] == dict(attention_scale=4., lse_scale=3., agg='Mean', norm='softmax')
+        'attention'] == dict(sharp=4., lse=3., agg='Mean', norm='softmax')
     plain = build(cfg_of('scan_t2i'), 5, 20)
     assert plain.config['attention'] == {} and plain.score.sides[0].sharp == 9.
     coco = build(cfg_of('cosine', image='vsrn_coco'), 5, 20).image_tower
