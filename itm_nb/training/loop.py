@@ -430,7 +430,7 @@ def _say(t:Training, run:Path, **line):
     "Append a line to the log: nothing of the clock, so it is the same on every machine and after every resume"
     if not leads(): return
     raw = (json.dumps(line)+'\n').encode(); t.running['log'].update(raw)
-    with open(run/'log.jsonl', 'ab') as f: f.write(raw); f.flush(); t.log_bytes = f.call_hooks()
+    with open(run/'log.jsonl', 'ab') as f: f.write(raw); f.flush(); t.log_bytes = f.tell()
 
 def _log(t:Training, run:Path, epoch:int, clock:list):
     "One line of means since the last, and one of the clock; the only place that waits for the device"
@@ -465,7 +465,7 @@ def _note(t:Training, run:Path, epoch:int, seen:list):
     raw = b''.join(_rows(t, epoch, *x).tobytes() for x in seen)
     if not leads(): return
     t.running['picks'].update(raw)
-    with open(run/'picks.bin', 'ab') as f: f.write(raw); f.flush(); t.pick_bytes = f.call_hooks()
+    with open(run/'picks.bin', 'ab') as f: f.write(raw); f.flush(); t.pick_bytes = f.tell()
 
 def load_picks(
     path,              # picks.bin of a run
