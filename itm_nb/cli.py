@@ -30,26 +30,33 @@ from .runs.sweep_plan import (
 def _listed(p:Parameter)->str:
     "A line of --parameters: name, default, type, what it is, what it may be"
     bounds = p.rule.bounds if p.rule else ''
-    return f'{p.name:17} {p.default!r:12} {type(p.default).__name__:5} {p.about}' + (f' [{bounds}]' if bounds else '')
+    return f'{p.name:17} {p.default!r:12} {type(p.default).__name__:5} {p.about}' + (
+        f' [{bounds}]' if bounds else '')
 
 @command
 def itm_run(argv=None)->int:
     "Run an experiment's notebook with parameters, strictly"
     p = Parser(prog='itm_run', description=itm_run.__doc__)
-    p.add_argument('experiment', nargs='?', help='train, evaluate, study, benchmark, or the path of a notebook')
-    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='set a parameter')
+    p.add_argument('experiment', nargs='?',
+                   help='train, evaluate, study, benchmark, or the path of a notebook')
+    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
+                   help='set a parameter')
     p.add_argument('-f', metavar='FILE', help='a YAML or JSON file of parameters')
-    p.add_argument('--allow-code', action='store_true', help="methods of one's own may be named in FILE: it is trusted like a program")
+    p.add_argument('--allow-code', action='store_true',
+                   help="methods of one's own may be named in FILE: it is trusted like a program")
     p.add_argument('--parameters', action='store_true', help='list what can be set, and stop')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
-    p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N', help='train in N processes, then execute the notebook')
+    p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N',
+                   help='train in N processes, then execute the notebook')
     a = p.parse_args(argv); work = execute
     if not a.experiment: p.print_help(); return 2
     if a.parameters:
         for x in parameters(template(a.experiment)).values(): print(_listed(x))
         return 0
     given = read_yaml(Path(a.f)) if a.f else {}
-    if a.accelerate > 1: from itm_nb.runs.multi_process import several; work = several(a.accelerate)
+    if a.accelerate > 1:
+        from itm_nb.runs.multi_process import several
+        work = several(a.accelerate)
     code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work, typed=None if a.allow_code else dict(a.p))
     said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
     if not a.quiet: print(f'{said.get(code, "failed")}: {out}')
@@ -101,7 +108,8 @@ def _page_cell(cell)->str:
     "What a cell shows in a page: prose as it is, of code only Markdown outputs"
     if cell.cell_type == 'markdown': return cell.source
     if cell.cell_type != 'code': return ''
-    return '\n\n'.join(''.join(o['data']['text/markdown']) for o in cell.outputs if 'text/markdown' in o.get('data', {}))
+    return '\n\n'.join(''.join(o['data']['text/markdown'])
+                       for o in cell.outputs if 'text/markdown' in o.get('data', {}))
 
 def _links(
     text:str,      # Markdown with links as seen from `start`
@@ -129,10 +137,12 @@ def page(
 @command
 def itm_readme(argv=None)->int:
     "Make README.md and figures/RESULTS.md from nbs/index.ipynb and nbs/results.ipynb, offline"
-    p = Parser(prog='itm_readme', description=itm_readme.__doc__); p.parse_args(argv)
+    p = Parser(prog='itm_readme', description=itm_readme.__doc__)
+    p.parse_args(argv)
     root = project()
     for notebook, target in PAGES.items():
-        text = page(root, notebook, target); (root/target).write_text(text, 'utf-8')
+        text = page(root, notebook, target)
+        (root/target).write_text(text, 'utf-8')
         print(f'{target}: {len(text.splitlines())} lines, {len(text.encode())/1000:.1f} kB')
     return 0
 
@@ -154,12 +164,16 @@ def _time(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 
 
 def _dry(todo, open_, costs, jobs):
     "Every run with its estimate, then the sum"
-    left = [e for e in todo if not finished(e.out, e.values)]; got = {e.out: costs(e) for e in left}
+    left = [e for e in todo if not finished(e.out, e.values)]
+    got = {e.out: costs(e) for e in left}
     for e in todo:
-        c = got.get(e.out); guess = 'done' if c is None else 'unknown' if c.seconds is None else f'{_time(c.seconds)}, {c.how}'
+        c = got.get(e.out)
+        guess = 'done' if c is None else 'unknown' if c.seconds is None else f'{_time(c.seconds)}, {c.how}'
         print(f'{"(open)" if e.arm in open_ else e.out.name:12} {e.arm:16} {where(e):14} {guess}')
-    known = [c.seconds for c in got.values() if c.seconds is not None]; mib = [c.mib for c in got.values() if c.mib]
-    print(f'{len(left)} of {len(todo)} runs to do: {_time(sum(known))} of work, about {_time(sum(known)/jobs)} with {jobs} side by side'
+    known = [c.seconds for c in got.values() if c.seconds is not None]
+    mib = [c.mib for c in got.values() if c.mib]
+    print(f'{len(left)} of {len(todo)} runs to do: {_time(sum(known))} of work, about '
+          f'{_time(sum(known)/jobs)} with {jobs} side by side'
           + (f'; for {len(left)-len(known)} nothing is known' if len(known) < len(left) else ''))
     if mib: print(f'memory: up to {max(mib):.0f} MiB a run, {sum(sorted(mib)[-jobs:]):.0f} MiB side by side')
     if open_: print(f'(open): the settings of {", ".join(sorted(open_))} are found by the search first')
@@ -170,12 +184,14 @@ def _look(a, todo, spec, tried, open_, costs)->int:
     if a.dry_run:
         guess = {arm: dict(settings=x[0]) for arm, x in trials(spec).items() if arm in open_}
         shown = entries(spec, a.name, Path(a.runs), a.places, a.chosen | guess) if open_ else todo
-        _dry(tried + [e for e in shown if e.out not in {x.out for x in tried}], open_, costs, a.jobs or _jobs())
+        _dry(tried + [e for e in shown if e.out not in {x.out for x in tried}], open_, costs,
+             a.jobs or _jobs())
     if a.status:
         for e in every: print(f'{state(e, every):8} {e.out.name} {e.arm:16} {where(e)}')
         if open_: print(f'{", ".join(sorted(open_))}: the search comes first')
     if a.stale:
-        for e, at, was in (old := stale(every, project()/'figures'/'results')): print(f'{at} {e.arm} {where(e)}: made by {was}')
+        for e, at, was in (old := stale(every, project()/'figures'/'results')):
+            print(f'{at} {e.arm} {where(e)}: made by {was}')
         print(f'{len(old)} made by other source than the present {source_hash()}')
     return 0
 
@@ -183,14 +199,20 @@ def _jobs(): return min(2, os.cpu_count() or 1)
 
 def _parser()->argparse.ArgumentParser:
     "The arguments of `itm_sweep`"
-    p = Parser(prog='itm_sweep', description='Run a sweep: every arm in every block, then tables and figures; what is '
+    p = Parser(prog='itm_sweep',
+               description='Run a sweep: every arm in every block, then tables and figures; what is '
                                 'finished is never run again')
     p.add_argument('sweep', help='scenes, flickr8k_base, tiny, or the path of a yaml file')
-    p.add_argument('--profile', default='', help='a profile of the file: other settings, in a sweep of their own')
-    p.add_argument('--jobs', type=number(int, 1), help=f'runs side by side (default: {_jobs()}; with ray what the cluster holds)')
-    p.add_argument('--engine', choices=('local', 'ray'), default='local', help='where runs are started: this machine, or a Ray cluster')
-    p.add_argument('--retries', type=number(int), default=2, help='ray: further tries of a run that failed or was lost (%(default)s)')
-    p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N', help='train every run in N processes (default: one)')
+    p.add_argument('--profile', default='',
+                   help='a profile of the file: other settings, in a sweep of their own')
+    p.add_argument('--jobs', type=number(int, 1),
+                   help=f'runs side by side (default: {_jobs()}; with ray what the cluster holds)')
+    p.add_argument('--engine', choices=('local', 'ray'), default='local',
+                   help='where runs are started: this machine, or a Ray cluster')
+    p.add_argument('--retries', type=number(int), default=2,
+                   help='ray: further tries of a run that failed or was lost (%(default)s)')
+    p.add_argument('--accelerate', type=number(int, 1), default=1, metavar='N',
+                   help='train every run in N processes (default: one)')
     p.add_argument('--runs', default='runs', help='where runs go (default: %(default)s)')
     p.add_argument('--budget', type=_duration, help='time for everything, e.g. 10m: no block is begun that will not be completed')
     p.add_argument('--memory', type=number(float, 1), help='MiB for all runs together (default: what the machine has)')
@@ -211,11 +233,15 @@ def itm_sweep(argv=None)->int:
     odd = [k for k, _ in a.p if k not in ('folder', 'cache', 'models', 'workers', 'device')]
     if odd: raise SetupError(f'a sweep fixes {odd[0]!r}; -p takes folder, cache, models, workers and device')
     _check_given(a)
-    path = sweep_file(a.sweep); spec = read_sweep(path, a.profile, a.allow_code); a.told = spec['report']
+    path = sweep_file(a.sweep)
+    spec = read_sweep(path, a.profile, a.allow_code)
+    a.told = spec['report']
     a.name, a.places = path.stem + (f'_{a.profile}' if a.profile else ''), dict(a.p) | dict(progress=False)
     checked_entry(a.name, 'itm_sweep', 'the name of the sweep')
-    tried = searches(spec, a.name, Path(a.runs), a.places); a.chosen = choose(spec, tried)
-    todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen); look = a.dry_run or a.status or a.stale
+    tried = searches(spec, a.name, Path(a.runs), a.places)
+    a.chosen = choose(spec, tried)
+    todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
+    look = a.dry_run or a.status or a.stale
     _check_inputs(tried + todo)
     if not look: _has_data(tried + todo)
     known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
@@ -229,7 +255,8 @@ def _check_given(a):
     check_place(a.runs, '--runs'); places = dict(a.p)
     if places.get('cache'): check_place(places['cache'], 'cache')
     for k in ('folder', 'models'):
-        if places.get(k) and not Path(places[k]).is_dir(): raise SetupError(f'{k} {places[k]!r}: no such folder; correct -p {k}')
+        if places.get(k) and not Path(places[k]).is_dir():
+            raise SetupError(f'{k} {places[k]!r}: no such folder; correct -p {k}')
 
 def _check_inputs(todo):
     "Refuse inputs that are not there and that no run of the sweep will make"
@@ -245,7 +272,8 @@ def _has_data(todo):
     for e in todo:
         folder = e.values.get('folder', '')
         if e.values.get('data') in ('scan', 'images') and not Path(folder or '?').is_dir():
-            raise SetupError(f'data folder {folder!r} is not there; wanted the folder of the data set: -p folder PATH')
+            raise SetupError(f'data folder {folder!r} is not there; wanted the folder of the data set: -p '
+                             f'folder PATH')
 
 def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
@@ -260,7 +288,8 @@ def _machine(device)->tuple:
     "MiB of memory: of the machine, of its accelerator where one is asked for"
     host = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**20
     if device != 'auto' or not shutil.which('nvidia-smi'): return host, None
-    said = subprocess.run(['nvidia-smi', '--query-gpu=memory.total', '--format=csv,noheader,nounits'], capture_output=True, text=True)
+    said = subprocess.run(['nvidia-smi', '--query-gpu=memory.total', '--format=csv,noheader,nounits'],
+                          capture_output=True, text=True)
     try: return host, float(said.stdout.splitlines()[0])
     except (IndexError, ValueError): return host, None
 
@@ -268,47 +297,61 @@ def _drive_all(a, todo, costs, budget)->dict:
     "Drive with a bar; say what did not finish"
     from tqdm import tqdm
     host, gpu = _machine(a.places.get('device'))
-    plan = Plan(costs, budget, a.memory or host, a.gpu_memory or gpu) if a.engine == 'local' else Plan(costs, budget)
+    plan = Plan(costs, budget, a.memory or host,
+                a.gpu_memory or gpu) if a.engine == 'local' else Plan(costs, budget)
     look = '{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}] {postfix}'
     with tqdm(total=len(todo), initial=count_done(todo), unit='run', bar_format=look) as bar:
         failed = drive(todo, a.jobs, bar, plan, a.start)
     for i, code in failed.items():
-        how = {RESUMABLE: 'not finished, resumable', BLOCKED: state(todo[i], todo)}.get(code, f'failed ({code})')
+        how = {RESUMABLE: 'not finished, resumable',
+               BLOCKED: state(todo[i], todo)}.get(code, f'failed ({code})')
         print(f'{todo[i].arm} {where(todo[i])}: {how}; see {todo[i].out/"worker.log"}', file=sys.stderr)
     return failed
 
 def _sweep(a, spec, tried, costs)->int:
     "Search, drive, gather, report, say where everything lies"
-    began = time.perf_counter(); left = lambda: None if a.budget is None else a.budget - (time.perf_counter()-began)
+    began = time.perf_counter()
+    left = lambda: None if a.budget is None else a.budget - (time.perf_counter()-began)
     failed = {}
     if tried:
         print(f'{spec["title"]}: {len(tried)} runs of the search')
         failed = _drive_all(a, tried, costs, left())
-        if RESUMABLE in failed.values(): print('stopped; the same command goes on from here'); return RESUMABLE
+        if RESUMABLE in failed.values():
+            print('stopped; the same command goes on from here')
+            return RESUMABLE
         a.chosen = choose(spec, tried, failed)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
     before = sum(finished(e.out, e.values) for e in todo)
     print(f'{spec["title"]}: {len(todo)} runs, {before} of them finished before; {a.jobs} side by side')
     codes = list(failed.values()) + list(_drive_all(a, todo, costs, left()).values())
     late = RESUMABLE in codes
-    if late and a.budget is None: print('stopped; the same command goes on from here'); return RESUMABLE
+    if late and a.budget is None:
+        print('stopped; the same command goes on from here')
+        return RESUMABLE
     code = _report(a, todo)
-    if late: print('the time is used up; the same command goes on from here'); return code or RESUMABLE
+    if late:
+        print('the time is used up; the same command goes on from here')
+        return code or RESUMABLE
     print(f'{time.perf_counter()-began:.0f} s')
     return code or (1 if codes else 0)
 
 def _report(a, todo)->int:
     "Records, tables and figures of what is finished"
     base, name = project()/'figures' if a.publish else Path(a.runs)/a.name/'report', a.name
-    if not any(finished(e.out, e.values) for e in todo): print('nothing is finished yet'); return 0
-    with in_turn(Path(a.runs)/name/'report.lock'):     # a second driver of the same folder waits here and then makes the same files
+    if not any(finished(e.out, e.values) for e in todo):
+        print('nothing is finished yet')
+        return 0
+    # a second driver of the same folder waits here and then makes the same files
+    with in_turn(Path(a.runs)/name/'report.lock'):
         gather(todo, base/'results', name, a.runs)
         code, kind = report(name, base/'results', base, Path(a.runs)/name/'study'), 'study'
         if a.told and not code:
-            more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code); kind = a.told
+            more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code)
+            kind = a.told
             code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
     if code: print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
-    for f in (f'table_{name}.md', f'{kind}_{name}.md') if code == 0 else ():    # the second: the template's own words
+    # the second: the template's own words
+    for f in (f'table_{name}.md', f'{kind}_{name}.md') if code == 0 else ():
         if (base/f).is_file(): print((base/f).read_text('utf-8'))
     for f in sorted(base.glob(f'*{name}*')): print(f)
     return code

@@ -74,7 +74,8 @@ def opened(
     "Open a finished run; its method's name was read, so it resolves names of the package only"
     from itm_nb.training.loop import check_run
     run = Path(run); at = run/'last'/'state.json'
-    if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
+    if not at.is_file() or not (run/'best').is_dir():
+        raise DataError(run, 'no checkpoint', 'the folder of a finished run')
     check_run(run)
     settings, given = read_json(at)['state']['config'], _given(run)
     own = json.dumps({k: settings[k] for k in _DATA if k in settings}, sort_keys=True)
@@ -82,7 +83,8 @@ def opened(
     part = like.part if like else part
     model, vocab = from_pretrained(run/'best', device), load(run/'best'/'vocab.json')
     batches = data.batches(data.split(part), vocab, device)
-    return Opened(run, settings, model, vocab, data, part, batches, _pool(run, settings, model, vocab, batches, allow_code))
+    return Opened(run, settings, model, vocab, data, part, batches,
+                  _pool(run, settings, model, vocab, batches, allow_code))
 
 def _pool(run, settings, model, vocab, batches, allow_code):
     "The generator of a run: that of its method, else one with the usual settings; None where nobody can write"
@@ -90,10 +92,12 @@ def _pool(run, settings, model, vocab, batches, allow_code):
     mine = [p for p in split_outside(settings['method'], '|') if p.partition('(')[0] == 'tags']
     if not mine and not hasattr(model, 'stream'): return None
     if not mine: return Synthetic(captions_of(batches, model, vocab))
-    given = dict(train=batches, vocab=vocab, model=model, generator=_given(run).get('generator', ''), seed=settings['seed'])
+    given = dict(train=batches, vocab=vocab, model=model, generator=_given(run).get('generator', ''),
+                 seed=settings['seed'])
     pool = getattr(named(mine[0], allow_code, **given).sources['syn'].pool, '__self__', None)
     if isinstance(pool, Synthetic): return pool
-    raise DataError(run, f'a method {mine[0][:60]!r} that writes in a way of its own', 'the generator of tags', 'Ask a run of tags.')
+    raise DataError(run, f'a method {mine[0][:60]!r} that writes in a way of its own',
+                    'the generator of tags', 'Ask a run of tags.')
 
 def some_captions(
     o:Opened,
@@ -105,14 +109,17 @@ def some_captions(
 def step_of(o:Opened, cap:Tensor)->Step:   # (B,) indices
     "A batch, encoded, for looking only"
     b = o.batches.take(cap)
-    return Step(o.model, o.model.image(*image_inputs(b)), o.model.text(b['tokens'], b['lengths']), b['img_ids'], b['cap_ids'], 0, 0, b)
+    return Step(o.model, o.model.image(*image_inputs(b)), o.model.text(b['tokens'], b['lengths']),
+                b['img_ids'], b['cap_ids'], 0, 0, b)
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #1cc1ce76
 class Sightless:
     "A writer that is shown nothing"
     def __init__(self, model): self.model, self.stream = model, model.stream
-    def regions(self, feats:Tensor, *_): return feats.new_zeros(len(feats), 1, self.stream.config.hidden_size)   # no region is real
-    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor=None)->Tensor: return self.model.tokens(regions, tokens, at)
+    # no region is real
+    def regions(self, feats:Tensor, *_): return feats.new_zeros(len(feats), 1, self.stream.config.hidden_size)
+    def tokens(self, regions:Tensor, tokens:Tensor,
+               at:Tensor=None)->Tensor: return self.model.tokens(regions, tokens, at)
     def requires_grad_(self, _): return self
     def train(self, _): return self
     eval = train
@@ -125,8 +132,10 @@ def writing(
     "A generator of a run, with clean candidates whatever the run does"
     clean = dict(learns=False, heads=False, corrects=True, misled=(), blind=False)
     clean |= dict(drop='mask', others=True, inside=True, special=False, tally=None)
-    if o.pool is None: raise DataError(o.run, 'a model that cannot write', "similarity 'two_modes' or 'cross'")
-    g = replace(o.pool, **clean | changes); w = g.writer.model if g.writer else o.model
+    if o.pool is None:
+        raise DataError(o.run, 'a model that cannot write', "similarity 'two_modes' or 'cross'")
+    g = replace(o.pool, **clean | changes)
+    w = g.writer.model if g.writer else o.model
     if how == 'text alone': return replace(g, writer=TextGenerator(Sightless(w)), words='model')
     if how == 'random': return replace(g, words='random')
     return g
@@ -142,7 +151,8 @@ def written(
     g, said, ok = g or writing(o), [], []
     for part in cap.split(rows):
         c = g.pool(DirectedStep(step_of(o, part), 'i2t')); eligible = c.eligible
-        none = eligible.new_zeros(len(part), 0, dtype=torch.int64)          # picking none scores none, and all sentences come back
+        # picking none scores none, and all sentences come back
+        none = eligible.new_zeros(len(part), 0, dtype=torch.int64)
         tokens = c.rescore(none)['tokens'].cpu()
         ok.append(eligible.cpu().numpy())
         said += [[g.known.lexicon.say(x) for x in row] for row in tokens]
@@ -152,14 +162,18 @@ def judged_false(
     o:Opened, cap:Tensor,
     said:list,         # B lists of N sentences
     ok:np.ndarray,     # (B, N)
-)->tuple:              # (B, N) those that are certainly false; {share in percent}. Without a world everything counts and nothing is known
+# (B, N) those that are certainly false; {share in percent}. Without a world everything counts and nothing is
+# known
+)->tuple:
     "Drop what is true, half true or no sentence of good grammar"
     if o.world is None: return ok, {}
-    t = np.full(ok.shape, 3, 'u1'); image = np.broadcast_to(o.batches.split.img_ids[o.batches.split.img_of[cap.numpy()]][:,None], ok.shape)
+    t = np.full(ok.shape, 3, 'u1')
+    image = np.broadcast_to(o.batches.split.img_ids[o.batches.split.img_of[cap.numpy()]][:,None], ok.shape)
     flat = [s for row, k in zip(said, ok) for s, x in zip(row, k) if x]
     asked = judge_of(o.world, o.part)(image[ok], flat) if flat else np.zeros(0, 'u1')
     t[ok] = np.where(asked == grammar.NONE, 3, asked); n = max(int(ok.sum()), 1)
-    return ok & (t == 0), {k: 100*float((t[ok] == v).sum())/n for v, k in enumerate(('false', 'half', 'true', 'bad'))}
+    return ok & (t == 0), {k: 100*float((t[ok] == v).sum())/n
+                           for v, k in enumerate(('false', 'half', 'true', 'bad'))}
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #f8475223
 GATE = dict(image_points=3., grammatical=70., clean_for_90=5.)
@@ -172,8 +186,11 @@ def words_guessed(
     "Does the writer look?"
     g, out = writing(o), []; model = g.writer.model if g.writer else o.model
     for part in cap.split(128):
-        s = step_of(o, part); at = g.known.at(s.cap.cpu()); tokens = g.known.tokens[at].to(s.img.device)
-        masked, hit = mask_copies(g.known.tokens[at], g.known.units[at], s.cap.cpu(), copies, g.known.lexicon); K, L = hit.shape[1:]
+        s = step_of(o, part)
+        at = g.known.at(s.cap.cpu())
+        tokens = g.known.tokens[at].to(s.img.device)
+        masked, hit = mask_copies(g.known.tokens[at], g.known.units[at], s.cap.cpu(), copies, g.known.lexicon)
+        K, L = hit.shape[1:]
         r = model.regions(*image_inputs(s.batch)); other = elsewhere(s.img)
         for regions in (r, r[other]):
             place, z = refill(model, regions, tokens, masked.to(tokens.device), hit)
@@ -189,13 +206,16 @@ def gate(
     "May this run be asked about written sentences at all?"
     cap = some_captions(o, captions); own, another = words_guessed(o, cap)
     said, ok = written(o, cap); _, shares = judged_false(o, cap, said, ok)
-    held = o.data.split('test' if o.part != 'test' else 'val').captions; lm = Ngrams.fit(held, 3)
+    held = o.data.split('test' if o.part != 'test' else 'val').captions
+    lm = Ngrams.fit(held, 3)
     mine = perplexity(lm, [o.batches.split.captions[i] for i in cap])['per word']
     theirs = perplexity(lm, [s for row, k in zip(said, ok) for s, x in zip(row, k) if x])['per word']
     good = 100 - shares['bad'] if shares else 100.*(theirs < 2*mine)
-    out = dict(image_points=own-another, grammatical=good, clean_for_90=float(np.quantile(ok.sum(1), .1, method='lower')))
+    out = dict(image_points=own-another, grammatical=good,
+               clean_for_90=float(np.quantile(ok.sum(1), .1, method='lower')))
     n = ok.sum(1)
-    more = dict(with_image=own, other_image=another, perplexity=theirs, of_captions=mine, clean=float(n.mean()), empty=int((n == 0).sum()))
+    more = dict(with_image=own, other_image=another, perplexity=theirs, of_captions=mine,
+                clean=float(n.mean()), empty=int((n == 0).sum()))
     return out | more | dict(passed=all(out[k] >= v for k, v in GATE.items()))
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #dd7dd704
@@ -204,13 +224,15 @@ def above_all(
     neg:np.ndarray,      # (B, N) scores of sentences
     ok:np.ndarray,       # (B, N) which of them count
     ns:tuple,            # how many sentences, in rising order; a caption with fewer has those it has
-)->dict:                 # n -> percent of captions above all of their first n; 'area': mean over log n. nan where no caption has any
+# n -> percent of captions above all of their first n; 'area': mean over log n. nan where no caption has any
+)->dict:
     "How often the caption wins"
     some, rank = ok.any(1), ok.cumsum(1)
     worst = [np.where(ok & (rank <= n), neg, -np.inf).max(1, initial=-np.inf)[some] for n in ns]
     out = {n: 100*float((pos[some] > w).mean()) if some.any() else float('nan') for n, w in zip(ns, worst)}
     x, y = np.log(ns), np.array([*out.values()])
-    return out | dict(area=float(((y[1:]+y[:-1])/2*np.diff(x)).sum()/(x[-1]-x[0])) if len(ns) > 1 else float(y[0]))
+    return out | dict(area=float(((y[1:]+y[:-1])/2*np.diff(x)).sum()/(x[-1]-x[0]))
+                      if len(ns) > 1 else float(y[0]))
 
 @torch.no_grad()
 def scores_of_texts(
@@ -219,7 +241,9 @@ def scores_of_texts(
     rows:int=2048,       # sentences at a time
 )->tuple:                # (B,) scores of the captions, (B, N) of the sentences
     "What a run thinks of sentences about its images"
-    s = step_of(o, cap); N = len(said[0]); flat = [x or o.batches.split.captions[int(c)] for c, row in zip(cap, said) for x in row]
+    s = step_of(o, cap)
+    N = len(said[0])
+    flat = [x or o.batches.split.captions[int(c)] for c, row in zip(cap, said) for x in row]
     of = torch.arange(len(cap)).repeat_interleave(N); out = []
     for at in torch.arange(len(flat)).split(rows):
         tokens, lengths = (x.to(s.img.device) for x in o.vocab.encode([flat[k] for k in at]))
@@ -228,7 +252,8 @@ def scores_of_texts(
     return o.model.pairs(s.images, s.texts).cpu().numpy(), neg.cpu().numpy()
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #e6070675
-_GROUPS = ('black white red blue green yellow brown pink orange purple gray', 'one two three four five six', 'man woman', 'men women',
+_GROUPS = ('black white red blue green yellow brown pink orange purple gray', 'one two three four five six',
+           'man woman', 'men women',
            'boy girl', 'boys girls', 'he she', 'his her')
 _OTHERS = {w: [v for v in g.split() if v != w] for g in _GROUPS for w in g.split()}
 
@@ -250,7 +275,8 @@ def foils(
         for _, j, s in word_foils(o.world, o.part): mine.setdefault(int(j), []).append(s)
         found = [mine.get(int(c), []) for c in cap]
     N = max(map(len, found), default=0)
-    return [f + ['']*(N-len(f)) for f in found], np.array([[k < len(f) for k in range(N)] for f in found], bool).reshape(len(found), N)
+    return [f + ['']*(N-len(f)) for f in found], np.array([[k < len(f) for k in range(N)] for f in found],
+                                                          bool).reshape(len(found), N)
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #ad250b53
 ATTACKS = ('random', 'text alone', 'own')
@@ -261,15 +287,18 @@ def attacked(
     captions:int=256,
     ns:tuple=(1, 2, 4, 8, 16),
     **changes              # of `Synthetic`: copies, draws
-)->list:                   # a dict per attack: attack, area, n_1, .., share of what was written that is false, half, true, bad
+# a dict per attack: attack, area, n_1, .., share of what was written that is false, half, true, bad
+)->list:
     "Every attack on one run"
     cap, out = some_captions(o, captions), []
     sources = {k: lambda k=k: written(o, cap, writing(o, k, **changes)) for k in (ATTACKS if o.pool else ())}
-    sources |= {k: lambda w=w: written(w, cap, writing(w, **changes)) for k, w in by.items()} | {'one-word foils': lambda: foils(o, cap)}
+    sources |= {k: lambda w=w: written(w, cap, writing(w, **changes))
+                for k, w in by.items()} | {'one-word foils': lambda: foils(o, cap)}
     for name, make in sources.items():
         said, ok = make(); certain, shares = judged_false(o, cap, said, ok)
         found = above_all(*scores_of_texts(o, cap, said), certain, ns)
-        out.append(dict(attack=name, area=found.pop('area')) | {f'n_{n}': v for n, v in found.items()} | shares)
+        out.append(dict(attack=name, area=found.pop('area')) | {f'n_{n}': v for n, v in found.items()}
+                   | shares)
     return out
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #c559a6fe
@@ -300,10 +329,16 @@ def hardest_retrieved(
     ns:tuple=(0,),       # out of so many drawn anew for each caption; 0: of all
 )->list:                 # for each of `ns` (B) sentences
     "The hardest training sentence for each caption's image, by the run's own score"
-    train = o.data.split('train'); s = step_of(o, cap); b = o.data.batches(train, o.vocab, s.img.device); out = []
-    txt = [o.model.text(x['tokens'], x['lengths']) for x in map(b.texts, torch.arange(len(train.captions)).split(1024))]
-    score = torch.cat([o.model.matrix(s.images, t) for t in txt], 1).cpu().numpy(); ok = _strangers(o, cap, train)
-    turn = uniform(torch.as_tensor(o.batches.split.cap_ids[cap.numpy()]), 'drawn', ok.shape[1]).numpy().argsort(1).argsort(1)
+    train = o.data.split('train')
+    s = step_of(o, cap)
+    b = o.data.batches(train, o.vocab, s.img.device)
+    out = []
+    txt = [o.model.text(x['tokens'], x['lengths'])
+           for x in map(b.texts, torch.arange(len(train.captions)).split(1024))]
+    score = torch.cat([o.model.matrix(s.images, t) for t in txt], 1).cpu().numpy()
+    ok = _strangers(o, cap, train)
+    turn = uniform(torch.as_tensor(o.batches.split.cap_ids[cap.numpy()]), 'drawn',
+                   ok.shape[1]).numpy().argsort(1).argsort(1)
     return [picked_text([train.captions]*len(cap), score, ok & (turn < n) if n else ok) for n in ns]
 
 def _strangers(o, cap, train):
@@ -322,7 +357,8 @@ def noted(
     tensors, _ = load_checkpoint(Path(run)/'last'); out = {}
     for k, v in tensors.items():
         if not (k.startswith('owner.') and '.said.' in k): continue
-        out[int(k.rpartition('.')[2])] = v[:,0,-1].numpy(), [[lexicon.say(x) for x in row[:,:-1]] for row in v]
+        out[int(k.rpartition('.')[2])] = v[:,0,
+                                           -1].numpy(), [[lexicon.say(x) for x in row[:,:-1]] for row in v]
     return dict(sorted(out.items()))
 
 def over_epochs(
@@ -332,29 +368,37 @@ def over_epochs(
     "How hard another model finds what was noted down"
     place = {int(c): k for k, c in enumerate(o.batches.split.cap_ids)}; out = []
     for epoch, (ids, said) in noted(o.run, o.pool.known.lexicon).items():
-        cap = torch.as_tensor([place[int(c)] for c in ids]); ok = np.array([[bool(s) for s in row] for row in said])
-        certain, shares = judged_false(o, cap, said, ok); pos, neg = scores_of_texts(judge, cap, said)
-        if certain.any(): out.append(dict(epoch=epoch, n=int(certain.sum()), judge=float((neg - pos[:,None])[certain].mean())) | shares)
+        cap = torch.as_tensor([place[int(c)] for c in ids])
+        ok = np.array([[bool(s) for s in row] for row in said])
+        certain, shares = judged_false(o, cap, said, ok)
+        pos, neg = scores_of_texts(judge, cap, said)
+        if certain.any():
+            out.append(dict(epoch=epoch, n=int(certain.sum()),
+                            judge=float((neg - pos[:,None])[certain].mean())) | shares)
     return out
 
 def slope(
     rows:list,           # from `over_epochs`
 )->float:                # change of hardness per epoch; nan with fewer than two epochs
     "Do they stay hard?"
-    return float(np.polyfit([r['epoch'] for r in rows], [r['judge'] for r in rows], 1)[0]) if len(rows) > 1 else float('nan')
+    return float(np.polyfit([r['epoch'] for r in rows], [r['judge'] for r in rows],
+                            1)[0]) if len(rows) > 1 else float('nan')
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #dbd20fd9
 @torch.no_grad()
 def words_found(
     o:Opened,
     captions:int=256, hard:int=4,
-)->dict:                   # F1 of replaced words, percent of corrected words; each with the own image and with another's
+# F1 of replaced words, percent of corrected words; each with the own image and with another's
+)->dict:
     "What the heads for words find"
     out = {}
     for name, misled in (('own', ()), ('other', ('heads',))):
         g, n = replace(writing(o), heads=True, misled=misled), {}
         for part in some_captions(o, captions).split(128):
-            view = DirectedStep(step_of(o, part), 'i2t'); c = g.pool(view); p = top(hard)(c, view)
+            view = DirectedStep(step_of(o, part), 'i2t')
+            c = g.pool(view)
+            p = top(hard)(c, view)
             seen = word_counts({f'syn.{k}': v for k, v in c.rescore(p.idx).items()} | {'syn.valid': p.valid})
             n = {k: n.get(k, 0) + v for k, v in seen.items()}
         wrong = n['kept'] - n['kept_right'] + n['replaced'] - n['replaced_right']
@@ -372,17 +416,22 @@ def examine(
     **changes              # of the attacks: ns, copies, draws
 )->list:                   # lines
     "Everything about one run that has to do with written sentences"
-    rows, cap = [], some_captions(o, captions); line = lambda sampler, **kw: rows.append(dict(side='i2t', sampler=sampler, rule='', **kw))
+    rows, cap = [], some_captions(o, captions)
+    line = lambda sampler, **kw: rows.append(dict(side='i2t', sampler=sampler, rule='', **kw))
     if o.pool: line('gate', **gate(o, captions) | words_found(o, captions))
     if o.pool and judge:
-        past = over_epochs(*notes) if notes else []; each = judged(judge, cap, hardest_written(o, cap))
+        past = over_epochs(*notes) if notes else []
+        each = judged(judge, cap, hardest_written(o, cap))
         line('synthetic', judge=_mean(each), slope=slope(past), epochs=past)
         for name, said in zip(('hardest of all', 'hardest of 16'), hardest_retrieved(o, cap, (0, 16))):
             line(name, judge=_mean(judged(judge, cap, said)))
     found = attacked(o, by, captions, **changes)
-    for r in found: line(f"attack: {r['attack']}", above_all=r['area'], **{k: v for k, v in r.items() if k not in ('attack', 'area')})
+    for r in found:
+        line(f"attack: {r['attack']}", above_all=r['area'],
+             **{k: v for k, v in r.items() if k not in ('attack', 'area')})
     foreign = [r['area'] for r in found if r['attack'] != 'own' and r['area'] == r['area']]
-    line('attacks not its own', above_all=float(np.mean(foreign)) if foreign else float('nan'), of=len(foreign))
+    line('attacks not its own', above_all=float(np.mean(foreign)) if foreign else float('nan'),
+         of=len(foreign))
     return rows
 
 def _mean(x): return float(np.nanmean(x)) if np.isfinite(x).any() else float('nan')

@@ -29,11 +29,13 @@ def brier(
     y:np.ndarray,     # (n,) 0 or 1, or shares between
 )->dict:              # n, base (share of true), said (mean of p), brier, skill, log_loss, log_skill
     "How right probabilities are, and how much better than the base rate"
-    p, y = np.asarray(p, float), np.asarray(y, float); base = y.mean() if len(y) else math.nan
+    p, y = np.asarray(p, float), np.asarray(y, float)
+    base = y.mean() if len(y) else math.nan
     def log_loss(q): q = np.clip(q, 1e-15, 1-1e-15); return -(y*np.log(q) + (1-y)*np.log1p(-q)).mean()
     score, plain, surprise, usual = ((p-y)**2).mean(), ((base-y)**2).mean(), log_loss(p), log_loss(np.full_like(p, base))
     better = lambda a, b: float(1 - a/b) if b > 1e-12 else math.nan
-    return dict(n=len(y), base=float(base), said=float(p.mean()), brier=float(score), skill=better(score, plain),
+    return dict(n=len(y), base=float(base), said=float(p.mean()), brier=float(score),
+                skill=better(score, plain),
                 log_loss=float(surprise), log_skill=better(surprise, usual))
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #d442cb72
@@ -41,15 +43,20 @@ def reliability(
     p:np.ndarray,     # (n,)
     y:np.ndarray,     # (n,)
     bins:int=10,
-)->pd.DataFrame:      # a line per bin, least likely first: n, said, true (share), lo, hi (95 %, Wilson), least and most said
+# a line per bin, least likely first: n, said, true (share), lo, hi (95 %, Wilson), least and most said
+)->pd.DataFrame:
     "What was said and what was so, in bins of equal mass"
     if len(p) < bins: raise DataError('reliability', f'{len(p)} pairs', f'{bins} or more, one for each bin')
     value, place, times = np.unique(np.asarray(p, float), return_inverse=True, return_counts=True)
-    share = np.bincount(place, y)/times; by = np.sort(place, kind='stable'); edge = np.linspace(0, len(p), bins+1).round().astype(int)
+    share = np.bincount(place, y)/times
+    by = np.sort(place, kind='stable')
+    edge = np.linspace(0, len(p), bins+1).round().astype(int)
     cut = lambda x: np.add.reduceat(x, edge[:-1])
     n = np.diff(edge); said, true = cut(value[by])/n, cut(share[by])/n
-    z = 1.96; mid, half = (true + z**2/2/n)/(1 + z**2/n), z*np.sqrt(true*(1-true)/n + z**2/4/n**2)/(1 + z**2/n)
-    return pd.DataFrame(dict(n=n, said=said, true=true, lo=mid-half, hi=mid+half, least=value[by][edge[:-1]], most=value[by][edge[1:]-1]))
+    z = 1.96
+    mid, half = (true + z**2/2/n)/(1 + z**2/n), z*np.sqrt(true*(1-true)/n + z**2/4/n**2)/(1 + z**2/n)
+    return pd.DataFrame(dict(n=n, said=said, true=true, lo=mid-half, hi=mid+half, least=value[by][edge[:-1]],
+                             most=value[by][edge[1:]-1]))
 
 def decomposed(
     bins:pd.DataFrame,     # from `reliability`
@@ -57,7 +64,8 @@ def decomposed(
     "Where a Brier score comes from"
     w, base = bins.n/bins.n.sum(), (bins.n*bins.true).sum()/bins.n.sum()
     mean = lambda x: float((w*x**2).sum())
-    return dict(reliability=mean(bins.said-bins.true), resolution=mean(bins.true-base), uncertainty=float(base*(1-base)))
+    return dict(reliability=mean(bins.said-bins.true), resolution=mean(bins.true-base),
+                uncertainty=float(base*(1-base)))
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #22972117
 def moments_of(
@@ -74,21 +82,27 @@ def moments_of(
     own, total = torch.as_tensor(np.asarray(img_of)).long(), torch.zeros(2, 3, dtype=torch.double)
     for caps in order(len(txt), seed, 0).split(batch):
         if len(caps) < batch and len(txt) >= batch: continue
-        i = own[caps]; total = merge(total, observed(img[i] @ txt[caps].T, i[:,None] == i if same else None, **kw), variance)
+        i = own[caps]
+        total = merge(total, observed(img[i] @ txt[caps].T, i[:,None] == i if same else None, **kw), variance)
     return total
 
 def strangers(
     img:Tensor, txt:Tensor, img_of,
     labels:Callable,         # (images, sentences) -> (n, m) labels, from `audit.of_matrix` or `of_judgements`
     most:int=4_000_000,      # pairs; of larger sets some images are taken, evenly spaced
-)->tuple:                    # (n,) float32 scores, (n,) bool true; pairs that are half true or unknown are left out
+# (n,) float32 scores, (n,) bool true; pairs that are half true or unknown are left out
+)->tuple:
     "Pairs of an image and a sentence of another, and whether it is true"
-    own, every = np.asarray(img_of), np.arange(len(txt)); n = min(len(img), max(1, most//len(txt)))
-    some = np.unique(np.linspace(0, len(img)-1, n).round().astype(int))              # odd and even ones, as the two halves of the fit want
+    own, every = np.asarray(img_of), np.arange(len(txt))
+    n = min(len(img), max(1, most//len(txt)))
+    # odd and even ones, as the two halves of the fit want
+    some = np.unique(np.linspace(0, len(img)-1, n).round().astype(int))
     score, true = [], []
     for rows in np.array_split(some, max(1, len(some)*len(txt)//2**22)):
-        l = labels(rows, every); ok = ((l == TRUE) | (l == FALSE)) & (rows[:,None] != own)
-        score.append((img[torch.from_numpy(rows)] @ txt.T).numpy()[ok]); true.append(l[ok] == TRUE)
+        l = labels(rows, every)
+        ok = ((l == TRUE) | (l == FALSE)) & (rows[:,None] != own)
+        score.append((img[torch.from_numpy(rows)] @ txt.T).numpy()[ok])
+        true.append(l[ok] == TRUE)
     return np.concatenate(score), np.concatenate(true)
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #32cd1e82
@@ -120,7 +134,8 @@ def grid(
     for name, m in moments.items():
         for share, at in ((f'{prior:g}', prior), ('true', float(np.mean(y)))):
             for bent, kw in (('', {}), (', monotone', dict(monotone=True))):
-                rows.append(dict(sampler=f'posterior, prior {share}, {name}{bent}') | judged(posterior(s, m, at, **kw).numpy(), y))
+                rows.append(dict(sampler=f'posterior, prior {share}, {name}{bent}')
+                            | judged(posterior(s, m, at, **kw).numpy(), y))
     if curve is not None: rows.append(dict(sampler='isotonic, fitted to the truth') | judged(curve(score), y))
     return pd.DataFrame(rows)
 
@@ -133,30 +148,41 @@ def fne_sampler(
     "How likely FNE draws each candidate"
     def sample(c:Ranked)->Tensor:
         deals = [c.uniform(f'permuted {k}', c.score.shape[1]) for k in range(permuted)] or [None]
-        return sum(_one(c, weights(c.score, c.pos, m, c.eligible, shuffle=x, **kw)) for x in deals) / len(deals)
+        return sum(_one(c, weights(c.score, c.pos, m, c.eligible, shuffle=x, **kw))
+                   for x in deals) / len(deals)
     return sample
 
 def _one(c, w):
     "Probabilities; where nobody stands above the floor, the hardest (who stands first)"
-    w = w.double(); first = torch.zeros_like(w); first[:,0] = c.eligible[:,0].double()
-    w = torch.where(w.sum(1, keepdim=True) > 0, w, first); return w / w.sum(1, keepdim=True).clamp_min(1e-300)
+    w = w.double()
+    first = torch.zeros_like(w)
+    first[:,0] = c.eligible[:,0].double()
+    w = torch.where(w.sum(1, keepdim=True) > 0, w, first)
+    return w / w.sum(1, keepdim=True).clamp_min(1e-300)
 
 def _tilted(w, s, lam):
     "Probabilities tilted by exp(lam s); `s` holds the row's largest where `w` is 0, so that no power overflows"
-    top, low = s.amax(1, keepdim=True), s.amin(1, keepdim=True); lam = lam[:,None]
+    top, low = s.amax(1, keepdim=True), s.amin(1, keepdim=True)
+    lam = lam[:,None]
     t = w*torch.exp(lam*(s - torch.where(lam >= 0, top, low)))
     return t / t.sum(1, keepdim=True).clamp_min(1e-300)
 
 def _tilt(w, s, want, most, steps):
     "The tilt at which every row's mean score is the one wanted: Newton's steps, halved where they leave what is known"
-    lam, low, high = (torch.full_like(want, x) for x in (0., -most, most)); left = torch.arange(len(want))
+    lam, low, high = (torch.full_like(want, x) for x in (0., -most, most))
+    left = torch.arange(len(want))
     for _ in range(steps):
-        t = _tilted(w[left], s[left], lam[left]); mean = (t*s[left]).sum(1); miss = want[left] - mean
+        t = _tilted(w[left], s[left], lam[left])
+        mean = (t*s[left]).sum(1)
+        miss = want[left] - mean
         at, lo, hi = lam[left], low[left], high[left]
         lo, hi = torch.where(miss > 0, at, lo), torch.where(miss < 0, at, hi)
         step = at + miss/(t*(s[left] - mean[:,None])**2).sum(1).clamp_min(1e-300)
         more = (miss.abs() > 1e-12) & (hi - lo > 1e-9)
-        low[left], high[left], lam[left] = lo, hi, torch.where(more, torch.where((step > lo) & (step < hi), step, (lo+hi)/2), at)
+        low[left], high[left], lam[left] = lo, hi, torch.where(more,
+                                                               torch.where(
+                                                                   (step > lo) & (step < hi), step,
+                                                                   (lo+hi)/2), at)
         left = left[more]
         if not len(left): break
     return lam
@@ -169,10 +195,12 @@ def as_hard_as(
 )->Callable:               # Ranked -> (B, K)
     "The rival, tilted towards hard or easy candidates until its draws are as hard"
     def sample(c:Ranked)->Tensor:
-        w, score = rival(c).double(), torch.where(c.eligible, c.score, 0.).double(); want = (other(c).double()*score).sum(1)
+        w, score = rival(c).double(), torch.where(c.eligible, c.score, 0.).double()
+        want = (other(c).double()*score).sum(1)
         held = (w > 0).any(0); out = torch.zeros_like(w)
         if held.any():
-            u, s = w[:,held], score[:,held]; top = torch.where(u > 0, s, -torch.inf).amax(1, keepdim=True)
+            u, s = w[:,held], score[:,held]
+            top = torch.where(u > 0, s, -torch.inf).amax(1, keepdim=True)
             s = torch.where(u > 0, s, torch.where(top.isfinite(), top, 0.))
             out[:,held] = _tilted(u, s, _tilt(u, s, want, most, steps))
         return out
@@ -195,7 +223,8 @@ def samplers(
     own = lambda permuted=0, **more: _once(fne_sampler(m, permuted, **kw | more))
     draw, flat, tau5, dealt = own(), own(threshold=1., cutdown=False), own(tau=5.), own(deals)
     return {'fne draw': draw, 'uniform above the floor': flat, 'fne permuted': dealt, 'fne draw, tau 5': tau5,
-            'uniform, as hard as fne': as_hard_as(flat, draw), 'permuted, as hard as fne': as_hard_as(dealt, draw),
+            'uniform, as hard as fne': as_hard_as(flat, draw),
+            'permuted, as hard as fne': as_hard_as(dealt, draw),
             'uniform, as hard as tau 5': as_hard_as(flat, tau5)}
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #411c7eae
@@ -206,11 +235,15 @@ def calibration_lines(
 )->pd.DataFrame:             # a line per rule and probability: side 'both'
     "Calibration on one pool under every rule that knows enough pairs"
     kinds = {n: moments_of(img, txt, img_of, min(batch, len(txt)), negatives=n) for n in ('hardest', 'all')}
-    kinds |= {'hardest, drift': moments_of(img, txt, img_of, min(batch, len(txt)), variance='drift')}; out = []
+    kinds |= {'hardest, drift': moments_of(img, txt, img_of, min(batch, len(txt)), variance='drift')}
+    out = []
     for rule, labels in truth.items():
-        one, two = (strangers(img, txt, img_of, lambda i, j, k=k: np.where(i[:,None] % 2 == k, labels(i, j), -1)) for k in (0, 1))
+        one, two = (strangers(img, txt, img_of,
+                              lambda i, j, k=k: np.where(i[:,None] % 2 == k, labels(i, j), -1))
+                              for k in (0, 1))
         if min(one[1].sum(), two[1].sum()) < 10: continue
-        tab = grid(*two, kinds, learned(*one)); out.append(tab.assign(side='both', rule=rule))
+        tab = grid(*two, kinds, learned(*one))
+        out.append(tab.assign(side='both', rule=rule))
         floor = two[0] > float(kinds['hardest'][0,1]) - .2
         if two[1][floor].sum() < 10: continue
         tab = grid(two[0][floor], two[1][floor], kinds, learned(*one))
@@ -224,22 +257,29 @@ def examine(
     judgements='', device:str='cpu',
 )->tuple:                    # about, lines, controls: what `audit.write_audit` takes
     "Audit a run with FNE's samplers and their rivals, and judge the posterior"
-    img, txt, split, data, settings = run_vectors(run, folder, part, device); found = Path(folder or '.')/'judgements.npz'
+    img, txt, split, data, settings = run_vectors(run, folder, part, device)
+    found = Path(folder or '.')/'judgements.npz'
     file = judgements or (found if folder and part == 'test' and found.is_file() else '')
-    images, caps, truth = what_is_known(split, data.world, file, gallery); own = np.searchsorted(images, split.img_of[caps])
-    vectors = img[images], txt[caps], own; m = moments_of(*vectors, min(settings['batch'], len(caps)))
+    images, caps, truth = what_is_known(split, data.world, file, gallery)
+    own = np.searchsorted(images, split.img_of[caps])
+    vectors = img[images], txt[caps], own
+    m = moments_of(*vectors, min(settings['batch'], len(caps)))
     ways = SAMPLERS | BANDS | samplers(m, margin=settings['margin'])
     about, rows, control = audit_run(run, folder, part, gallery, judgements, ways, device)
-    rec = Path(run).parent/'records'/f'{Path(run).name}.json'; about['config'] = settings
-    if rec.is_file(): about['data']['label'] = read_json(rec)['data']['label']      # the same name in all tables
-    return about, pd.concat([rows, calibration_lines(*vectors, truth, settings['batch'])], ignore_index=True), control
+    rec = Path(run).parent/'records'/f'{Path(run).name}.json'
+    about['config'] = settings
+    # the same name in all tables
+    if rec.is_file(): about['data']['label'] = read_json(rec)['data']['label']
+    return about, pd.concat([rows, calibration_lines(*vectors, truth, settings['batch'])],
+                            ignore_index=True), control
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #3887c40a
 def pick_lines(
     records:list,     # from `read_records`
 )->pd.DataFrame:      # method, seed, fold, source, side, epoch, n, false, score, gap (nan where not known)
     "What runs picked, by epoch"
-    out = [pd.DataFrame(of).assign(method=r['method'], seed=r['block']['seed'], fold=r['block']['fold'], source=source, side=side)
+    out = [pd.DataFrame(of).assign(method=r['method'], seed=r['block']['seed'], fold=r['block']['fold'],
+                                   source=source, side=side)
            for r in records for source, sides in (r.get('picks') or {}).items() for side, of in sides.items()]
     known = ['method', 'seed', 'fold', 'source', 'side', 'epoch', 'n', 'false', 'score', 'gap']
     return pd.concat(out, ignore_index=True).reindex(columns=known) if out else pd.DataFrame(columns=known)

@@ -44,7 +44,8 @@ def all_test(
     try: return split('testall')
     except DataError as whole:
         s = split('test')
-        if '_ims.npy' in str(whole): raise whole from None            # a SCAN folder without testall holds the first 1,000 alone
+        # a SCAN folder without testall holds the first 1,000 alone
+        if '_ims.npy' in str(whole): raise whole from None
         return s
 
 def in_parts(
@@ -62,13 +63,15 @@ LABELS = dict(eccv='ECCV Caption', cxc='CxC')
 def _ids(x, where)->int:
     "An id as the files write it, a number or its digits"
     try: return int(x)
-    except (TypeError, ValueError): raise DataError(where, f'the id {str(x)[:40]!r}', 'a whole number', 'Fetch the file again.') from None
+    except (TypeError, ValueError):
+        raise DataError(where, f'the id {str(x)[:40]!r}', 'a whole number', 'Fetch the file again.') from None
 
 def _lists(path)->dict:
     "{id: [ids]}"
     found = read_json(path)
     if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
-        raise DataError(path, type(found).__name__, 'ids with lists of ids', 'Fetch it again: itm_data get eccv-caption FOLDER.')
+        raise DataError(path, type(found).__name__, 'ids with lists of ids',
+                        'Fetch it again: itm_data get eccv-caption FOLDER.')
     return {_ids(k, path): [_ids(x, path) for x in v] for k, v in found.items()}
 
 def _label_file(folder, name)->Path:
@@ -80,15 +83,18 @@ def _label_file(folder, name)->Path:
 
 def _places(folder, s)->tuple:
     "{sentence id: column}, {photo id: row} of the lists in a split"
-    path = _label_file(folder, 'original_caption_to_image.json'); owner = {k: v[0] for k, v in _lists(path).items() if v}
+    path = _label_file(folder, 'original_caption_to_image.json')
+    owner = {k: v[0] for k, v in _lists(path).items() if v}
     own = s.cap_ids.tolist()
     if not set(own) <= owner.keys():
         at = _label_file(folder, 'coco_test_ids.npy')
         ids = open_npy(at, lambda x: x.ndim == 1 and x.dtype.kind in 'iu', 'a row of whole numbers', '')
         if len(ids) != len(own):
-            raise DataError(s.source, f'{len(own)} sentences', f'{len(ids)} as in {at.name}', 'The lists are for all test photos of COCO.')
+            raise DataError(s.source, f'{len(own)} sentences', f'{len(ids)} as in {at.name}',
+                            'The lists are for all test photos of COCO.')
         own = ids.tolist()
-    if missing := [i for i in own if i not in owner]: raise DataError(path, f'no sentence {missing[0]}', 'all of them', 'Fetch it again.')
+    if missing := [i for i in own if i not in owner]:
+        raise DataError(path, f'no sentence {missing[0]}', 'all of them', 'Fetch it again.')
     photo = [owner[i] for i in own]; pairs = set(zip(photo, s.img_of.tolist()))
     if not len(pairs) == len({p for p, _ in pairs}) == len(s):
         raise DataError(s.source, 'sentences of one photo that the lists give to several',
@@ -100,14 +106,17 @@ def positives(
     folder,          # of the data; the lists lie in it, or in its folder eccv_caption
     name:str,        # 'eccv' or 'cxc'
     s:Split,         # all test photos of COCO
-)->dict:             # {'i2t': {row: columns}, 't2i': {column: rows}, 'missing': ...}, as `metrics.many_positives` takes it
+# {'i2t': {row: columns}, 't2i': {column: rows}, 'missing': ...}, as `metrics.many_positives` takes it
+)->dict:
     "All that people call right, as rows and columns; queries without a list are left out, answers not there counted"
     if name not in LABELS: raise SetupError(f'no lists called {name!r}; there are {", ".join(LABELS)}')
     cap, img = _places(folder, s); out, missing = {}, {}
     for d, file, home, away in (('i2t', 'image_to_caption', img, cap), ('t2i', 'caption_to_image', cap, img)):
         found = _lists(path := _label_file(folder, f'{name}_{file}.json'))
         try: out[d] = {home[k]: [away[x] for x in v if x in away] for k, v in found.items() if v}
-        except KeyError as e: raise DataError(path, f'the id {e.args[0]}', f'ids of {s.source}', 'Take all files from one place.') from None
+        except KeyError as e:
+            raise DataError(path, f'the id {e.args[0]}', f'ids of {s.source}',
+                            'Take all files from one place.') from None
         gone = {home[k]: n for k, v in found.items() if (n := sum(x not in away for x in v))}
         if gone: missing[d] = _few(gone, found, path, s)
     return out | (dict(missing=missing) if missing else {})
@@ -128,7 +137,8 @@ class TestSet:
     parts:int=1         # equal galleries
     labels:str=''       # a key of LABELS
 
-TEST_SETS = {'coco_1k': TestSet('1K', FOLDS), 'coco_5k': TestSet('5K'), 'eccv': TestSet('5K, ECCV Caption', labels='eccv'),
+TEST_SETS = {'coco_1k': TestSet('1K', FOLDS), 'coco_5k': TestSet('5K'),
+             'eccv': TestSet('5K, ECCV Caption', labels='eccv'),
              'cxc': TestSet('5K, CxC', labels='cxc')}
 
 def trained_on(
@@ -137,7 +147,8 @@ def trained_on(
     "How a run was configured"
     if not done(folder): raise SetupError(f'{folder}: no finished run ({broken(folder)})')
     found = load_checkpoint(Path(folder)/'last')
-    if found is None: raise DataError(folder, 'no whole checkpoint', 'one, for its configuration', 'Run it again.')
+    if found is None:
+        raise DataError(folder, 'no whole checkpoint', 'one, for its configuration', 'Run it again.')
     return config(found[1]['config'])
 
 PHOTOS, SENTENCES = KNOWN['coco'].sizes['testall'][0], (25_000, 25_010)     # of COCO's test
@@ -160,14 +171,16 @@ def size_said(
     if (Path(folder)/'subset.json').is_file() and n < PHOTOS: return f' ({n} photos)'
     wanted = f"the {PHOTOS:,} photos and {SENTENCES[0]:,} sentences of COCO's test"
     raise DataError(s.source, f'{n:,} photos and {m:,} sentences', wanted,
-                    'Complete the folder (itm_data check FOLDER --name coco); itm_data subset makes a smaller one.')
+                    'Complete the folder (itm_data check FOLDER --name coco); itm_data subset makes a '
+                    'smaller one.')
 
 def _encoded(folders, data, s, device)->list:
     "(model, photos, sentences) of every run; cosines become one product of longer vectors"
     out = []
     for f in folders:
         model = from_pretrained(Path(f)/'best', device)
-        out.append((model, *embed(model, data.batches(s, tokenizers.load(Path(f)/'best'/'vocab.json'), device))))
+        out.append((model,
+                    *embed(model, data.batches(s, tokenizers.load(Path(f)/'best'/'vocab.json'), device))))
     if not all(are_vectors(img) for _, img, _ in out): return out
     return [(out[0][0], torch.cat([x/len(out) for _, x, _ in out], 1), torch.cat([x for *_, x in out], 1))]
 
@@ -177,26 +190,35 @@ def test_row(
     device='cpu',
 )->dict:               # the record
     "Test finished runs on a test set"
-    if values['test_set'] not in TEST_SETS: raise SetupError(f'no test set called {values["test_set"]!r}; there are {", ".join(TEST_SETS)}')
-    kind, folders = TEST_SETS[values['test_set']], values['scores'].split(','); cfg = trained_on(folders[0])
+    if values['test_set'] not in TEST_SETS:
+        raise SetupError(f'no test set called {values["test_set"]!r}; there are {", ".join(TEST_SETS)}')
+    kind, folders = TEST_SETS[values['test_set']], values['scores'].split(',')
+    cfg = trained_on(folders[0])
     for f in folders: _of_coco(f, values['test_set'])
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
-    s = all_test(data.split); label = f'{data.label} {kind.label}' + size_said(values['folder'], s)
+    s = all_test(data.split)
+    label = f'{data.label} {kind.label}' + size_said(values['folder'], s)
     right = positives(values['folder'], kind.labels, s) if kind.labels else None
-    encoded = _encoded(folders, data, s, device); s = in_parts(s, kind.parts) if kind.parts > 1 else s
+    encoded = _encoded(folders, data, s, device)
+    s = in_parts(s, kind.parts) if kind.parts > 1 else s
     ranks = rank_encoded(encoded, s)
-    found = right and [many_positives(scores_of(encoded)(np.arange(len(s)), np.arange(len(s.captions))), right)]
+    found = right and [many_positives(scores_of(encoded)(np.arange(len(s)), np.arange(len(s.captions))),
+                                      right)]
     where = tested_on(values | dict(data=cfg.data), s, label)
-    run.mkdir(parents=True, exist_ok=True); save_ranks(run/'ranks_test.npz', ranks)
-    rec = record(about(values, 'test_sets', values['test_set'], device), where, ranks, s.img_of, s.gallery, found, kind='ensemble')
+    run.mkdir(parents=True, exist_ok=True)
+    save_ranks(run/'ranks_test.npz', ranks)
+    rec = record(about(values, 'test_sets', values['test_set'], device), where, ranks, s.img_of, s.gallery,
+                 found, kind='ensemble')
     write_record(run.parent/'records', rec)
     finish_by_hand(run, 'test_sets', values)
     return rec
 
 # %% ../../nbs/8_analysis/09_coco_protocols.ipynb #6d7569aa
-NEEDS = {'AOQ': 'regions', 'TAGS-DC': 'boxes', 'FNE': 'pixels'}       # side of images a paper's rows were made with
+# side of images a paper's rows were made with
+NEEDS = {'AOQ': 'regions', 'TAGS-DC': 'boxes', 'FNE': 'pixels'}
 _TRAIN = {6000: 'Flickr8k', 29000: 'Flickr30K', 113287: 'COCO', 82783: 'COCO'}
-_TESTS = {('Flickr8k', 1000): ('Flickr8k',), ('Flickr30K', 1000): ('Flickr30K',), ('COCO', 5000): ('COCO 1K', 'COCO 5K')}
+_TESTS = {('Flickr8k', 1000): ('Flickr8k',), ('Flickr30K', 1000): ('Flickr30K',),
+          ('COCO', 5000): ('COCO 1K', 'COCO 5K')}
 
 def holds(
     folder,
@@ -216,7 +238,8 @@ def tables_of(
     sizes:dict,          # part -> photos
 )->tuple:                # data set, or '' where it is none of the known ones; tables whose test it holds
     "Which tables' tests a data set of these sizes can take"
-    name = _TRAIN.get(sizes.get('train'), ''); n = max(sizes.get('test', 0), sizes.get('testall', 0))
+    name = _TRAIN.get(sizes.get('train'), '')
+    n = max(sizes.get('test', 0), sizes.get('testall', 0))
     return name, _TESTS.get((name, n), ())
 
 def _sweeps(name, side)->list:
@@ -237,14 +260,19 @@ def served(
     from itm_nb.analysis.tables import published              # a later room, needed by the command alone
     try: side, sizes = holds(folder, layout, **reading)
     except DataError: return []
-    name, tables = tables_of(sizes); said = ', '.join(f'{k} {n:,}' for k, n in sizes.items())
-    if not name: return [f'serves no published row: {said} photos are the sizes of none of {", ".join(dict.fromkeys(_TRAIN.values()))}']
-    rows = published(table or project()/'figures'/'published.csv'); out = [f'{name}, {side}: {said} photos']
+    name, tables = tables_of(sizes)
+    said = ', '.join(f'{k} {n:,}' for k, n in sizes.items())
+    if not name:
+        return [f'serves no published row: {said} photos are the sizes of none of '
+                f'{", ".join(dict.fromkeys(_TRAIN.values()))}']
+    rows = published(table or project()/'figures'/'published.csv')
+    out = [f'{name}, {side}: {said} photos']
     most = max(sizes.get('test', 0), sizes.get('testall', 0))
     if not tables: out.append(f'serves no published row: its test part is not whole ({most:,} photos)')
     able = [p for p, x in NEEDS.items() if x == side or (x, side) == ('regions', 'boxes')]
     for t in tables:
-        there = rows[rows.data.isin([f'{p}, {t}' for p in able])]; names = dict.fromkeys(there.row)
+        there = rows[rows.data.isin([f'{p}, {t}' for p in able])]
+        names = dict.fromkeys(there.row)
         out.append(f'{t}: ' + (', '.join(names) if names else f'no published row for {side}'))
     return out + [f'sweeps: {", ".join(_sweeps(name, side)) or "none"}'] + _label_lines(folder, tables)
 
@@ -252,6 +280,10 @@ def _label_lines(folder, tables)->list:
     "Which lists of all that is right lie with the data"
     if 'COCO 5K' not in tables: return []
     def there(n):
-        try: return bool([_label_file(folder, f'{n}_{x}.json') for x in ('image_to_caption', 'caption_to_image')])
+        try:
+            return bool([_label_file(folder, f'{n}_{x}.json')
+                         for x in ('image_to_caption', 'caption_to_image')])
         except DataError: return False
-    return [f'{LABELS[n]}: ' + ('yes' if there(n) else f'no; itm_data get eccv-caption {Path(folder)/"eccv_caption"}') for n in LABELS]
+    return [f'{LABELS[n]}: ' + ('yes' if there(n)
+                                else f'no; itm_data get eccv-caption {Path(folder)/"eccv_caption"}')
+                                for n in LABELS]

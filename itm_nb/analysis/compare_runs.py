@@ -48,11 +48,16 @@ def _places(given, runs)->tuple:
         own = about_folder(p)['id']
         if (p/'run.json').is_file(): checked_name(own, p/'run.json', 'the id')
         return _first([p.parent/'records'/f'{own}.json']), p
-    known = p.suffix == '.json'; name = p.name.split('.')[0] if known else p.name                # ID.json or ID.SWEEP.json
-    ran = [x for at in {Path(runs).resolve(), project()/'runs'} for x in sorted(at.glob(f'*/{name}')) if (x/'DONE').is_file()]
+    # ID.json or ID.SWEEP.json
+    known = p.suffix == '.json'
+    name = p.name.split('.')[0] if known else p.name
+    ran = [x for at in {Path(runs).resolve(), project()/'runs'}
+           for x in sorted(at.glob(f'*/{name}')) if (x/'DONE').is_file()]
     beside = [p.parent.parent/name] if known and p.parent.name == 'records' else []
-    kept = [p] if known else [x.parent/'records'/f'{name}.json' for x in ran] + sorted(Path(runs).glob(f'*/records/{name}.json'))
-    return _first([*kept, project()/'figures'/'results'/f'{name}.json']), next((x for x in beside + ran if x.is_dir()), None)
+    kept = [p] if known else [x.parent/'records'/f'{name}.json'
+                              for x in ran] + sorted(Path(runs).glob(f'*/records/{name}.json'))
+    return _first([*kept, project()/'figures'/'results'/f'{name}.json']), next((
+        x for x in beside + ran if x.is_dir()), None)
 
 def _first(paths): return next((p for p in paths if p.is_file()), None)
 
@@ -63,14 +68,20 @@ def find_run(
     "A finished run by its folder, its record or its id"
     path, folder = _places(given, runs)
     if path is None:
-        raise DataError(given, 'no record of a finished run', 'the folder of a run, the file of a record, or an id',
+        raise DataError(given, 'no record of a finished run',
+                        'the folder of a run, the file of a record, or an id',
                         'Ids stand in the csv beside every table and are the names of folders in runs/.')
     rec = read_record(path)
-    if 'ranks' not in rec: raise DataError(given, f"a {rec['kind']} without ranks", 'a run that ranked queries', 'Name another one.')
+    if 'ranks' not in rec:
+        raise DataError(given, f"a {rec['kind']} without ranks", 'a run that ranked queries',
+                        'Name another one.')
     (ranks, img_of, _), clip = stored_ranks(rec), rec['ranks']['clip']
     if folder and (folder/'ranks_test.npz').is_file():
-        whole = read_ranks(folder/'ranks_test.npz')                      # of use where its sentences stand in the order of their photos
-        if all(np.array_equal(np.minimum(getattr(whole, d), clip), getattr(ranks, d)) for d in ('i2t', 't2i')): ranks, clip = whole, 0
+        # of use where its sentences stand in the order of their photos
+        whole = read_ranks(folder/'ranks_test.npz')
+        if all(np.array_equal(np.minimum(getattr(whole, d), clip), getattr(ranks, d))
+               for d in ('i2t', 't2i')):
+            ranks, clip = whole, 0
     if max(ranks.i2t.max(), ranks.t2i.max()) < (clip or 1): clip = 0
     return Finished(rec, ranks, img_of, clip, folder)
 
@@ -79,20 +90,27 @@ def _same_test(a, b):
     "Refuse runs that answered different queries"
     of = lambda f: (f.record['data']['fingerprint'], f.record['data']['split'], f.record['data']['gallery'])
     if of(a) != of(b) or not np.array_equal(a.img_of, b.img_of):
-        told = ' and '.join(f"{f.record['data']['label']}, {len(f.ranks.i2t)} photos ({f.record['data']['fingerprint']})" for f in (a, b))
-        raise DataError(f"{a.record['id']} against {b.record['id']}", f'tests on {told}', 'the same test of both',
+        told = ' and '.join(f"{f.record['data']['label']}, {len(f.ranks.i2t)} photos "
+                            f"({f.record['data']['fingerprint']})" for f in (a, b))
+        raise DataError(f"{a.record['id']} against {b.record['id']}", f'tests on {told}',
+                        'the same test of both',
                         'Compare runs of one block: the same data, world and fold.')
 
 def compare(
     a,               # a run: `Finished`, or what `find_run` takes
     b,               # the run it is compared with
-)->pd.DataFrame:     # a line per query: way, query (number within its way), photo, ranks a and b, gain (halvings of the place from b to a)
+# a line per query: way, query (number within its way), photo, ranks a and b, gain (halvings of the place from
+# b to a)
+)->pd.DataFrame:
     "Ranks of two runs, query by query"
-    a, b = (f if isinstance(f, Finished) else find_run(f) for f in (a, b)); _same_test(a, b)
-    most, out = min([f.clip for f in (a, b) if f.clip], default=2**31), []       # what one of them cannot tell apart counts as equal
+    a, b = (f if isinstance(f, Finished) else find_run(f) for f in (a, b))
+    _same_test(a, b)
+    # what one of them cannot tell apart counts as equal
+    most, out = min([f.clip for f in (a, b) if f.clip], default=2**31), []
     for way, photo in (('i2t', np.arange(len(a.ranks.i2t))), ('t2i', a.img_of)):
         x, y = (np.minimum(getattr(f.ranks, way), most) for f in (a, b))
-        out.append(pd.DataFrame(dict(way=way, query=np.arange(len(x)), photo=photo, a=x, b=y, gain=np.log2((1+y)/(1+x)))))
+        out.append(pd.DataFrame(dict(way=way, query=np.arange(len(x)), photo=photo, a=x, b=y,
+                                     gain=np.log2((1+y)/(1+x)))))
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/8_analysis/11_compare_runs.ipynb #f2f81efb
@@ -100,16 +118,19 @@ def moved(
     table:pd.DataFrame,   # from `compare`
     way:str,              # 'i2t' or 't2i'
     n:int=10,
-)->tuple:                 # the queries that gained most, those that lost most: lines of the table, the most moved first
+# the queries that gained most, those that lost most: lines of the table, the most moved first
+)->tuple:
     "The queries that moved most, one of every photo"
     t = table[table.way == way]; up, down = t[t.gain > 0], t[t.gain < 0]
-    return tuple(x.sort_values('gain', ascending=x is down, kind='stable').drop_duplicates('photo').head(n) for x in (up, down))
+    return tuple(x.sort_values('gain', ascending=x is down, kind='stable').drop_duplicates('photo').head(n)
+                 for x in (up, down))
 
 # %% ../../nbs/8_analysis/11_compare_runs.ipynb #1cf18851
 def recalls(
     a:Finished,
     b:Finished,
-    columns=(*COLUMNS, 'truth.map_r'),   # metrics; those that one of the two does not know by photo are left out
+    columns=(*COLUMNS,
+             'truth.map_r'),   # metrics; those that one of the two does not know by photo are left out
     draws:int=10_000,                    # of photos
 )->pd.DataFrame:                         # a line per metric: a, b, d (a minus b), lo, hi, p
     "Both runs in percent, and the paired difference with its interval over photos"
@@ -118,7 +139,8 @@ def recalls(
         x, y = (per_photo(f.record, m) for f in (a, b))
         if x is None or y is None: continue
         d = paired(x, y, n=draws)
-        out.append(dict(metric=m, a=value(a.record, m), b=value(b.record, m), d=d.diff, lo=d.lo, hi=d.hi, p=d.p))
+        out.append(dict(metric=m, a=value(a.record, m), b=value(b.record, m), d=d.diff, lo=d.lo, hi=d.hi,
+                        p=d.p))
     return pd.DataFrame(out)
 
 # %% ../../nbs/8_analysis/11_compare_runs.ipynb #01f33682
@@ -128,14 +150,19 @@ def scatter(
 )->plt.Figure:               # a panel per way
     "Place in one run against place in the other, both logarithmic"
     with style():
-        fig, axes = plt.subplots(1, 2, figsize=(6, 3), layout='constrained'); plt.close(fig)
+        fig, axes = plt.subplots(1, 2, figsize=(6, 3), layout='constrained')
+        plt.close(fig)
         for ax, way, title in zip(axes, ('i2t', 't2i'), ('image to text', 'text to image')):
-            t = table[table.way == way]; at = t.groupby(['a', 'b']).size().reset_index(name='n'); top = 1 + max(at.a.max(), at.b.max())
+            t = table[table.way == way]
+            at = t.groupby(['a', 'b']).size().reset_index(name='n')
+            top = 1 + max(at.a.max(), at.b.max())
             ax.scatter(1 + at.b, 1 + at.a, s=8*np.sqrt(at.n), alpha=.5, lw=0)
             ax.plot([1, top], [1, top], color='.4', lw=.8)
             ax.set(xscale='log', yscale='log', aspect='equal')
-            ax.set_xlabel(escape_mathtext(f'place in {names[1]}')); ax.set_ylabel(escape_mathtext(f'place in {names[0]}'))
-            ax.set_title(f'{title}: {t.gain.gt(0).mean():.0%} gained, {t.gain.lt(0).mean():.0%} lost', loc='left')
+            ax.set_xlabel(escape_mathtext(f'place in {names[1]}'))
+            ax.set_ylabel(escape_mathtext(f'place in {names[0]}'))
+            ax.set_title(f'{title}: {t.gain.gt(0).mean():.0%} gained, {t.gain.lt(0).mean():.0%} lost',
+                         loc='left')
     return fig
 
 # %% ../../nbs/8_analysis/11_compare_runs.ipynb #c956c8a1
@@ -171,14 +198,17 @@ def firsts(
     queries,             # (n,) indices of the split
 )->np.ndarray:           # (n,) index of the sentence or image
     "What a model puts first, among what each query is searched in"
-    split, queries = s.split, np.asarray(queries); out = np.empty(len(queries), int)
+    split, queries = s.split, np.asarray(queries)
+    out = np.empty(len(queries), int)
     gallery = np.zeros(len(split), int) if split.gallery is None else split.gallery
     asks, items = (gallery, gallery[split.img_of])[::1 if way == 'i2t' else -1]
     for g in np.unique(asks[queries]):
         at, there = np.flatnonzero(asks[queries] == g), np.flatnonzero(items == g)
         q, i = image_indices(s, queries[at]), image_indices(s, there)
-        if way == 'i2t': found = top_k(lambda r, c: s.model.matrix(s.img[q[r]], s.txt[i[c]]), len(at), len(there), 1)[0]
-        else: found = top_k(lambda r, c: s.model.matrix(s.img[i[c]], s.txt[q[r]]).T, len(at), len(there), 1)[0]
+        if way == 'i2t':
+            found = top_k(lambda r, c: s.model.matrix(s.img[q[r]], s.txt[i[c]]), len(at), len(there), 1)[0]
+        else:
+            found = top_k(lambda r, c: s.model.matrix(s.img[i[c]], s.txt[q[r]]).T, len(at), len(there), 1)[0]
         out[at] = there[found[:,0].numpy()]
     return out
 
@@ -186,17 +216,25 @@ def in_words(
     part:pd.DataFrame,   # lines of one way, from `moved`
     split:Split,         # the test
     shelves=(None, None),# of the two runs; None: not at hand
-)->pd.DataFrame:         # photo, sentence, a, b, and for every shelf what it puts first; on drawn scenes whether that is true
+# photo, sentence, a, b, and for every shelf what it puts first; on drawn scenes whether that is true
+)->pd.DataFrame:
     "Queries that moved, as people read them"
     if not len(part): return pd.DataFrame()
-    order = np.argsort(split.img_of, kind='stable'); first = order[np.searchsorted(split.img_of[order], np.arange(len(split)))]
-    i2t, at = part.way.iloc[0] == 'i2t', part['query'].to_numpy(); at = at if i2t else order[at]
-    show = lambda i: f'{split.img_ids[i]}: {split.captions[first[i]]}'                  # a photo by its own first sentence
-    out = pd.DataFrame(dict(photo=split.img_ids[part.photo], sentence=[split.captions[j] for j in (first[at] if i2t else at)]))
+    order = np.argsort(split.img_of, kind='stable')
+    first = order[np.searchsorted(split.img_of[order], np.arange(len(split)))]
+    i2t, at = part.way.iloc[0] == 'i2t', part['query'].to_numpy()
+    at = at if i2t else order[at]
+    # a photo by its own first sentence
+    show = lambda i: f'{split.img_ids[i]}: {split.captions[first[i]]}'
+    out = pd.DataFrame(dict(photo=split.img_ids[part.photo],
+                            sentence=[split.captions[j] for j in (first[at] if i2t else at)]))
     out['a'], out['b'] = part.a.to_numpy(), part.b.to_numpy()
     for name, s in zip('ab', shelves):
         if s is None: continue
-        top = firsts(s, 'i2t' if i2t else 't2i', at); out[f'first in {name}'] = [split.captions[j] if i2t else show(j) for j in top]
+        top = firsts(s, 'i2t' if i2t else 't2i', at)
+        out[f'first in {name}'] = [split.captions[j] if i2t else show(j) for j in top]
         if s.world is None: continue
-        out[f'true in {name}'] = np.array(['no', 'half', 'yes'])[s.world.truth(split.name, *((at, top) if i2t else (top, at)))]
+        out[f'true in {name}'] = np.array(['no', 'half',
+                                           'yes'])[s.world.truth(
+                                               split.name, *((at, top) if i2t else (top, at)))]
     return out

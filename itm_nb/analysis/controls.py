@@ -41,7 +41,8 @@ def alarms(
     estimates,               # of Estimate: many analyses of which nothing is to be found
     plant:float=0.,          # a true difference added to each
     alpha:float=.05,
-)->dict:                     # percent of analyses whose interval leaves out 0: the wider one, blocks alone, photos alone; n
+# percent of analyses whose interval leaves out 0: the wider one, blocks alone, photos alone; n
+)->dict:
     "How often an analysis says that two arms differ"
     ends = [(e.interval(alpha)[:2], e.over_blocks(alpha), e.over_photos(alpha)) for e in estimates]
     x = np.array(ends, dtype=float) + plant                # (n, 3, 2): a shift of the data shifts every end
@@ -53,7 +54,8 @@ def _by_seed(sets, metric, rng, draws):
     "One analysis: runs of one test set under two names, at random"
     orders = [rng.permutation(len(runs)) for runs in sets]
     pairs = [(runs[i], runs[j]) for runs, order in zip(sets, orders) for i, j in zip(order[::2], order[1::2])]
-    left, right = zip(*pairs); d = np.array([value(a, metric) - value(b, metric) for a, b in pairs])
+    left, right = zip(*pairs)
+    d = np.array([value(a, metric) - value(b, metric) for a, b in pairs])
     x, y = mean_per_photo(list(left), metric), mean_per_photo(list(right), metric)
     return d, None if x is None or y is None else x - y
 
@@ -61,8 +63,12 @@ def _by_half(values, rng):
     "One analysis: halves of the photos of each run under two names, at random"
     d, photos = [], []
     for x in values:
-        n = len(x)//2*2; sign = np.zeros(len(x)); sign[rng.permutation(len(x))[:n]] = np.tile([1, -1], n//2)
-        z = 2*sign*(x - x.mean())*len(x)/n; d.append(z.mean()); photos.append(z)
+        n = len(x)//2*2
+        sign = np.zeros(len(x))
+        sign[rng.permutation(len(x))[:n]] = np.tile([1, -1], n//2)
+        z = 2*sign*(x - x.mean())*len(x)/n
+        d.append(z.mean())
+        photos.append(z)
     return np.array(d), np.concatenate(photos)
 
 def a_a(
@@ -74,7 +80,8 @@ def a_a(
     seed:int=0,
 )->tuple:                # list of Estimate; 'seeds' or 'halves'
     "One arm under two names, many times; blocks are test sets"
-    runs = [r for r in pick(records, row) if not math.isnan(value(r, metric))]; sets = {}
+    runs = [r for r in pick(records, row) if not math.isnan(value(r, metric))]
+    sets = {}
     for r in runs: sets.setdefault(test_set_of(r), []).append(r)
     how = 'seeds' if len(sets) > 1 and all(len(s) > 1 for s in sets.values()) else 'halves'
     values = [per_photo(r, metric) for r in runs]
@@ -85,7 +92,8 @@ def a_a(
     out = []
     for t in range(times):
         rng = np.random.default_rng(purpose_key('a/a', seed, t))
-        d, x = _by_seed([s for _, s in sorted(sets.items())], metric, rng, draws) if how == 'seeds' else _by_half(values, rng)
+        d, x = _by_seed([s for _, s in sorted(sets.items())], metric, rng,
+                        draws) if how == 'seeds' else _by_half(values, rng)
         out.append(estimate(d, x, overlap, draws, t))
     return out, how
 
@@ -99,18 +107,22 @@ def planted(
     ranks, img_of, gallery = stored_ranks(rec); clip = rec['ranks']['clip']
     rng = np.random.default_rng(purpose_key('planted', rec['id'], seed))
     cut = lambda x: np.minimum(x, clip)
-    i2t, t2i = cut(ranks.i2t), cut(ranks.t2i); rsum = lambda a, b: gallery_summary(Ranks(a, b), img_of, gallery)['rsum']
+    i2t, t2i = cut(ranks.i2t), cut(ranks.t2i)
+    rsum = lambda a, b: gallery_summary(Ranks(a, b), img_of, gallery)['rsum']
     full = rsum(i2t, t2i)
     i2t = _spoil(i2t, clip, rng, lambda x: rsum(x, t2i) >= full - drop/2)
     t2i = _spoil(t2i, clip, rng, lambda x: rsum(i2t, x) > full - drop, one_more=True)
-    out = copy.deepcopy(rec); out['method'] += ' planted'; out['id'] = format(purpose_key('planted', rec['id'], seed, drop) % 2**48, '012x')
+    out = copy.deepcopy(rec)
+    out['method'] += ' planted'
+    out['id'] = format(purpose_key('planted', rec['id'], seed, drop) % 2**48, '012x')
     out['ranks'] |= dict(i2t=pack(i2t), t2i=pack(t2i[np.argsort(img_of, kind='stable')]))
     out['metrics']['test'] |= gallery_summary(Ranks(i2t, t2i), img_of, gallery)
     return out
 
 def _spoil(x, clip, rng, enough_left, one_more=False):
     "Set random hits to `clip`, as many as leave `enough_left`, found by bisection; with `one_more`, the first that does not"
-    order = rng.permutation(np.flatnonzero(x < 10)); spoilt = lambda n: np.where(np.isin(np.arange(len(x)), order[:n]), clip, x)
+    order = rng.permutation(np.flatnonzero(x < 10))
+    spoilt = lambda n: np.where(np.isin(np.arange(len(x)), order[:n]), clip, x)
     lo, hi = 0, len(order)
     while lo < hi: lo, hi = (mid, hi) if enough_left(spoilt(mid := (lo+hi+1)//2)) else (lo, mid-1)
     return spoilt(lo + one_more)
@@ -125,7 +137,9 @@ def controls(
     seed:int=0,
 )->pd.DataFrame:                 # control, wanted, found, detail
     "A/A, planted loss, oracle sampler, chance"
-    out, note = [], lambda e: f'{e.d:+.2f} [{e.interval()[0]:+.2f}, {e.interval()[1]:+.2f}] over {len(e.blocks)} blocks'
+    out, note = ([],
+                 lambda e: f'{e.d:+.2f} [{e.interval()[0]:+.2f}, {e.interval()[1]:+.2f}] over '
+                           f'{len(e.blocks)} blocks')
     same, how = a_a(records, row, metric, times, seed=seed); a = alarms(same)
     out.append(dict(control='A/A', wanted='at most 7 %', found=f"{a['wider']:.1f} % of {a['n']}",
                     detail=f"by {how}; blocks alone {a['blocks']:.1f} %, photos alone {a['photos']:.1f} %"))
@@ -133,14 +147,19 @@ def controls(
     if all('ranks' in r for r in runs) and metric == 'rsum':
         spoilt = [dict(planted(r, seed=seed), method='planted') for r in runs]
         e = contrast(spoilt + runs, {'planted': 1, 'arm': -1}, metric, arms=dict(arm=row)).estimate
-        out.append(dict(control='planted -2 rSum', wanted='found', found='found' if e.interval()[1] < 0 else 'missed', detail=note(e)))
+        out.append(dict(control='planted -2 rSum', wanted='found',
+                        found='found' if e.interval()[1] < 0 else 'missed', detail=note(e)))
     if oracle:
-        known = any('truth' in x['metrics']['test'] for x in records)              # what an oracle bars must not count as an error
-        e = contrast(records, oracle, 'truth.map_r' if known else metric).estimate; lo = e.interval()[0]
+        # what an oracle bars must not count as an error
+        known = any('truth' in x['metrics']['test'] for x in records)
+        e = contrast(records, oracle, 'truth.map_r' if known else metric).estimate
+        lo = e.interval()[0]
         word = 'no runs' if not len(e.blocks) else 'wins' if lo > 0 else 'does not win'
-        out.append(dict(control='oracle sampler', wanted='wins', found=word, detail=note(e) if len(e.blocks) else ''))
+        out.append(dict(control='oracle sampler', wanted='wins', found=word,
+                        detail=note(e) if len(e.blocks) else ''))
     for r in pick(records, dict(method='chance'))[:1]:
-        if not math.isnan(x := value(r, metric)): out.append(dict(control='chance', wanted='far below', found=f'{x:.1f}', detail=''))
+        if not math.isnan(x := value(r, metric)):
+            out.append(dict(control='chance', wanted='far below', found=f'{x:.1f}', detail=''))
     return pd.DataFrame(out)
 
 # %% ../../nbs/8_analysis/03_controls.ipynb #6bb5ea96
@@ -149,12 +168,18 @@ def best_of(
     test,              # (N,) its test value
 )->np.ndarray:         # (N,) expected test value of the setting that is best on validation among 1, 2, ... N
     "What a search of each size is worth"
-    val, test = np.asarray(val, dtype=float), np.asarray(test, dtype=float); N = len(val)
-    if val.shape != test.shape or N < 1: raise DataError('best_of', f'{val.shape} and {test.shape} values', 'as many of both')
-    t = test[np.argsort(val, kind='stable')]; p = np.full(N, 1/N); out = []
+    val, test = np.asarray(val, dtype=float), np.asarray(test, dtype=float)
+    N = len(val)
+    if val.shape != test.shape or N < 1:
+        raise DataError('best_of', f'{val.shape} and {test.shape} values', 'as many of both')
+    t = test[np.argsort(val, kind='stable')]
+    p = np.full(N, 1/N)
+    out = []
     for n in range(1, N+1):
         out.append(float(p @ t))
-        p = p * np.maximum(np.arange(N) - (n-1), 0); p = p/p.sum() if p.sum() else p          # C(i, n) from C(i, n-1)
+        # C(i, n) from C(i, n-1)
+        p = p * np.maximum(np.arange(N) - (n-1), 0)
+        p = p/p.sum() if p.sum() else p
     return np.array(out)
 
 def search_curve(
@@ -171,12 +196,16 @@ def search_curve(
 # %% ../../nbs/8_analysis/03_controls.ipynb #7c0fdf68
 def _prior(r, n:int, clip:int)->tuple:
     "The Beta distribution that makes ranks r of n wrong answers most likely; from `clip` on, a rank is only known to be so high"
-    clip = min(clip, n+1); k = np.arange(clip); times = np.bincount(np.minimum(r, clip), minlength=clip+1)
+    clip = min(clip, n+1)
+    k = np.arange(clip)
+    times = np.bincount(np.minimum(r, clip), minlength=clip+1)
     choices = gammaln(n+1) - gammaln(k+1) - gammaln(n-k+1)
     def cost(x):
-        log = (choices + betaln(k + np.exp(x[0]), n-k + np.exp(x[1])) - betaln(*np.exp(x)))       # of every rank below the clip
+        # of every rank below the clip
+        log = (choices + betaln(k + np.exp(x[0]), n-k + np.exp(x[1])) - betaln(*np.exp(x)))
         return -(times @ np.append(log, np.log(max(1 - np.exp(log).sum(), 1e-300))))
-    return tuple(np.exp(optimize.minimize(cost, [-1., 3.], method='Nelder-Mead', options=dict(xatol=1e-3, fatol=1e-3)).x))
+    return tuple(np.exp(optimize.minimize(cost, [-1., 3.], method='Nelder-Mead',
+                                          options=dict(xatol=1e-3, fatol=1e-3)).x))
 
 def stretched(
     rec:dict,            # a record with ranks
@@ -184,23 +213,30 @@ def stretched(
     seed:int=0,
 )->dict:                 # the same as if its galleries were so large; unchanged where they are
     "What the ranks of a run might be among more photos; all runs of one test set meet the same luck"
-    ranks, img_of, gallery = stored_ranks(rec); size, clip, out = np.bincount(gallery)[gallery], rec['ranks']['clip'], []
+    ranks, img_of, gallery = stored_ranks(rec)
+    size, clip, out = np.bincount(gallery)[gallery], rec['ranks']['clip'], []
     if (size >= photos).all(): return rec
     per = rec['data']['captions']/rec['data']['images']
     for d, r, n, k in (('i2t', ranks.i2t, size, per), ('t2i', ranks.t2i, size[img_of], 1)):
-        u = np.random.default_rng(purpose_key('stretched', d, seed)).random((2, len(r))); others = np.maximum(np.round(k*(n-1)), r)
+        u = np.random.default_rng(purpose_key('stretched', d, seed)).random((2, len(r)))
+        others = np.maximum(np.round(k*(n-1)), r)
         a, b = _prior(r, int(others.max()), clip)
-        more = stats.binom.ppf(u[1], np.round(k*np.maximum(photos-n, 0)), stats.beta.ppf(u[0], r+a, others-r+b))
+        more = stats.binom.ppf(u[1], np.round(k*np.maximum(photos-n, 0)),
+                               stats.beta.ppf(u[0], r+a, others-r+b))
         out.append(np.minimum(r + np.maximum(more, 0), clip).astype(np.int64))
-    summary = gallery_summary(Ranks(*out), img_of, gallery); order = np.argsort(img_of, kind='stable')
-    return dict(rec, ranks=dict(rec['ranks'], i2t=pack(out[0]), t2i=pack(out[1][order])), metrics=dict(rec['metrics'], test=summary))
+    summary = gallery_summary(Ranks(*out), img_of, gallery)
+    order = np.argsort(img_of, kind='stable')
+    return dict(rec, ranks=dict(rec['ranks'], i2t=pack(out[0]), t2i=pack(out[1][order])),
+                metrics=dict(rec['metrics'], test=summary))
 
 # %% ../../nbs/8_analysis/03_controls.ipynb #55a5602b
-TESTS = {'1K': (1000, 1000), '5 x 1K': (5000, 1000), '5K': (5000, 5000)}      # name -> photos, photos in a gallery
+# name -> photos, photos in a gallery
+TESTS = {'1K': (1000, 1000), '5 x 1K': (5000, 1000), '5K': (5000, 5000)}
 
 def _apart(a, b)->list:
     "Differences photo by photo of runs of two arms on one test set, with other seeds"
-    both = [(x, y) for x in a for y in b if test_set_of(x) == test_set_of(y) and x['block']['seed'] != y['block']['seed']]
+    both = [(x, y) for x in a for y in b
+            if test_set_of(x) == test_set_of(y) and x['block']['seed'] != y['block']['seed']]
     return [per_photo(x, 'rsum') - per_photo(y, 'rsum') for x, y in both]
 
 def _beyond(xs:list, n:int)->float:
@@ -212,12 +248,16 @@ def _variances(a, b)->dict:
     "Of rSum: `photo` of one run, `seed` beyond photos, `seen` between seeds; of differences: `matched`, `other` by photo, `block` beyond"
     mean = lambda xs: float(np.mean(xs)) if len(xs) else math.nan
     known = lambda xs: mean([x for x in xs if not math.isnan(x)])
-    x = [per_photo(r, 'rsum') for r in a]; d = [p - per_photo(r, 'rsum') for p, r in zip(x, b)]; n, sets = len(x[0]), {}
+    x = [per_photo(r, 'rsum') for r in a]
+    d = [p - per_photo(r, 'rsum') for p, r in zip(x, b)]
+    n, sets = len(x[0]), {}
     for r, p, q in zip(a, x, d): sets.setdefault(test_set_of(r), []).append((p, q))
-    seen = known([np.var([p.mean() for p, _ in s], ddof=1) if len(s) > 1 else math.nan for s in sets.values()])
+    seen = known([np.var([p.mean() for p, _ in s], ddof=1) if len(s) > 1 else math.nan
+                  for s in sets.values()])
     block = known([_beyond([q for _, q in s], n) for s in sets.values()])
     if len(sets) > 1: block = max(0., np.var([q.mean() for q in d], ddof=1) - mean([q.var() for q in d])/n)
-    return dict(photo=mean([p.var() for p in x]), seed=known([_beyond([p for p, _ in s], n) for s in sets.values()]), seen=seen,
+    return dict(photo=mean([p.var() for p in x]),
+                seed=known([_beyond([p for p, _ in s], n) for s in sets.values()]), seen=seen,
                 matched=mean([q.var() for q in d]), other=mean([q.var() for q in _apart(a, b)]), block=block)
 
 # %% ../../nbs/8_analysis/03_controls.ipynb #9320964e
@@ -226,16 +266,21 @@ def noise_floor(
     row,                     # what `pick` takes: an arm with several seeds
     other,                   # what `pick` takes: another arm in the same blocks
     tests:dict=TESTS,        # name -> photos tested, photos in a gallery
-)->pd.DataFrame:             # a line per test: standard errors of rSum and the smallest difference that stands out
+# a line per test: standard errors of rSum and the smallest difference that stands out
+)->pd.DataFrame:
     "Standard errors by the size of the test: of one number, and of differences of two with other and with matched seeds"
-    c = contrast(records, dict(a=1, b=-1), 'rsum', arms=dict(a=row, b=other), draws=10); out = []
+    c = contrast(records, dict(a=1, b=-1), 'rsum', arms=dict(a=row, b=other), draws=10)
+    out = []
     if c.n < 2: raise DataError(f'noise floor of {row}', f'{c.n} matched blocks', 'two or more')
     for name, (photos, size) in tests.items():
-        v = _variances(*([stretched(r, size) for r in c.arms[k]] for k in 'ab')); seed = np.nan_to_num(v['seed'])
+        v = _variances(*([stretched(r, size) for r in c.arms[k]] for k in 'ab'))
+        seed = np.nan_to_num(v['seed'])
         se = lambda between, photo: math.sqrt(between + photo/photos)
         apart = se(2*seed, v['matched'] if math.isnan(v['other']) else v['other'])
-        out.append(dict(test=name, photos=photos, se=se(0., v['photo']), seed_sd=math.sqrt(v['seen']), se_same_photos=apart,
-                        se_other_photos=math.sqrt(2)*se(seed, v['photo']), se_matched=se(np.nan_to_num(v['block']), v['matched']),
+        out.append(dict(test=name, photos=photos, se=se(0., v['photo']), seed_sd=math.sqrt(v['seen']),
+                        se_same_photos=apart,
+                        se_other_photos=math.sqrt(2)*se(seed, v['photo']),
+                        se_matched=se(np.nan_to_num(v['block']), v['matched']),
                         stands_out=1.96*apart, runs=c.n))
     return pd.DataFrame(out)
 
@@ -247,8 +292,12 @@ def published_steps(
 )->pd.DataFrame:             # data, test (a key of TESTS), row, over, step in rSum
     "Differences of neighbouring rows of one model in a published table"
     wide = tab.pivot_table(index=['data', 'row'], columns='metric', values='mean', sort=False).reset_index()
-    wide['rsum'] = wide['rsum'].fillna(wide[_SIX].sum(axis=1, min_count=6)); wide['model'] = wide.row.str.split(' ').str[0]; out = []
+    wide['rsum'] = wide['rsum'].fillna(wide[_SIX].sum(axis=1, min_count=6))
+    wide['model'] = wide.row.str.split(' ').str[0]
+    out = []
     for (data, model), part in wide.groupby(['data', 'model'], sort=False):
-        rows = part[['row', 'rsum']].values.tolist(); test = '5 x 1K' if 'COCO 1K' in data else '5K' if 'COCO 5K' in data else '1K'
-        out += [dict(data=data, test=test, row=b[0], over=a[0], step=b[1] - a[1]) for a, b in zip(rows, rows[1:])]
+        rows = part[['row', 'rsum']].values.tolist()
+        test = '5 x 1K' if 'COCO 1K' in data else '5K' if 'COCO 5K' in data else '1K'
+        out += [dict(data=data, test=test, row=b[0], over=a[0], step=b[1] - a[1])
+                for a, b in zip(rows, rows[1:])]
     return pd.DataFrame(out)

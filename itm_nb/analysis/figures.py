@@ -28,8 +28,10 @@ from .tables import interval, label, pick, value
 @contextmanager
 def style():
     "The one plotting style; inside it, equal figures give equal bytes"
-    mine = {'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 9, 'axes.labelsize': 8, 'xtick.labelsize': 8,
-            'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.frameon': False, 'figure.dpi': 80, 'savefig.dpi': 160,
+    mine = {'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 9, 'axes.labelsize': 8,
+            'xtick.labelsize': 8,
+            'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.frameon': False, 'figure.dpi': 80,
+            'savefig.dpi': 160,
             'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.4,
             'figure.facecolor': 'white', 'axes.facecolor': 'white', 'savefig.facecolor': 'white',
             'savefig.transparent': False, 'svg.hashsalt': 'itm_nb', 'svg.fonttype': 'path'}
@@ -74,12 +76,14 @@ def _chosen(records, rows):
 
 # %% ../../nbs/8_analysis/01_figures.ipynb #5f1d0b72
 LADDER = (   # arms as methods are built up, each control behind its step
-    'warm', 'judge', 'vse0', 'base', 'base_passes', 'vsepp', 'vsepp_two', 'vsepp_mlm', 'infonce', 'longer', 'wide',
-    'offtri', 'offtri_random', 'offquin', 'offtri_twice', 'aoq', 'aoq_permuted', 'aoq_constant', 'aoq_detached',
+    'warm', 'judge', 'vse0', 'base', 'base_passes', 'vsepp', 'vsepp_two', 'vsepp_mlm', 'infonce', 'longer',
+    'wide',
+    'offtri', 'offtri_random', 'offquin', 'offtri_twice', 'aoq', 'aoq_permuted', 'aoq_constant',
+    'aoq_detached',
     'memory', 'memory_hardest', 'fne_uniform', 'fne_branch', 'fne', 'fne_permuted', 'fne_no_cut',
     'tags_random', 'tags_static', 'tags_unshared', 'tags', 'tags_d', 'tags_c', 'tags_dc', 'tags_dc_shuffled',
     'aoq_fne', 'aoq_tags', 'fne_tags', 'union')
-_NOT_A_METHOD = re.compile(r'^(warm|judge|vse0|base|vsepp|longer|wide|memory)|_(random|twice|permuted|constant|shuffled)\b')
+_NOT_A_METHOD = ((re.compile(r'^(warm|judge|vse0|base|vsepp|longer|wide|memory)|_(random|twice|permuted|constant|shuffled)\b')))
 _ORACLE = re.compile(r'_(honest|oracle)\b')
 
 def _rung(name):
@@ -111,7 +115,8 @@ def _control(ax, name, x, y):
         ax.text(x, y, f' {name}', **words)
         return
     edge, inwards, side = (1, -14, 'right') if x > hi else (0, 14, 'left')
-    ax.annotate(f'{name} {x:.1f}', (edge, y), (inwards, 0), ('axes fraction', 'data'), 'offset points', ha=side, **words,
+    ax.annotate(f'{name} {x:.1f}', (edge, y), (inwards, 0), ('axes fraction', 'data'), 'offset points',
+                ha=side, **words,
                 arrowprops=dict(arrowstyle='->', color='.55', lw=.8, shrinkA=1, shrinkB=0))
 
 def estimate_row(
@@ -160,7 +165,8 @@ def dots(
             ax.autoscale_view()
             ax.set_xlim(ax.get_xlim())
             for j, (name, rs) in enumerate(extra.items()):
-                if rs := known(here, rs): _control(ax, name, np.mean([value(r, metric) for r in rs]), rows + j - .25)
+                if rs := known(here, rs):
+                    _control(ax, name, np.mean([value(r, metric) for r in rs]), rows + j - .25)
             ax.set_yticks(range(rows), list(map(escape_mathtext, chosen)))
             ax.set(xlabel=label(metric), ylim=(rows + len(extra) - .5, -.5))
             ax.tick_params(axis='y', length=0)
@@ -190,8 +196,10 @@ def curves(
                 at = _by_epoch([r for r in here if r in rs], curve)
                 if not at: continue
                 name = escape_mathtext(f'{row} ({max(map(len, at.values()))})')
-                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i), ls='--' if i > 9 else '-', label=name)
-                ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()], color=_color(i), alpha=.2, lw=0)
+                ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i),
+                        ls='--' if i > 9 else '-', label=name)
+                ax.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()],
+                                color=_color(i), alpha=.2, lw=0)
             words = dict(val_rsum='validation rSum', clipped='share of clipped steps').get(curve, curve)
             ax.set(xlabel='epoch', ylabel=escape_mathtext(words))
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -201,7 +209,8 @@ def curves(
 # %% ../../nbs/8_analysis/01_figures.ipynb #6dc46f48
 def _chance_at(rec, d, ks):
     "Percent found within K by random scores: the mean over galleries, all photos with the average number of sentences"
-    per = rec['data']['captions'] / rec['data']['images']; n = np.array(rec['data']['gallery'])[:, None] * (per if d == 'i2t' else 1)
+    per = rec['data']['captions'] / rec['data']['images']
+    n = np.array(rec['data']['gallery'])[:, None] * (per if d == 'i2t' else 1)
     share = np.minimum(ks/n, 1)
     return 100 * (1 - (1-share)**(per if d == 'i2t' else 1)).mean(0)
 
@@ -211,11 +220,14 @@ def recall_curve(
     top:int=200,         # largest K; less where ranks were clipped earlier
 )->plt.Figure:           # two panels: image to text, text to image; one data set
     "R@K against K, mean over runs"
-    chosen, runs = _chosen(records, rows); runs = [r for r in runs if 'ranks' in r]
-    if len(names := {r['data']['label'] for r in runs}) != 1: raise DataError('recall_curve', f'{len(names)} data sets with ranks', 'one')
+    chosen, runs = _chosen(records, rows)
+    runs = [r for r in runs if 'ranks' in r]
+    if len(names := {r['data']['label'] for r in runs}) != 1:
+        raise DataError('recall_curve', f'{len(names)} data sets with ranks', 'one')
     ks = np.unique(np.geomspace(1, min([top] + [r['ranks']['clip'] for r in runs]), 40).round().astype(int))
     with style():
-        fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), sharey=True, layout='constrained'); plt.close(fig)
+        fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), sharey=True, layout='constrained')
+        plt.close(fig)
         fig.set_label('runs: ' + ' '.join(sorted(r['id'] for r in runs)))
         for ax, d, title in zip(axes, ('i2t', 't2i'), ('image to text', 'text to image')):
             for i, (row, rs) in enumerate(chosen.items()):
@@ -223,8 +235,10 @@ def recall_curve(
                 found = [np.mean([value(r, f'{d}.r{k}') for r in known]) for k in ks] if known else []
                 if known: ax.plot(ks, found, color=_color(i), label=f'{escape_mathtext(row)} ({len(known)})')
             ax.plot(ks, _chance_at(runs[0], d, ks), color='.5', ls=':', label='chance')
-            ax.set(xscale='log', xlabel='K, answers looked at', ylim=(0, 100)); ax.set_title(title, loc='left')
-            ax.set_xticks(shown := [k for k in (1, 5, 10, 50, 100) if k <= ks[-1]], shown); ax.minorticks_off()
+            ax.set(xscale='log', xlabel='K, answers looked at', ylim=(0, 100))
+            ax.set_title(title, loc='left')
+            ax.set_xticks(shown := [k for k in (1, 5, 10, 50, 100) if k <= ks[-1]], shown)
+            ax.minorticks_off()
         axes[0].set_ylabel('percent found'); _legend(fig, axes[1:])
     return fig
 
@@ -250,14 +264,19 @@ def searched(
                     failed = f", {s['val'].count(None)} failed" if None in s['val'] else ''
                     name = escape_mathtext(f"{row} ({len(s['val'])} tried{failed})")
                     ax.plot(range(1, len(s['best_of'])+1), s['best_of'], color=_color(i), label=name)
-                    ax.scatter([1]*(len(s['val'])-s['val'].count(None)), _worked(s), s=8, color=_color(i), alpha=.5, lw=0)
-            seen = [v for s in _trials(here) for v in (*_worked(s), s['best_of'][-1])]; gap = max(.05*(max(seen) - min(seen)), .5)
-            ax.set(xlabel='n, trials', ylabel='validation rSum of the best of n', ylim=(min(seen) - gap, max(seen) + gap)); ax.legend()
+                    ax.scatter([1]*(len(s['val'])-s['val'].count(None)), _worked(s), s=8, color=_color(i),
+                               alpha=.5, lw=0)
+            seen = [v for s in _trials(here) for v in (*_worked(s), s['best_of'][-1])]
+            gap = max(.05*(max(seen) - min(seen)), .5)
+            ax.set(xlabel='n, trials', ylabel='validation rSum of the best of n',
+                   ylim=(min(seen) - gap, max(seen) + gap))
+            ax.legend()
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     return fig
 
 # %% ../../nbs/8_analysis/01_figures.ipynb #f2fa7cd1
-_FLOORS = dict(se_matched='matched seeds', se_same_photos='same photos, other seeds', se_other_photos='other photos, other seeds')
+_FLOORS = dict(se_matched='matched seeds', se_same_photos='same photos, other seeds',
+               se_other_photos='other photos, other seeds')
 
 def above_floor(
     floor,               # from `controls.noise_floor`: a line per test
@@ -265,12 +284,15 @@ def above_floor(
 )->plt.Figure:
     "Published steps of rSum beside what luck alone gives, by the size of the test"
     with style():
-        fig, ax = plt.subplots(figsize=(5, .6 + .55*len(floor)), layout='constrained'); plt.close(fig)
+        fig, ax = plt.subplots(figsize=(5, .6 + .55*len(floor)), layout='constrained')
+        plt.close(fig)
         for y, line in enumerate(floor.to_dict('records')):
             for i, (k, name) in enumerate(_FLOORS.items()):
-                ax.barh(y, 1.96*line[k], height=.26 + .2*i, color=str(.62 + .15*i), zorder=-i, label=name if y == 0 else None)
+                ax.barh(y, 1.96*line[k], height=.26 + .2*i, color=str(.62 + .15*i), zorder=-i,
+                        label=name if y == 0 else None)
             x = np.sort(steps.step[steps.test == line['test']].to_numpy())
-            ax.scatter(x, y + .09*(np.arange(len(x)) % 3 - 1), s=16, color=_color(0), lw=0, label='published step' if y == 0 else None)
+            ax.scatter(x, y + .09*(np.arange(len(x)) % 3 - 1), s=16, color=_color(0), lw=0,
+                       label='published step' if y == 0 else None)
         ax.set_yticks(range(len(floor)), list(map(escape_mathtext, floor.test)))
         ax.set(ylim=(len(floor)-.5, -.5), xlabel='difference in rSum, points')
         ax.legend(loc='center right')
@@ -282,7 +304,8 @@ def save_figure(
     path,               # without suffix; FILE.svg and FILE.png are written
 )->list:                # the two files
     "Write a figure with equal bytes for equal records; the ids of its runs go into the metadata"
-    path = Path(path); files = [path.with_name(path.name + s) for s in ('.svg', '.png')]
+    path = Path(path)
+    files = [path.with_name(path.name + s) for s in ('.svg', '.png')]
     path.parent.mkdir(parents=True, exist_ok=True)
     with style():
         fig.savefig(files[0], metadata=dict(Date=None, Creator=None, Description=fig.get_label()))
@@ -295,6 +318,8 @@ def preview(
     colours:int=64,
 )->Image:
     "A saved figure, small: for pages that show many"
-    saved = pixels.open(files[1]).convert('RGB'); small = saved.resize([round(scale*x) for x in saved.size], pixels.Resampling.LANCZOS)
-    png = io.BytesIO(); small.quantize(colours, pixels.Quantize.FASTOCTREE).save(png, 'png', optimize=True)
+    saved = pixels.open(files[1]).convert('RGB')
+    small = saved.resize([round(scale*x) for x in saved.size], pixels.Resampling.LANCZOS)
+    png = io.BytesIO()
+    small.quantize(colours, pixels.Quantize.FASTOCTREE).save(png, 'png', optimize=True)
     return Image(png.getvalue())

@@ -38,7 +38,8 @@ def _look(
     keys:np.ndarray,   # (T,)
 )->np.ndarray:         # (T, ...), 0 where the key is not there
     "Values of keys"
-    known, values = table; at = np.searchsorted(known, keys).clip(max=max(len(known)-1, 0))
+    known, values = table
+    at = np.searchsorted(known, keys).clip(max=max(len(known)-1, 0))
     hit = known[at] == keys if len(known) else np.zeros(len(keys), bool)
     return np.where(hit.reshape(hit.shape + (1,)*(values.ndim-1)), values[at] if len(known) else 0, 0)
 
@@ -59,13 +60,23 @@ class Ngrams:
         known:Sequence=(),           # words the vocabulary has beside those of the sentences
     ):
         "Count sentences"
-        said = [words(s) for s in sentences]; vocabulary = sorted({w for r in said for w in r} | set(known))
-        index = {w: k+2 for k, w in enumerate(vocabulary)}; start = len(index)+2; base = start+1
-        if base**order >= 2**63: raise ValueError(f'{base} words to the power {order} do not fit a number of 64 bits: use a smaller order')
-        w = np.unique(_windows([[index[x] for x in r] for r in said], order, start), axis=0, return_counts=True); out = []
+        said = [words(s) for s in sentences]
+        vocabulary = sorted({w for r in said for w in r} | set(known))
+        index = {w: k+2 for k, w in enumerate(vocabulary)}
+        start = len(index)+2
+        base = start+1
+        if base**order >= 2**63:
+            raise ValueError(f'{base} words to the power {order} do not fit a number of 64 bits: use a '
+                             f'smaller order')
+        w = np.unique(_windows([[index[x] for x in r] for r in said], order, start), axis=0,
+                      return_counts=True)
+        out = []
         for n in range(order, 0, -1):
-            groups, count = w; keys = _keys(groups, base); head, at = np.unique(_keys(groups[:,:-1], base), return_inverse=True)
-            n1, n2 = (count == 1).sum(), (count == 2).sum(); D = n1/(n1 + 2*n2) if n1 else .5
+            groups, count = w
+            keys = _keys(groups, base)
+            head, at = np.unique(_keys(groups[:,:-1], base), return_inverse=True)
+            n1, n2 = (count == 1).sum(), (count == 2).sum()
+            D = n1/(n1 + 2*n2) if n1 else .5
             many = np.stack([np.bincount(at, count, len(head)), np.bincount(at, minlength=len(head))], 1)
             sort = keys.argsort(); out.append(((keys[sort], count[sort].astype(float)), (head, many.astype(float)), float(D)))
             w = np.unique(groups[:,1:], axis=0, return_counts=True)          # behind how many different words
@@ -89,9 +100,11 @@ class Ngrams:
 def perplexity(
     model:Ngrams,
     sentences:Sequence[str],
-)->dict:                      # 'per sentence': mean of each one's own; 'typical': geometric mean; 'per word': long sentences count more
+# 'per sentence': mean of each one's own; 'typical': geometric mean; 'per word': long sentences count more
+)->dict:
     "How surprising sentences are"
     if not len(sentences): return {k: math.nan for k in ('per sentence', 'typical', 'per word')}
     logs, size = model.log_prob(sentences); first = np.cumsum(size) - size
     each = -np.add.reduceat(logs, first)/size
-    return {'per sentence': float(np.exp(each).mean()), 'typical': float(np.exp(each.mean())), 'per word': float(np.exp(-logs.mean()))}
+    return {'per sentence': float(np.exp(each).mean()), 'typical': float(np.exp(each.mean())),
+            'per word': float(np.exp(-logs.mean()))}

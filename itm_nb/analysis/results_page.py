@@ -270,5 +270,6 @@ def link(
     folder = Path(folder or project()/'nbs')
     numbered = [p for p in sorted(folder.rglob('*.ipynb')) if p.stem[0].isdigit()]
     found = [p for p in numbered if p.stem.partition('_')[2] == name]
-    if len(found) != 1: raise SetupError(f'{len(found)} notebooks are called {name}; wanted one. Correct the link.')
+    if len(found) != 1:
+        raise SetupError(f'{len(found)} notebooks are called {name}; wanted one. Correct the link.')
     return f'[{words or name}]({found[0].relative_to(folder).as_posix()})'

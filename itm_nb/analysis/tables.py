@@ -35,7 +35,8 @@ def pick(
     "The records of a row"
     where = dict(method=where) if isinstance(where, str) else where
     found = [r for r in records if all(at_path(r, k) == v for k, v in where.items())]
-    return sorted(found, key=lambda r: (r['data']['label'], str(r['block']['fold']), r['block']['seed'], r['id']))
+    return sorted(found, key=lambda r: (r['data']['label'], str(r['block']['fold']), r['block']['seed'],
+                                        r['id']))
 
 def value(
     rec:dict,        # a record
@@ -57,7 +58,8 @@ def _within(
     R, G = x_g/n_g, len(N_g)
     return R.mean() + len(gallery)/(G*N_g)[gallery] * (x - R[gallery]*n) / (n_g/N_g)[gallery]
 
-_SUMS = {'rsum': [f'{d}.r{k}' for d in ('i2t', 't2i') for k in (1, 5, 10)], 'truth.map_r': ['truth.i2t.map_r', 'truth.t2i.map_r']}
+_SUMS = {'rsum': [f'{d}.r{k}' for d in ('i2t', 't2i') for k in (1, 5, 10)],
+         'truth.map_r': ['truth.i2t.map_r', 'truth.t2i.map_r']}
 
 def per_photo(
     rec:dict,        # a record
@@ -69,13 +71,16 @@ def per_photo(
         return None if any(x is None for x in parts) else sum(parts) / (1 if metric == 'rsum' else len(parts))
     *truth, d, name = metric.split('.')
     if 'ranks' not in rec: return None
-    ranks, img_of, gallery = stored_ranks(rec); home = np.arange(len(gallery)) if d == 'i2t' else img_of
+    ranks, img_of, gallery = stored_ranks(rec)
+    home = np.arange(len(gallery)) if d == 'i2t' else img_of
     count = np.bincount(home)
     if truth:
         if (text := at_path(rec, f'perphoto.{d}.{name}')) is None: return None
-        x = unpack(text); x, count = np.where(x == 255, 0, x)*count, np.where(x == 255, 0, count)
+        x = unpack(text)
+        x, count = np.where(x == 255, 0, x)*count, np.where(x == 255, 0, count)
         z = _within(x, count, gallery)
-        return z + (at_path(rec['metrics']['test'], metric) - z.mean())      # undoes the rounding to whole percents
+        # undoes the rounding to whole percents
+        return z + (at_path(rec['metrics']['test'], metric) - z.mean())
     if not (name[:1] == 'r' and name[1:].isdigit() and 0 < int(name[1:]) <= rec['ranks']['clip']): return None
     return _within(np.bincount(home, 100.*(getattr(ranks, d) < int(name[1:]))), count, gallery)
 
@@ -87,14 +92,16 @@ def test_set_of(rec):
 def mean_per_photo(
     records:list,       # runs of one row
     metric:str,
-)->np.ndarray:          # (P,) over all test sets; its mean is the mean over runs. None where a run has no values per photo
+# (P,) over all test sets; its mean is the mean over runs. None where a run has no values per photo
+)->np.ndarray:
     "Runs averaged photo by photo, test sets side by side"
     sets = {}
     for r in records: sets.setdefault(test_set_of(r), []).append(per_photo(r, metric))
     if any(v is None for vs in sets.values() for v in vs): return None
     if any(len(v) != len(vs[0]) for vs in sets.values() for v in vs):
         raise DataError('records', 'runs on one test set with other numbers of photos', 'equal photos')
-    P, mean = sum(len(vs[0]) for vs in sets.values()), math.fsum(v.mean() for vs in sets.values() for v in vs)/len(records)
+    P, mean = sum(len(vs[0]) for vs in sets.values()), math.fsum(v.mean() for vs in sets.values()
+                                                                 for v in vs)/len(records)
     share = lambda vs: len(vs)/len(records) * P/len(vs[0])
     return np.concatenate([mean + share(vs)*(np.mean(vs, 0) - np.mean(vs)) for _, vs in sorted(sets.items())])
 
@@ -111,7 +118,8 @@ def interval(
 # %% ../../nbs/8_analysis/00_tables.ipynb #8082bdf8
 COLUMNS = ('i2t.r1', 'i2t.r5', 'i2t.r10', 't2i.r1', 't2i.r5', 't2i.r10', 'rsum')
 
-_WORDS = dict(rsum='rSum', i2t='image to text', t2i='text to image', medr='median rank', meanr='mean rank', map_r='mAP@R', rp='R-Precision')
+_WORDS = dict(rsum='rSum', i2t='image to text', t2i='text to image', medr='median rank', meanr='mean rank',
+              map_r='mAP@R', rp='R-Precision')
 
 def label(
     metric:str,     # as in `value`
@@ -119,7 +127,8 @@ def label(
     "A metric in words"
     *way, name = metric.split('.')
     what = _WORDS.get(name) or (f'R@{name[1:]}' if name[1:].isdigit() else name)
-    return ' '.join([_WORDS.get(d, d) for d in way if d != 'truth'] + [what]) + (', truth' if 'truth' in way and name != 'map_r' else '')
+    return ' '.join([_WORDS.get(d, d) for d in way if d != 'truth'] + [what]) + (
+        ', truth' if 'truth' in way and name != 'map_r' else '')
 
 def _block(rec): return (*test_set_of(rec), rec['block']['seed'])
 
@@ -128,7 +137,8 @@ def one_per_replicate(records, row):
     seen = {}
     for r in records:
         if (other := seen.setdefault(_block(r), r)) is not r:
-            raise DataError(f'row {row!r}', f"runs {other['id']} and {r['id']} of one block {r['block']}", 'one run of each block',
+            raise DataError(f'row {row!r}', f"runs {other['id']} and {r['id']} of one block {r['block']}",
+                            'one run of each block',
                             'Name more fields, e.g. the sweep or a setting.')
     return seen
 
@@ -142,8 +152,11 @@ def collapsed(
     base:str='vse0',     # the arm that never collapses
 )->list:                 # ids
     "Runs that collapsed, by the rule declared before the runs"
-    last = lambda r: at_path(r, 'last.rsum') if at_path(r, 'last.rsum') is not None else at_path(r, 'metrics.val.rsum')
-    where = lambda r: (r['sweep'], *_block(r))                    # each sweep has its own base: another one trains for another time
+    last = lambda r: at_path(r, 'last.rsum') if at_path(r,
+                                                        'last.rsum') is not None else at_path(
+                                                            r, 'metrics.val.rsum')
+    # each sweep has its own base: another one trains for another time
+    where = lambda r: (r['sweep'], *_block(r))
     bar = {where(r): last(r)/2 for r in pick(records, base) if last(r) is not None}
     def fell(r):
         if max((r.get('spread') or {}).values(), default=0.) > ALIKE: return True
@@ -154,22 +167,27 @@ def collapsed(
 # %% ../../nbs/8_analysis/00_tables.ipynb #97eb2c5f
 def _line(runs, metric, draws)->dict:
     "One number of a row, with its spread, its interval and its runs"
-    known = [r for r in runs if not math.isnan(value(r, metric))]; x = [value(r, metric) for r in known]
+    known = [r for r in runs if not math.isnan(value(r, metric))]
+    x = [value(r, metric) for r in known]
     lo, hi = interval(known, metric, draws)
-    return dict(kind=known[0]['kind'] if known else '', metric=metric, mean=math.fsum(x)/len(x) if x else math.nan,
-                sd=np.std(x, ddof=1) if len(x) > 1 else math.nan, n=len(x), lo=lo, hi=hi, interval='' if math.isnan(lo) else 'photos',
+    return dict(kind=known[0]['kind'] if known else '', metric=metric,
+                mean=math.fsum(x)/len(x) if x else math.nan,
+                sd=np.std(x, ddof=1) if len(x) > 1 else math.nan, n=len(x), lo=lo, hi=hi,
+                interval='' if math.isnan(lo) else 'photos',
                 runs=' '.join(sorted(r['id'] for r in known)))
 
 def _by_data(records):
     "(label of a data set, its records), by label"
-    return [(name, [r for r in records if r['data']['label'] == name]) for name in sorted({r['data']['label'] for r in records})]
+    return [(name, [r for r in records if r['data']['label'] == name])
+            for name in sorted({r['data']['label'] for r in records})]
 
 def table(
     records:list,            # from `read_records`
     rows,                    # methods' names, or {label: what `pick` takes}
     columns=COLUMNS,         # metrics, as in `value`
     draws:int=2000,          # of photos
-)->pd.DataFrame:             # a line per data set, row, metric: kind, mean, sd over runs, n, lo, hi, interval, runs, collapsed: of those n
+# a line per data set, row, metric: kind, mean, sd over runs, n, lo, hi, interval, runs, collapsed: of those n
+)->pd.DataFrame:
     "Means over runs with intervals over photos"
     out = []
     for data, here in _by_data(records):
@@ -189,20 +207,25 @@ def _t(d, records)->tuple:
 
 def _matched(runs, base, metric)->tuple:
     "The runs of both rows that know the metric and share a block, in the same order"
-    a, b = (one_per_replicate([r for r in x if not math.isnan(value(r, metric))], name) for name, x in (('row', runs), ('base', base)))
+    a, b = (one_per_replicate([r for r in x if not math.isnan(value(r, metric))], name)
+            for name, x in (('row', runs), ('base', base)))
     both = sorted(a.keys() & b.keys(), key=str)
     return [a[k] for k in both], [b[k] for k in both]
 
 def _difference(runs, base, metric, draws)->dict:
     "One line of `differences`"
     A, B = _matched(runs, base, metric)
-    d = np.array([value(x, metric) - value(y, metric) for x, y in zip(A, B)]); t = photo = (math.nan, math.nan)
+    d = np.array([value(x, metric) - value(y, metric) for x, y in zip(A, B)])
+    t = photo = (math.nan, math.nan)
     if len(d) > 1: t = _t(d, A)
     xs, ys = (mean_per_photo(x, metric) if A else None for x in (A, B))
     if xs is not None and ys is not None: photo = bootstrap(xs - ys, n=draws)[1:]
-    name, ends = max((('blocks', t), ('photos', photo)), key=lambda x: -1 if math.isnan(x[1][0]) else x[1][1] - x[1][0])
-    return dict(d=d.mean() if A else math.nan, sd=d.std(ddof=1) if len(d) > 1 else math.nan, n=len(d), lo=ends[0], hi=ends[1],
-                interval='' if math.isnan(ends[0]) else name, t_lo=t[0], t_hi=t[1], photo_lo=photo[0], photo_hi=photo[1],
+    name, ends = max((('blocks', t), ('photos', photo)),
+                     key=lambda x: -1 if math.isnan(x[1][0]) else x[1][1] - x[1][0])
+    return dict(d=d.mean() if A else math.nan, sd=d.std(ddof=1) if len(d) > 1 else math.nan, n=len(d),
+                lo=ends[0], hi=ends[1],
+                interval='' if math.isnan(ends[0]) else name, t_lo=t[0], t_hi=t[1], photo_lo=photo[0],
+                photo_hi=photo[1],
                 runs=' '.join(sorted(r['id'] for r in A)), base_runs=' '.join(sorted(r['id'] for r in B)))
 
 def differences(
@@ -211,11 +234,14 @@ def differences(
     base,                    # what `pick` takes: the row that is subtracted
     columns=('rsum',),       # metrics, as in `value`
     draws:int=10_000,        # of photos
-)->pd.DataFrame:             # a line per data set, row, metric: d, sd over blocks, n, lo, hi, interval, t_*, photo_*, runs, base_runs
+# a line per data set, row, metric: d, sd over blocks, n, lo, hi, interval, t_*, photo_*, runs, base_runs
+)->pd.DataFrame:
     "Mean difference over matched blocks, with the wider of two intervals"
-    return pd.DataFrame([dict(data=data, row=row, base=base if isinstance(base, str) else str(base), metric=metric,
+    return pd.DataFrame([dict(data=data, row=row, base=base if isinstance(base, str) else str(base),
+                              metric=metric,
                               **_difference(pick(here, where), pick(here, base), metric, draws))
-                         for data, here in _by_data(records) for row, where in _rows(rows).items() for metric in columns])
+                         for data, here in _by_data(records) for row, where in _rows(rows).items()
+                         for metric in columns])
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #5dcbe750
 def _cell(r)->str:
@@ -231,22 +257,29 @@ def _runs(lines)->str:
     fell = lines.collapsed.max() if 'collapsed' in lines else 0
     return f'{lines.n.max() or ""}' + (f' ({fell} collapsed)' if fell else '')
 
-_NOTE = dict(d='mean difference ± standard deviation over matched blocks [95 % interval: the wider of blocks and photos]',
-             mean='mean ± standard deviation over runs [95 % interval over test photos]', source='as published')
+_NOTE = dict(d='mean difference ± standard deviation over matched blocks [95 % interval: the wider of '
+               'blocks and photos]',
+             mean='mean ± standard deviation over runs [95 % interval over test photos]',
+             source='as published')
 
 def markdown(
     tab:pd.DataFrame,     # from `table` or `differences`
 )->str:                   # a table per data set
     "A table for reading"
-    out, metrics = [], list(dict.fromkeys(tab.metric)); heads = [escape_markup(label(m)) for m in metrics]
+    out, metrics = [], list(dict.fromkeys(tab.metric))
+    heads = [escape_markup(label(m)) for m in metrics]
     for data, part in tab.groupby('data', sort=False):
         title = data + (f", minus {part['base'].iloc[0]}" if 'base' in part else '')
-        out += [f'**{escape_markup(title)}**', '', '| | ' + ' | '.join(heads) + ' | runs |', '|---|' + '---:|'*(len(metrics)+1)]
+        out += [f'**{escape_markup(title)}**', '', '| | ' + ' | '.join(heads) + ' | runs |',
+                '|---|' + '---:|'*(len(metrics)+1)]
         for row, lines in part.groupby('row', sort=False):
             cells = {r['metric']: _cell(r) for r in lines.to_dict('records')}
-            out.append(f'| {escape_markup(row)} | ' + ' | '.join(cells.get(m, '') for m in metrics) + f' | {_runs(lines)} |')
+            out.append(f'| {escape_markup(row)} | ' + ' | '.join(cells.get(m, '') for m in metrics)
+                       + f' | {_runs(lines)} |')
         out.append('')
-    return '\n'.join([*out, f"Percent: {_NOTE['d' if 'd' in tab else 'source' if 'source' in tab else 'mean']}.", ''])
+    return '\n'.join([*out,
+                      f"Percent: {_NOTE['d' if 'd' in tab else 'source' if 'source' in tab else 'mean']}.",
+                      ''])
 
 def write_table(
     tab:pd.DataFrame,     # from `table` or `differences`
@@ -254,15 +287,18 @@ def write_table(
     note:str='',          # a last line for the reader
 )->list:                  # the two files
     "Write a table with equal bytes for equal records"
-    path = Path(path); csv, md = path.with_name(path.name + '.csv'), path.with_name(path.name + '.md')
+    path = Path(path)
+    csv, md = path.with_name(path.name + '.csv'), path.with_name(path.name + '.md')
     path.parent.mkdir(parents=True, exist_ok=True)
     csv.write_bytes(tab.to_csv(index=False, float_format='%.10g', lineterminator='\n').encode())
-    md.write_bytes((markdown(tab) + f'Ids of the runs: `{csv.name}`.' + (f' {note}' if note else '') + '\n').encode())
+    md.write_bytes((markdown(tab) + f'Ids of the runs: `{csv.name}`.' + (f' {note}' if note else '')
+                    + '\n').encode())
     return [csv, md]
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #a0c83569
 _TEX = str.maketrans({c: '\\' + c for c in '&%$#_{}'} |
-                     {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '±': r'$\pm$'})
+                     {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
+                      '±': r'$\pm$'})
 
 def latex(
     tab:pd.DataFrame,     # from `table`, `differences` or `published`
@@ -272,11 +308,13 @@ def latex(
     line = lambda cells: ' & '.join(' '.join(str(c).split()).translate(_TEX) for c in cells) + r' \\'
     for data, part in tab.groupby('data', sort=False):
         title = data + (f", minus {part['base'].iloc[0]}" if 'base' in part else '')
-        out += [' '.join(f'% {title}'.split()), r'\begin{tabular}{l' + 'r'*(len(metrics)+1) + '}', r'\toprule']
+        out += [' '.join(f'% {title}'.split()), r'\begin{tabular}{l' + 'r'*(len(metrics)+1) + '}',
+                r'\toprule']
         out += [line(['', *map(label, metrics), 'runs']), r'\midrule']
         for row, lines in part.groupby('row', sort=False):
             cells = {r['metric']: _cell(dict(sd=math.nan, lo=math.nan) | r) for r in lines.to_dict('records')}
-            out.append(line([row, *(cells.get(m, '') for m in metrics), _runs(lines) if 'n' in lines else '']))
+            out.append(line([row, *(cells.get(m, '') for m in metrics),
+                             _runs(lines) if 'n' in lines else '']))
         out += [r'\bottomrule', r'\end{tabular}', '']
     return '\n'.join(out)
 
@@ -301,7 +339,9 @@ def figure_path(
 class Number(float):
     "A float that knows where it comes from"
     def __new__(cls, x, **known):
-        self = super().__new__(cls, x); self.__dict__.update(known); return self
+        self = super().__new__(cls, x)
+        self.__dict__.update(known)
+        return self
     def __str__(self): return f"{_cell(dict(mean=float(self), sd=self.sd, lo=self.lo, hi=self.hi))} ({self.n} run{'s'*(self.n != 1)})"
     def __format__(self, spec): return str(self) if not spec else format(float(self), spec)
 
@@ -312,7 +352,8 @@ def number(
 )->Number:              # mean over the runs, with sd, n, lo, hi, runs; an error where nothing ran
     "A number for a sentence"
     tab = table(pick(records, where), {'it': where}, [metric])
-    if len(tab) != 1: raise DataError(f'number {where} {metric}', f'runs on {len(tab)} data sets', 'runs on one')
+    if len(tab) != 1:
+        raise DataError(f'number {where} {metric}', f'runs on {len(tab)} data sets', 'runs on one')
     if not tab.n[0]: raise DataError(f'number {where} {metric}', 'no run that knows it', 'at least one')
     r = tab.iloc[0]
     return Number(r['mean'], sd=r.sd, n=int(r.n), lo=r.lo, hi=r.hi, runs=r.runs.split())
@@ -321,10 +362,13 @@ def number(
 def _order(have:dict, at:str, tol:float)->list:
     "What is wrong with the metrics of one row"
     out, top = [], lambda m: 600 if m == 'rsum' else math.inf if m.endswith(('medr', 'meanr')) else 100
-    out += [f'{at}: {m} = {x:g} is outside 0 to {top(m)}' for m, x in have.items() if not 0 <= x <= top(m) + 1e-9]
+    out += [f'{at}: {m} = {x:g} is outside 0 to {top(m)}'
+            for m, x in have.items() if not 0 <= x <= top(m) + 1e-9]
     for d in sorted({m.rpartition('.')[0] for m in have}):
-        r = sorted((int(m[len(d)+2:]), x) for m, x in have.items() if m.startswith(f'{d}.r') and m[len(d)+2:].isdigit())
-        out += [f'{at}: {d} R@{k} = {x:g} is above R@{l} = {y:g}' for (k, x), (l, y) in zip(r, r[1:]) if x > y + 1e-9]
+        r = sorted((int(m[len(d)+2:]), x) for m, x in have.items()
+                   if m.startswith(f'{d}.r') and m[len(d)+2:].isdigit())
+        out += [f'{at}: {d} R@{k} = {x:g} is above R@{l} = {y:g}'
+                for (k, x), (l, y) in zip(r, r[1:]) if x > y + 1e-9]
     six = [have.get(f'{d}.r{k}') for d in ('i2t', 't2i') for k in (1, 5, 10)]
     if 'rsum' in have and None not in six and abs(sum(six) - have['rsum']) > tol:
         out.append(f"{at}: rSum is {have['rsum']:g}, the six recalls add up to {sum(six):g}")
@@ -338,7 +382,8 @@ def lint_records(
     out = [f'record {i}: {ids.count((i, s))} times' for i, s in sorted(set(ids)) if ids.count((i, s)) > 1]
     for r in records:
         t = r['metrics']['test']
-        flat = {f'{d}.{k}': v for d in ('i2t', 't2i') for k, v in t.get(d, {}).items()} | {k: t[k] for k in ('rsum',) if k in t}
+        flat = {f'{d}.{k}': v for d in ('i2t', 't2i')
+                for k, v in t.get(d, {}).items()} | {k: t[k] for k in ('rsum',) if k in t}
         out += mismatches(r) + _order(flat, f"record {r['id']}", 1e-6)
     return out
 
@@ -348,9 +393,11 @@ def _provenance(at, r, by_id)->list:
     if math.isnan(r['mean']) != (not ids) or len(ids) != r['n']:
         return [f"{at}: {r['metric']} = {r['mean']:g} with n = {r['n']} and {len(ids)} run ids"]
     if by_id is None or not ids: return []
-    if lost := [i for i in ids if i not in by_id]: return [f"{at}: {r['metric']}: no record of {', '.join(lost)}"]
+    if lost := [i for i in ids if i not in by_id]:
+        return [f"{at}: {r['metric']}: no record of {', '.join(lost)}"]
     mean = math.fsum(value(by_id[i], r['metric']) for i in ids)/len(ids)
-    return [] if abs(mean - r['mean']) <= 1e-6 else [f"{at}: {r['metric']} = {r['mean']:g} is not the mean of its runs, {mean:g}"]
+    return [] if abs(mean - r['mean']) <= 1e-6 else [f"{at}: {r['metric']} = {r['mean']:g} is not the mean "
+                                                     f"of its runs, {mean:g}"]
 
 def _settings(part, by_id)->set:
     "What the runs of a row were told, but for names, seeds and folds"
@@ -377,8 +424,10 @@ def lint_table(
 )->list:                    # sentences; empty when nothing is wrong
     "What is wrong with a table"
     name, lines = tab['data'] + ', ' + tab['row'], tab.to_dict('records')
-    out = [f'{at}: {m} stands in {n} lines' for (at, m), n in tab.groupby([name, tab.metric]).size().items() if n > 1]
-    for at, part in tab.dropna(subset='mean').groupby(name, sort=False): out += _order(dict(zip(part.metric, part['mean'])), at, tol)
+    out = [f'{at}: {m} stands in {n} lines'
+           for (at, m), n in tab.groupby([name, tab.metric]).size().items() if n > 1]
+    for at, part in tab.dropna(subset='mean').groupby(name, sort=False):
+        out += _order(dict(zip(part.metric, part['mean'])), at, tol)
     by_id = None if records is None else {r['id']: r for r in records}
     out += _copies(tab.assign(at=name), by_id)
     return out + [x for at, r in zip(name, lines) if 'runs' in r for x in _provenance(at, r, by_id)]
@@ -386,12 +435,15 @@ def lint_table(
 # %% ../../nbs/8_analysis/00_tables.ipynb #85ee1ea5
 def published(
     path,               # a CSV: paper, table, row, column, value, source
-)->pd.DataFrame:        # data ('paper, table'), row, metric, mean, source: as `lint_table` and `markdown` take it
+# data ('paper, table'), row, metric, mean, source: as `lint_table` and `markdown` take it
+)->pd.DataFrame:
     "Published rows as a table; every number says where it was read"
     tab = pd.read_csv(path, dtype=dict(source=str))
     wanted = ['paper', 'table', 'row', 'column', 'value', 'source']
     if list(tab) != wanted: raise DataError(path, f'columns {list(tab)}', f'columns {wanted}')
     for i, source in enumerate(tab.source):
         if source in ('F', 'R'): continue
-        raise DataError(path, f'source mark {source!r}', "'F' or 'R'", 'A number from memory is no published number.', line=i+2)
-    return pd.DataFrame(dict(data=tab.paper + ', ' + tab.table, row=tab.row, metric=tab.column, mean=tab.value, source=tab.source))
+        raise DataError(path, f'source mark {source!r}', "'F' or 'R'",
+                        'A number from memory is no published number.', line=i+2)
+    return pd.DataFrame(dict(data=tab.paper + ', ' + tab.table, row=tab.row, metric=tab.column,
+                             mean=tab.value, source=tab.source))
