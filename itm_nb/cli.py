@@ -57,7 +57,8 @@ def itm_run(argv=None)->int:
     if a.accelerate > 1:
         from itm_nb.runs.multi_process import several
         work = several(a.accelerate)
-    code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work, typed=None if a.allow_code else dict(a.p))
+    typed = None if a.allow_code else dict(a.p)
+    code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work, typed=typed)
     said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
     if not a.quiet: print(f'{said.get(code, "failed")}: {out}')
     return code

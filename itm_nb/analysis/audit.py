@@ -114,7 +114,7 @@ def ranks_between(
 def top_share(
     share:float,       # of the candidates, 0..1; at least one
 )->Callable:           # a sampler
-    "Any of the best-scored share alike, as AOQ draws from its lists (h = 300 is 0.2 % of Flickr30K's sentences)"
+    "Any of the best-scored share alike, as AOQ draws from its lists (h = 300: 0.2 % of Flickr30K's sentences)"
     def sample(c):
         h = (c.eligible.sum(1, keepdim=True) * share).round().clamp_min(1)
         return _one(c, (torch.arange(c.score.shape[1]) < h).float())
@@ -128,7 +128,7 @@ def weighted(
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #46eaf47d
 def by_pick(
-    pick:Callable,     # (Candidates, DirectedStep) -> Selection, as in `samplers`; of the view only `uniform`, `side` and `i2t` exist
+    pick:Callable,     # (Candidates, DirectedStep) -> Selection; the view has `uniform`, `side` and `i2t` alone
     n:int=0,           # pairs in a batch; 0: all candidates
     times:int=1,       # batches for each anchor
 )->Callable:           # a sampler
@@ -243,7 +243,7 @@ def _cluster(x, photo):
     return np.stack([np.bincount(photo, col) for col in x.T], 1)
 
 def _shares(mass, W)->dict:
-    "False-negative shares of some picks in percent, with photographs drawn again; `mass` (photos, 4), `W` (draws, photos)"
+    "Percent of picks that are false negatives, photographs drawn again; `mass` (photos, 4), `W` (draws, photos)"
     def three(m):
         u, f, t, _ = m.T
         with np.errstate(invalid='ignore', divide='ignore'):
@@ -278,7 +278,7 @@ def audit(
     img_of,                  # (M,) image of each sentence; every image has one
     samplers:dict=None,      # name -> sampler; None: SAMPLERS
     truth:dict={},           # rule -> labels, from `of_matrix` or `of_judgements`
-    judge:tuple=None,        # vectors (N, D'), (M, D') of ANOTHER model: hardness of the picks that are not known to be true
+    judge:tuple=None,        # vectors (N, D'), (M, D') of ANOTHER model: hardness of picks not known to be true
     margin:float=.2,         # a pick within it of the true pair is a violation
     draws:int=1000, seed:int=0, block:int=2**20,   # of photographs; of `by_pick`; scores held at once
 )->pd.DataFrame:             # a line per direction, sampler and rule; shares in percent
@@ -351,23 +351,21 @@ def suspects(
     captions:list=None,        # (M,) sentences: those of equal words are suspects too, and come first
     top:int=1000,              # pairs to return; those of equal words are returned in any case
     block:int=2**22,           # scores held at once
-# image, sentence (indices), score, above (minus the mean of both sides' own scores), why
-)->pd.DataFrame:
+)->pd.DataFrame:             # image, sentence, score, above (minus the mean of both sides' own scores), why
     "Pairs of strangers that look like true pairs, most suspect first"
     img, txt, img_of = (torch.as_tensor(x).detach().cpu() for x in (img, txt, img_of))
     img_of = img_of.long()
     score, i, j = _strangers(img, txt, img_of, top, max(1, block//len(txt)))
     pos = torch.cat([(img[img_of[a:a+65536]].float()*txt[a:a+65536].float()).sum(1)
                      for a in range(0, len(txt), 65536)])
-    mine = torch.zeros(len(img)).index_add_(0, img_of,
-                                            pos)/torch.bincount(img_of, minlength=len(img)).clamp_min(1)
+    mine = torch.zeros(len(img)).index_add_(0, img_of, pos)
+    mine = mine/torch.bincount(img_of, minlength=len(img)).clamp_min(1)
     tab = pd.DataFrame(dict(image=i, sentence=j, score=score, above=score - (mine[i] + pos[j])/2,
                             why='model'))
     if captions is None: return tab
     same = _same_words(captions, img_of.numpy())
-    return pd.concat([same, tab], ignore_index=True).drop_duplicates(['image',
-                                                                      'sentence'])[:max(
-                                                                          top, len(same))].reset_index(drop=True)
+    both = pd.concat([same, tab], ignore_index=True).drop_duplicates(['image', 'sentence'])
+    return both[:max(top, len(same))].reset_index(drop=True)
 
 def _same_words(captions, img_of)->pd.DataFrame:
     "Pairs of an image and a sentence of another image that has the words of one of its own"
@@ -397,7 +395,7 @@ _ABOUT = ('id', 'method', 'sweep', 'preset', 'seed', 'block', 'data', 'audit', '
 
 def write_audit(
     folder,                # made if need be
-    about:dict,            # id, method, sweep, preset, seed, block: those of the run; data: name, label, fingerprint, split
+    about:dict,            # id, method, sweep, preset, seed, block of the run; data: name, label, fingerprint, split
     rows:pd.DataFrame,     # from `audit`
     control:dict={},       # e.g. rsum, shuffled, chance, precision of suspects
 )->Path:                   # FOLDER/ID.json

@@ -72,7 +72,7 @@ def what_is_known(
 
 # %% ../../nbs/8_analysis/05_audit_runs.ipynb #7045233c
 def _controls(img, txt, img_of, truth)->dict:
-    "What stands beside an audit: retrieval as it is, with shuffled pairs, by chance; what the first suspects turned out to be"
+    "Beside an audit: retrieval as it is, with shuffled pairs, by chance; what the first suspects turned out to be"
     out = dict(rsum=summary(galleries(img, txt, img_of, None))['rsum'], shuffled=shuffled(img, txt, img_of),
                chance=chance(len(img), len(txt), np.bincount(img_of, minlength=len(img)))['rsum'])
     for n in (100, 500) if truth else ():
@@ -148,11 +148,15 @@ def audit_command(
         if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')
     if bool(a.run) == bool(a.vectors):
         raise DataError('itm_data audit', 'neither or both of --run and --vectors', 'one of them')
-    if a.vectors: img, txt, own = _given_vectors(a.vectors); rows, control, ids = audit(img, txt, own), {}, None
+    if a.vectors:
+        img, txt, own = _given_vectors(a.vectors)
+        rows, control, ids = audit(img, txt, own), {}, None
     else:
         about, rows, control = audit_run(a.run, a.folder, a.part, judgements=a.judgements)
         if a.record: write_audit(a.record, about, rows, control)
-        if a.suspects: img, txt, ids, *_ = run_vectors(a.run, a.folder, a.part); own = ids.img_of
+        if a.suspects:
+            img, txt, ids, *_ = run_vectors(a.run, a.folder, a.part)
+            own = ids.img_of
     if a.csv: rows.to_csv(a.csv, index=False)
     if a.suspects: _write_suspects(a.suspects, suspects(img, txt, own, ids and ids.captions, a.top), ids)
     return audit_markdown(rows, rows.rule.iloc[0]) + ''.join(f'{k}: {v}\n' for k, v in control.items())

@@ -131,7 +131,7 @@ def _described(folder, data)->bool:
 
 def open_run(
     run,               # folder of a finished run
-    folder='',         # the data it was trained on, others like them, or bare pictures or features; '': for scenes
+    folder='',         # the data it was trained on, others, bare pictures or features; '': for scenes
     part:str='test',   # which part of the data
     device='cpu',
     models='',         # folder of networks; '': models
@@ -283,7 +283,7 @@ def word_gains(
 
 # %% ../../nbs/8_analysis/10_search.ipynb #65e51d39
 def _hidden(b:dict, n:int)->dict:
-    "One image, as a loader gives it, with all its n regions, without the first, without the second, ...: n+1 rows"
+    "One image, as a loader gives it: with all its n regions, without the first, the second, ...: n+1 rows"
     order = torch.stack([torch.arange(n)] + [torch.tensor([j for j in range(n) if j != i] + [i])
                                              for i in range(n)]).to(b['mask'].device)
     count = torch.tensor([n] + [n-1]*n, device=order.device)
