@@ -34,6 +34,8 @@ def _listed(p:Parameter)->str:
     return f'{p.name:17} {p.default!r:12} {type(p.default).__name__:5} {p.about}' + (
         f' [{bounds}]' if bounds else '')
 
+_ENDINGS = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
+
 @command
 def itm_run(argv=None)->int:
     "Run an experiment's notebook with parameters, strictly"
@@ -60,8 +62,7 @@ def itm_run(argv=None)->int:
         work = several(a.accelerate)
     typed = None if a.allow_code else dict(a.p)
     code, out = start(a.experiment, given | dict(a.p), bar=not a.quiet, work=work, typed=typed)
-    said = {0: 'finished', RESUMABLE: 'stopped, run it again to go on', BUSY: 'another process has this run'}
-    if not a.quiet: print(f'{said.get(code, "failed")}: {out}')
+    if not a.quiet: print(f'{_ENDINGS.get(code, "failed")}: {out}')
     return code
 
 # %% ../nbs/9_cli.ipynb #750da39d

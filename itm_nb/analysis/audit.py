@@ -114,7 +114,7 @@ def ranks_between(
 def top_share(
     share:float,       # of the candidates, 0..1; at least one
 )->Callable:           # a sampler
-    "Any of the best-scored share alike, as AOQ draws from its lists (h = 300: 0.2 % of Flickr30K's sentences)"
+    "Any of the best-scored share alike, as AOQ draws from its lists (0.2 % of Flickr30K's sentences)"
     def sample(c):
         h = (c.eligible.sum(1, keepdim=True) * share).round().clamp_min(1)
         return _one(c, (torch.arange(c.score.shape[1]) < h).float())
@@ -128,7 +128,7 @@ def weighted(
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #46eaf47d
 def by_pick(
-    pick:Callable,     # (Candidates, DirectedStep) -> Selection; the view has `uniform`, `side` and `i2t` alone
+    pick:Callable,     # (Candidates, DirectedStep) -> Selection; the view has `uniform`, `side`, `i2t`
     n:int=0,           # pairs in a batch; 0: all candidates
     times:int=1,       # batches for each anchor
 )->Callable:           # a sampler
@@ -243,7 +243,7 @@ def _cluster(x, photo):
     return np.stack([np.bincount(photo, col) for col in x.T], 1)
 
 def _shares(mass, W)->dict:
-    "Percent of picks that are false negatives, photographs drawn again; `mass` (photos, 4), `W` (draws, photos)"
+    "Percent of false negatives among picks, photographs drawn again; `mass` (photos, 4), `W` (draws, photos)"
     def three(m):
         u, f, t, _ = m.T
         with np.errstate(invalid='ignore', divide='ignore'):
@@ -278,11 +278,11 @@ def audit(
     img_of,                  # (M,) image of each sentence; every image has one
     samplers:dict=None,      # name -> sampler; None: SAMPLERS
     truth:dict={},           # rule -> labels, from `of_matrix` or `of_judgements`
-    judge:tuple=None,        # vectors (N, D'), (M, D') of ANOTHER model: hardness of picks not known to be true
+    judge:tuple=None,        # vectors (N, D'), (M, D') of ANOTHER model: hardness of false picks
     margin:float=.2,         # a pick within it of the true pair is a violation
     draws:int=1000, seed:int=0, block:int=2**20,   # of photographs; of `by_pick`; scores held at once
 )->pd.DataFrame:             # a line per direction, sampler and rule; shares in percent
-    "What samplers pick from a data set as a model sees it"
+    "What samplers pick from a data set as a model sees it; raises DataError for vectors that do not fit"
     img, txt, img_of = (torch.as_tensor(x).detach().cpu() for x in (img, txt, img_of))
     img_of = img_of.long()
     if img.ndim != 2 or txt.ndim != 2 or img.shape[1] != txt.shape[1] or len(img_of) != len(txt):
@@ -309,7 +309,7 @@ def audit_picks(
     photo:np.ndarray=None, # (n,) photograph of the anchor, drawn as a whole; None: the pair's image
     draws:int=1000, seed:int=0,
 )->pd.DataFrame:           # a line per rule
-    "False-negative share of given picks, with bounds"
+    "False-negative share of given picks, with bounds; raises DataError for picks that do not fit"
     image, sentence = (np.asarray(x, dtype=np.int64) for x in (image, sentence))
     if not len(image) or image.shape != sentence.shape:
         raise DataError('picks', f'{image.shape} and {sentence.shape}', 'as many images as sentences')
@@ -395,11 +395,11 @@ _ABOUT = ('id', 'method', 'sweep', 'preset', 'seed', 'block', 'data', 'audit', '
 
 def write_audit(
     folder,                # made if need be
-    about:dict,            # id, method, sweep, preset, seed, block of the run; data: name, label, fingerprint, split
+    about:dict,            # id, method, sweep, preset, seed, block; data: name, label, fingerprint, split
     rows:pd.DataFrame,     # from `audit`
     control:dict={},       # e.g. rsum, shuffled, chance, precision of suspects
 )->Path:                   # FOLDER/ID.json
-    "Write the record of an audit, whole or not at all"
+    "Write the record of an audit, whole or not at all; raises DataError for an unsound one"
     lines = [{k: v for k, v in r.items() if v is not None and v == v} for r in rows.to_dict('records')]
     rec = dict(schema='itm_nb audit 1', kind='audit', metrics=dict(test={}), **about, audit=lines,
                control=control)
@@ -417,7 +417,7 @@ def write_audit(
 def read_audits(
     folder,
 )->list:                   # records of audits, by id
-    "All records of audits in a folder"
+    "All records of audits in a folder; raises DataError for an unsound one"
     out = []
     for p in sorted(Path(folder).glob('*.json')):
         rec = read_json(p)

@@ -28,7 +28,7 @@ def run_vectors(
     part:str='test',     # 'train', 'val' or 'test'
     device:str='cpu',
 )->tuple:                # (N, D) images, (M, D) sentences, Split, Corpus, settings
-    "Vectors of a split by the best model of a run"
+    "Vectors of a split by the best model of a run; raises DataError where it has none"
     from itm_nb.core.project import fold_file
     from itm_nb.data.batches import Batches, Vocabulary
     from itm_nb.models.encode import embed
@@ -72,7 +72,7 @@ def what_is_known(
 
 # %% ../../nbs/8_analysis/05_audit_runs.ipynb #7045233c
 def _controls(img, txt, img_of, truth)->dict:
-    "Beside an audit: retrieval as it is, with shuffled pairs, by chance; what the first suspects turned out to be"
+    "Beside an audit: retrieval as it is, with shuffled pairs, by chance; what the first suspects were"
     out = dict(rsum=summary(galleries(img, txt, img_of, None))['rsum'], shuffled=shuffled(img, txt, img_of),
                chance=chance(len(img), len(txt), np.bincount(img_of, minlength=len(img)))['rsum'])
     for n in (100, 500) if truth else ():

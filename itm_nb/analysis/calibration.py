@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['brier', 'reliability', 'decomposed', 'moments_of', 'strangers', 'judged', 'learned', 'grid', 'fne_sampler',
-           'as_hard_as', 'samplers', 'calibration_lines', 'examine', 'pick_lines']
+           'as_hard_as', 'samplers', 'examine', 'pick_lines']
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #df4cef23
 import math
@@ -46,7 +46,7 @@ def reliability(
     bins:int=10,
 # a line per bin, least likely first: n, said, true (share), lo, hi (95 %, Wilson), least and most said
 )->pd.DataFrame:
-    "What was said and what was so, in bins of equal mass"
+    "What was said and what was so, in bins of equal mass; raises DataError for fewer pairs than bins"
     if len(p) < bins: raise DataError('reliability', f'{len(p)} pairs', f'{bins} or more, one for each bin')
     value, place, times = np.unique(np.asarray(p, float), return_inverse=True, return_counts=True)
     share = np.bincount(place, y)/times
@@ -229,7 +229,7 @@ def samplers(
             'uniform, as hard as tau 5': as_hard_as(flat, tau5)}
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #411c7eae
-def calibration_lines(
+def _calibration_lines(
     img:Tensor, txt:Tensor, img_of,
     truth:dict,              # rule -> labels
     batch:int=128,
@@ -271,7 +271,7 @@ def examine(
     about['config'] = settings
     # the same name in all tables
     if rec.is_file(): about['data']['label'] = read_json(rec)['data']['label']
-    return about, pd.concat([rows, calibration_lines(*vectors, truth, settings['batch'])],
+    return about, pd.concat([rows, _calibration_lines(*vectors, truth, settings['batch'])],
                             ignore_index=True), control
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #3887c40a

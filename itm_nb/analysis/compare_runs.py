@@ -65,7 +65,7 @@ def find_run(
     given,           # folder of a run, file of a record, or id
     runs='runs',     # folder of sweeps, where ids are looked for
 )->Finished:
-    "A finished run by its folder, its record or its id"
+    "A finished run by its folder, its record or its id; raises DataError where there is none"
     path, folder = _places(given, runs)
     if path is None:
         raise DataError(given, 'no record of a finished run',
@@ -171,7 +171,7 @@ def data_of(
     folder='',           # of the data, where they are not embedded
     **more               # passed to `corpus`: models, workers
 )->Corpus:               # None where the data are not at hand
-    "The data that a run was tested on"
+    "The data that a run was tested on; raises DataError where they are others"
     c, known = f.record['config'], f.record['data']
     if known['name'] == 'foreign' or (known['name'] != 'scenes' and not folder): return None
     data = corpus(Config(**{k.name: c[k.name] for k in fields(Config) if k.name in c}), folder, **more)

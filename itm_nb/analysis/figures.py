@@ -209,7 +209,7 @@ def curves(
 
 # %% ../../nbs/8_analysis/01_figures.ipynb #6dc46f48
 def _chance_at(rec, d, ks):
-    "Percent found within K by random scores: mean over galleries, every photo with the average number of sentences"
+    "Percent found within K by random scores: mean over galleries, an average number of sentences a photo"
     per = rec['data']['captions'] / rec['data']['images']
     n = np.array(rec['data']['gallery'])[:, None] * (per if d == 'i2t' else 1)
     share = np.minimum(ks/n, 1)
@@ -220,7 +220,7 @@ def recall_curve(
     rows,                # methods' names, or {label: what `pick` takes}
     top:int=200,         # largest K; less where ranks were clipped earlier
 )->plt.Figure:           # two panels: image to text, text to image; one data set
-    "R@K against K, mean over runs"
+    "R@K against K, mean over runs; raises DataError unless all are of one data set"
     chosen, runs = _chosen(records, rows)
     runs = [r for r in runs if 'ranks' in r]
     if len(names := {r['data']['label'] for r in runs}) != 1:

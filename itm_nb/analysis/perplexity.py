@@ -59,7 +59,7 @@ class Ngrams:
         order:int=3,
         known:Sequence=(),           # words the vocabulary has beside those of the sentences
     ):
-        "Count sentences"
+        "Count sentences; raises ValueError where numbers of 64 bits do not suffice"
         said = [words(s) for s in sentences]
         vocabulary = sorted({w for r in said for w in r} | set(known))
         index = {w: k+2 for k, w in enumerate(vocabulary)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'top_k', 'Shelf', 'shelf', 'bare', 'open_run', 'unknown', 'read', 'image_indices', 'find_images',
-           'find_sentences', 'look', 'true_of', 'ask', 'tell', 'without_each', 'word_gains', 'region_gains', 'picture',
-           'framed', 'bars', 'answering', 'why', 'gallery']
+           'find_sentences', 'look', 'true_of', 'ask', 'tell', 'word_gains', 'region_gains', 'picture', 'bars',
+           'answering', 'why', 'gallery']
 
 # %% ../../nbs/8_analysis/10_search.ipynb #cf0b4b03
 import difflib
@@ -47,7 +47,7 @@ def top_k(
     rows:int=256,       # queries at a time
     cols:int=4096,      # items at a time
 )->tuple:               # (queries, k) item indices and (queries, k) scores, best first, on the CPU
-    "The best items of every query, ties in the order of the items"
+    "The best items of every query, ties in their order; raises DataError for a bad number"
     if k < 1: raise DataError('top_k', f'k = {k}', 'at least 1', 'Ask for one answer or more.')
     idx, out = [], []
     for a in range(0, queries, rows):
@@ -101,7 +101,7 @@ def _real(feats)->np.ndarray:
 def bare(
     path,          # a folder of image files, or an .npy file of features (N, R, D) or (N, D)
 )->Split:          # the names of the pictures stand where sentences would
-    "Pictures that nobody described"
+    "Pictures that nobody described; raises DataError where there are none"
     path = Path(path); files = feats = None
     if path.suffix == '.npy':
         try: feats = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -136,7 +136,7 @@ def open_run(
     device='cpu',
     models='',         # folder of networks; '': models
 )->Shelf:
-    "A shelf of a trained model"
+    "A shelf of a trained model; raises DataError where the run has none"
     run = Path(run)
     check_run(run)
     found = load_checkpoint(run/'last')
@@ -254,7 +254,7 @@ def tell(
     k:int=8,
 # sentence, score, own: was it written for this image? and `holds` where the truth is known
 )->pd.DataFrame:
-    "Give a picture, get sentences"
+    "Give a picture, get sentences; raises DataError for an unknown one"
     if not 0 <= image < len(s.split):
         raise DataError('image', f'{image}', f'0 to {len(s.split)-1}', 'Name an image of the shelf.')
     at, score = (x[0].numpy() for x in find_sentences(s, [image], k))
@@ -264,7 +264,7 @@ def tell(
     return found if s.world is None else found.assign(holds=holds)
 
 # %% ../../nbs/8_analysis/10_search.ipynb #41a937dc
-def without_each(
+def _without_each(
     said:list,     # L words
 )->list:           # L sentences
     "The sentence without its first word, without its second, ..."
@@ -277,7 +277,7 @@ def word_gains(
     images,            # (n,) indices
 )->tuple:              # L words, (n, L) array
     "How much of the score of each picture is owed to each word"
-    said = _asked(s.vocab, query); txt = read(s, [query, *without_each(said)])
+    said = _asked(s.vocab, query); txt = read(s, [query, *_without_each(said)])
     scores = s.model.matrix(s.img[image_indices(s, images)], txt).float().cpu()
     return said, (scores[:,:1] - scores[:,1:]).numpy()
 
@@ -296,14 +296,14 @@ def region_gains(
     query:str,
     image:int,         # index
 )->tuple:              # L words, (R, L) array; R: the real regions of the image
-    "How much of what a word gains is lost when a region is hidden"
+    "How much of a word's gain is lost when a region is hidden; raises DataError without regions"
     n = int(s.split.num[image])
     if s.split.feats is None or n < 2:
         raise DataError(f'image {image}', 'no regions' if s.split.feats is None else 'a single region',
                         'two or more', 'Ask about words.')
     said = _asked(s.vocab, query)
     img = s.model.image(*image_inputs(_hidden(s.batches.images(slice(image, image+1)), n)))
-    scores = s.model.matrix(img, read(s, [query, *without_each(said)])).float().cpu()
+    scores = s.model.matrix(img, read(s, [query, *_without_each(said)])).float().cpu()
     gains = scores[:,:1] - scores[:,1:]
     return said, (gains[:1] - gains[1:]).numpy()
 
@@ -321,7 +321,7 @@ def picture(
     with Image.open(s.split.files[image]) as im: im = ImageOps.exif_transpose(im).convert('RGB')
     im.thumbnail((size, size)); return im
 
-def framed(
+def _framed(
     im,                # PIL image
     boxes,             # (n, 4) x1, y1, x2, y2 as shares of width and height
     colours:list,      # n of them
@@ -379,7 +379,7 @@ def why(
         bars(axes[0,-1], said, gains[0], [colour[of[l]] if l in of else '.75' for l in range(len(said))])
         if im is not None:
             boxes = s.split.boxes[image,at] if at and s.split.boxes is not None else []
-            axes[0,0].imshow(framed(im, boxes, [colour[r] for r in at]))
+            axes[0,0].imshow(_framed(im, boxes, [colour[r] for r in at]))
             axes[0,0].axis('off')
     return fig
 
