@@ -484,7 +484,7 @@ ARMS |= dict(        # the ladders of AOQ and of TAGS-DC
         "vsepp|tags(discrimination=0.5, correction=0.5, misled='heads')"),
     longer=('the hardest, twice the epochs', 'vsepp'),
     wide=('the hardest, three times the batch', 'vsepp'))
-_STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'defects_scenes')      # their writer learns no more
+_STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'rare_scenes', 'defects_scenes')      # their writer learns no more
 OWN = dict.fromkeys(_STATIC, dict(       # sweeps, and their profiles, in which a name means something else
     tags=('negatives written by a model that never changes', "vsepp|tags(sharing='static')")))
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ALIKE', 'at_path', 'pick', 'value', 'per_photo', 'test_set_of', 'mean_per_photo', 'interval', 'label',
-           'one_per_replicate', 'collapsed', 'table', 'differences', 'markdown', 'write_table', 'latex', 'Number',
-           'number', 'lint_records', 'lint_table', 'published']
+           'one_per_replicate', 'collapsed', 'table', 'differences', 'markdown', 'write_table', 'latex', 'figure_path',
+           'Number', 'number', 'lint_records', 'lint_table', 'published']
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #900dab09
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,23 @@ def latex(
             out.append(line([row, *(cells.get(m, '') for m in metrics), _runs(lines) if 'n' in lines else '']))
         out += [r'\bottomrule', r'\end{tabular}', '']
     return '\n'.join(out)
+
+# %% ../../nbs/8_analysis/00_tables.ipynb #5f1d0a72
+_FOLDERS = dict(   # folder -> what a name must hold
+    benchmark=r'^benchmark_',
+    audits=r'^(audit_|fne_calibration|fne_draws)',
+    claims=r'verdicts|^(controls|noise_floor|published_steps|aoq_published|fne_published)$',
+    flickr8k='flickr8k',
+    scenes='scenes')
+
+def figure_path(
+    figures,            # folder of tables and figures
+    name:str,           # of a table or figure; with or without its ending
+)->Path:                # in the folder of its study, where there is such a folder; else in `figures` itself
+    "Where a table or figure belongs"
+    home, stem = Path(figures), name.split('.')[0]
+    folder = next((f for f, words in _FOLDERS.items() if re.search(words, stem)), '')
+    return home/folder/name if (home/folder).is_dir() else home/name
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #0ffe1dbc
 class Number(float):

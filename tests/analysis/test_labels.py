@@ -91,7 +91,7 @@ WRONG = re.compile(r'likely false (negatives|ones)[^|\n]{0,20}cut|cut[^|\n]{0,25
 
 def test_the_wrong_words_stand_in_the_erratum_alone():
     "In sweeps, rooms, pages, tables and labels; README.md is made from the index"
-    files = [*FILES, *(ROOT/'nbs').rglob('[0-9]*.ipynb'), *(p for p in (ROOT/'nbs'/'experiments').glob('*.ipynb')), *(ROOT/'figures').glob('*.md'), *(ROOT/'itm_nb').rglob('*.py')]
+    files = [*FILES, *(ROOT/'nbs').rglob('[0-9]*.ipynb'), *(p for p in (ROOT/'nbs'/'experiments').glob('*.ipynb')), *(ROOT/'figures').rglob('*.md'), *(ROOT/'itm_nb').rglob('*.py')]
     told = lambda text: '\n'.join(x for x in text.splitlines() if 'rratum' not in x and "'stood'" not in x)
     for f in files: assert not WRONG.search(told(f.read_text('utf-8'))), f.name
     raw = (ROOT/'nbs'/'experiments'/'primary_tests.yaml').read_text(); assert len(WRONG.findall(raw)) == 2            # the registered words, and the erratum's

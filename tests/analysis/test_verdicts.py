@@ -18,7 +18,7 @@ from itm_nb.analysis.controls import (
 from itm_nb.core.errors_files import DataError
 from itm_nb.metrics.statistics import corrected_t
 from itm_nb.runs.records import made_up_record, mismatches, write_record
-from itm_nb.analysis.tables import latex, lint_table, pick, published, table, value
+from itm_nb.analysis.tables import figure_path, latex, lint_table, pick, published, table, value
 from itm_nb.analysis.claims import (
     agreed, contrast, estimate, Estimate, factorial, holm, needed, read_tests, verdict, verdict_table,
     verdicts)
@@ -305,11 +305,11 @@ def test_deleted_tables_and_figures_come_back_byte_equal(tmp_path):
     made = sorted(p.name for p in (tmp_path/'1').iterdir()); assert made == sorted(p.name for p in (tmp_path/'2').iterdir()) and len(made) > 25
     for n in made: assert (tmp_path/'1'/n).read_bytes() == (tmp_path/'2'/n).read_bytes(), n
     for n in made:
-        if n.endswith(('.md', '.csv')): assert (tmp_path/'1'/n).read_bytes() == (ROOT/'figures'/n).read_bytes(), f'{n}: run the notebook and commit what it writes'
+        if n.endswith(('.md', '.csv')): assert (tmp_path/'1'/n).read_bytes() == figure_path(ROOT/'figures', n).read_bytes(), f'{n}: run the notebook and commit what it writes'
 
 def test_the_audit_of_flickr8k_agrees_with_the_earlier_measurement():
     import csv
-    rows = list(csv.DictReader(open(ROOT/'figures'/'audit_agreement.csv'))); head = [r for r in rows if r['picks'] == 'rank 1']
+    rows = list(csv.DictReader(open(ROOT/'figures'/'audits'/'audit_agreement.csv'))); head = [r for r in rows if r['picks'] == 'rank 1']
     assert len(head) >= 12 and all(r['agrees'] == 'yes' for r in head) and sum(r['agrees'] == 'yes' for r in rows) >= .93*len(rows)
     have = {p.stem for p in (ROOT/'figures'/'audits').glob('*.json')} & {p.stem for p in (ROOT/'figures'/'results').glob('*.json')}
     assert {r['run'] for r in rows} <= have

@@ -134,7 +134,8 @@ def test_committed_tables_come_from_committed_records():
     "Every run id in a table has its record, and the committed acceptance figures hold"
     import csv
     have = {p.stem for p in (ROOT/'figures'/'results').glob('*.json')}
-    for f in (ROOT/'figures').glob('table_*.csv'):
+    tables = list((ROOT/'figures').rglob('table_*.csv')); assert len(tables) >= 20
+    for f in tables:
         for r in csv.DictReader(open(f)): assert set(r['runs'].split()) <= have, f.name
-    accepted = list((ROOT/'figures').glob('acceptance_scenes_*.csv')); assert len(accepted) >= 2
+    accepted = list((ROOT/'figures').rglob('acceptance_scenes_*.csv')); assert len(accepted) >= 2
     for f in accepted: assert all(r['holds'] == 'yes' for r in csv.DictReader(open(f))), f.name
