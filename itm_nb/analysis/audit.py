@@ -63,12 +63,14 @@ def ranked(
     s, col = score.masked_fill(own, -torch.inf).sort(dim=1, descending=True, stable=True)
     c = torch.ones(score.shape[1], dtype=torch.int64) if copies is None else copies
     ids = torch.arange(len(score)) if ids is None else ids
-    return Ranked(s, col, pos, torch.where(s > -torch.inf, c[col], 0), total or score.shape[1], ids, side, seed)
+    return Ranked(s, col, pos, torch.where(s > -torch.inf, c[col], 0), total or score.shape[1], ids, side,
+                  seed)
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #acc09554
 def _one(c:Ranked, w:Tensor)->Tensor:
     "Weights that sum to 1 where there is a candidate"
-    w = torch.where(c.eligible, w, 0.); return w / w.sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    w = torch.where(c.eligible, w, 0.)
+    return w / w.sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
 
 def uniform_pick(c:Ranked)->Tensor:   # (B, K)
     "Any candidate alike; images weigh by their sentences, as in a batch"
@@ -112,7 +114,7 @@ def ranks_between(
 def top_share(
     share:float,       # of the candidates, 0..1; at least one
 )->Callable:           # a sampler
-    "Any of the best-scored share alike, as AOQ draws from its lists (h = 300 is 0.2 % of Flickr30K's sentences)"
+    "Any of the best-scored share alike, as AOQ draws from its lists (h = 300: 0.2 % of Flickr30K's sentences)"
     def sample(c):
         h = (c.eligible.sum(1, keepdim=True) * share).round().clamp_min(1)
         return _one(c, (torch.arange(c.score.shape[1]) < h).float())
@@ -126,7 +128,7 @@ def weighted(
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #46eaf47d
 def by_pick(
-    pick:Callable,     # (Candidates, DirectedStep) -> Selection, as in `samplers`; of the view only `uniform`, `side` and `i2t` exist
+    pick:Callable,     # (Candidates, DirectedStep) -> Selection; the view has `uniform`, `side` and `i2t` alone
     n:int=0,           # pairs in a batch; 0: all candidates
     times:int=1,       # batches for each anchor
 )->Callable:           # a sampler
@@ -154,9 +156,11 @@ class _Seen:
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #47af53d6
 SAMPLERS = {'uniform': uniform_pick, 'semi-hard of 128': semi_hard_of(128), 'hardest of 32': hardest_of(32),
-            'hardest of 128': hardest_of(128), 'hardest of 512': hardest_of(512), 'hardest of all': hardest_of(),
+            'hardest of 128': hardest_of(128), 'hardest of 512': hardest_of(512),
+            'hardest of all': hardest_of(),
             'top 0.2 %': top_share(.002), 'top 1 %': top_share(.01), 'skip 3': ranks_between(3, 3)}
-BANDS = {f'ranks {a+1}-{b+1}' if b > a else f'rank {a+1}': ranks_between(a, b) for a, b in ((0, 0), (1, 2), (3, 9), (10, 29), (30, 99))}
+BANDS = {f'ranks {a+1}-{b+1}' if b > a else f'rank {a+1}': ranks_between(a, b)
+         for a, b in ((0, 0), (1, 2), (3, 9), (10, 29), (30, 99))}
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #3dc94236
 UNKNOWN, FALSE, TRUE, HALF = -1, 0, 1, 2
@@ -186,32 +190,42 @@ class _Tally:
     def __init__(self, anchors:int, candidates:int, rules):
         self.mean = {k: np.zeros(anchors) for k in ('picked', 'hardness', 'violating', 'judge', 'judged_n')}
         self.load = torch.zeros(candidates, dtype=torch.float64)
-        self.label = {r: np.zeros((anchors, 4)) for r in rules}                      # mass of unknown, false, true, half
+        # mass of unknown, false, true, half
+        self.label = {r: np.zeros((anchors, 4)) for r in rules}
         self.strata = {r: np.zeros((len(_STRATA) + 1, 4)) for r in rules}
 
     def add(self, at:slice, c:Ranked, w:Tensor, margin:float, labels:dict, judge):
         "See the picks of a block of anchors"
-        w = torch.where(c.eligible, w, 0.).double(); s = torch.where(c.eligible, c.score, 0.)
-        for k, x in dict(picked=w, hardness=w*s, violating=w*(s > c.pos[:,None] - margin)).items(): self.mean[k][at] = x.sum(1)
+        w = torch.where(c.eligible, w, 0.).double()
+        s = torch.where(c.eligible, c.score, 0.)
+        for k, x in dict(picked=w, hardness=w*s, violating=w*(s > c.pos[:,None] - margin)).items():
+            self.mean[k][at] = x.sum(1)
         self.load.scatter_add_(0, c.col.flatten(), w.flatten())
         for r, l in labels.items():
             for v in range(4):
-                x = torch.where(l == v - 1, w, 0.); self.label[r][at, v] = x.sum(1)
-                self.strata[r][:, v] += [p.sum().item() for p in x.tensor_split(_STRATA.clamp_max(x.shape[1]), 1)]
+                x = torch.where(l == v - 1, w, 0.)
+                self.label[r][at, v] = x.sum(1)
+                self.strata[r][:, v] += [p.sum().item()
+                                         for p in x.tensor_split(_STRATA.clamp_max(x.shape[1]), 1)]
         if judge is not None:
             true_negative = w if not labels else torch.where(next(iter(labels.values())) < TRUE, w, 0.)
-            self.mean['judge'][at], self.mean['judged_n'][at] = (true_negative*judge).sum(1), true_negative.sum(1)
+            self.mean['judge'][at], self.mean['judged_n'][at] = ((true_negative*judge).sum(1),
+                                                                 true_negative.sum(1))
 
 def _side(side, img, txt, img_of, samplers, truth, judge, margin, seed, block)->dict:
     "A tally for each sampler, one direction"
     A, C, N, M = *((img, txt) if side == 'i2t' else (txt, img)), len(img), len(txt)
     mine, theirs = (torch.arange(N), img_of) if side == 'i2t' else (img_of, torch.arange(N))
     copies = None if side == 'i2t' else torch.bincount(img_of, minlength=N)
-    out = {k: _Tally(len(A), len(C), truth) for k in samplers}; every = np.arange(len(C))
+    out = {k: _Tally(len(A), len(C), truth) for k in samplers}
+    every = np.arange(len(C))
     for a in range(0, len(A), rows := max(1, block//len(C))):
-        at = slice(a, min(a+rows, len(A))); own = mine[at,None] == theirs; ids = torch.arange(at.start, at.stop)
+        at = slice(a, min(a+rows, len(A)))
+        own = mine[at,None] == theirs
+        ids = torch.arange(at.start, at.stop)
         c = ranked(A[at].float() @ C.float().T, own, copies, M, ids, side, seed)
-        found = {r: torch.from_numpy(np.ascontiguousarray(f(ids.numpy(), every) if side == 'i2t' else f(every, ids.numpy()).T))
+        found = {r: torch.from_numpy(np.ascontiguousarray(f(ids.numpy(), every)
+                                                          if side == 'i2t' else f(every, ids.numpy()).T))
                  for r, f in truth.items()}
         labels = {r: l.gather(1, c.col) for r, l in found.items()}
         other = None if judge is None else _judged(judge, side, at).gather(1, c.col)
@@ -220,7 +234,8 @@ def _side(side, img, txt, img_of, samplers, truth, judge, margin, seed, block)->
 
 def _judged(judge, side, at):
     "Scores of anchors by another model"
-    A, C = (x.float() for x in (judge if side == 'i2t' else judge[::-1])); return A[at] @ C.T
+    A, C = (x.float() for x in (judge if side == 'i2t' else judge[::-1]))
+    return A[at] @ C.T
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #69a295f3
 def _cluster(x, photo):
@@ -228,10 +243,11 @@ def _cluster(x, photo):
     return np.stack([np.bincount(photo, col) for col in x.T], 1)
 
 def _shares(mass, W)->dict:
-    "False-negative shares of some picks in percent, with photographs drawn again; `mass` (photos, 4), `W` (draws, photos)"
+    "Percent of picks that are false negatives, photographs drawn again; `mass` (photos, 4), `W` (draws, photos)"
     def three(m):
         u, f, t, _ = m.T
-        with np.errstate(invalid='ignore', divide='ignore'): return [100*x for x in (t/(u+f+t), t/(f+t), (t+u)/(u+f+t), (f+t)/(u+f+t))]
+        with np.errstate(invalid='ignore', divide='ignore'):
+            return [100*x for x in (t/(u+f+t), t/(f+t), (t+u)/(u+f+t), (f+t)/(u+f+t))]
     point, drawn = three(mass.sum(0, keepdims=True)), three(W @ mass)
     out = {}
     for k, p, d in zip(('lower', 'judged_only', 'upper', 'judged'), point, drawn):
@@ -241,8 +257,10 @@ def _shares(mass, W)->dict:
 
 def _row(side, name, t, rule, photo, W)->dict:
     "One line of an audit"
-    total = {k: x.sum() for k, x in t.mean.items()}; n, picked = len(photo), total['picked']
-    row = dict(side=side, sampler=name, rule=rule, anchors=n, candidates=len(t.load), without=100*(1 - picked/n))
+    total = {k: x.sum() for k, x in t.mean.items()}
+    n, picked = len(photo), total['picked']
+    row = dict(side=side, sampler=name, rule=rule, anchors=n, candidates=len(t.load),
+               without=100*(1 - picked/n))
     if not picked: return row
     load = np.sort((t.load/t.load.sum()).numpy())[::-1]
     row |= dict(hardness=total['hardness']/picked, violating=100*total['violating']/picked,
@@ -260,16 +278,19 @@ def audit(
     img_of,                  # (M,) image of each sentence; every image has one
     samplers:dict=None,      # name -> sampler; None: SAMPLERS
     truth:dict={},           # rule -> labels, from `of_matrix` or `of_judgements`
-    judge:tuple=None,        # vectors (N, D'), (M, D') of ANOTHER model: hardness of the picks that are not known to be true
+    judge:tuple=None,        # vectors (N, D'), (M, D') of ANOTHER model: hardness of picks not known to be true
     margin:float=.2,         # a pick within it of the true pair is a violation
     draws:int=1000, seed:int=0, block:int=2**20,   # of photographs; of `by_pick`; scores held at once
 )->pd.DataFrame:             # a line per direction, sampler and rule; shares in percent
     "What samplers pick from a data set as a model sees it"
-    img, txt, img_of = (torch.as_tensor(x).detach().cpu() for x in (img, txt, img_of)); img_of = img_of.long()
+    img, txt, img_of = (torch.as_tensor(x).detach().cpu() for x in (img, txt, img_of))
+    img_of = img_of.long()
     if img.ndim != 2 or txt.ndim != 2 or img.shape[1] != txt.shape[1] or len(img_of) != len(txt):
-        raise DataError('audit', f'vectors {tuple(img.shape)} and {tuple(txt.shape)}, {len(img_of)} image indices',
+        raise DataError('audit',
+                        f'vectors {tuple(img.shape)} and {tuple(txt.shape)}, {len(img_of)} image indices',
                         '(N, D), (M, D) and (M,)')
-    if len(img) < 2 or torch.bincount(img_of, minlength=len(img)).min() < 1 or len(torch.bincount(img_of)) > len(img):
+    if len(img) < 2 or torch.bincount(img_of,
+                                      minlength=len(img)).min() < 1 or len(torch.bincount(img_of)) > len(img):
         raise DataError('audit', f'{len(img)} images, sentences of images {img_of.min()} to {img_of.max()}',
                         'two images or more, a sentence for each')
     rng, N, out = np.random.default_rng(purpose_key('audit', seed)), len(img), []
@@ -292,16 +313,21 @@ def audit_picks(
     image, sentence = (np.asarray(x, dtype=np.int64) for x in (image, sentence))
     if not len(image) or image.shape != sentence.shape:
         raise DataError('picks', f'{image.shape} and {sentence.shape}', 'as many images as sentences')
-    photo = np.unique(image if photo is None else photo, return_inverse=True)[1].ravel(); n = photo.max() + 1
-    W = np.random.default_rng(purpose_key('audit', seed)).multinomial(n, np.full(n, 1/n), draws).astype(np.float64)
-    return pd.DataFrame([dict(rule=rule, picks=len(image)) | _shares(_cluster(np.eye(4)[truth_labels(f, image, sentence) + 1], photo), W)
+    photo = np.unique(image if photo is None else photo, return_inverse=True)[1].ravel()
+    n = photo.max() + 1
+    W = np.random.default_rng(purpose_key('audit', seed)).multinomial(n, np.full(n, 1/n),
+                                                                      draws).astype(np.float64)
+    return pd.DataFrame([dict(rule=rule, picks=len(image))
+                         | _shares(_cluster(np.eye(4)[truth_labels(f, image, sentence) + 1], photo), W)
                          for rule, f in truth.items()])
 
 def truth_labels(f, image, sentence, block:int=256)->np.ndarray:
     "(n,) labels of single pairs, asked for by blocks of images"
-    (i, a), (j, b) = (np.unique(x, return_inverse=True) for x in (image, sentence)); out = np.empty(len(image), int)
+    (i, a), (j, b) = (np.unique(x, return_inverse=True) for x in (image, sentence))
+    out = np.empty(len(image), int)
     for p in range(0, len(i), block):
-        q = np.flatnonzero((a >= p) & (a < p+block)); out[q] = f(i[p:p+block], j)[a[q]-p, b[q]]
+        q = np.flatnonzero((a >= p) & (a < p+block))
+        out[q] = f(i[p:p+block], j)[a[q]-p, b[q]]
     return out
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #af0b18ab
@@ -313,7 +339,8 @@ def _strangers(img, txt, img_of, top, rows)->tuple:
         s[img_of == torch.arange(a, a + len(s))[:,None]] = -torch.inf
         new, i = s.flatten().topk(min(top, s.numel()))
         best, at = torch.cat([best, new]), torch.cat([at, i + a*M])
-        keep = best.argsort(descending=True, stable=True)[:top]; best, at = best[keep], at[keep]
+        keep = best.argsort(descending=True, stable=True)[:top]
+        best, at = best[keep], at[keep]
     real = best > -torch.inf
     return best[real], at[real]//M, at[real] % M
 
@@ -324,23 +351,30 @@ def suspects(
     captions:list=None,        # (M,) sentences: those of equal words are suspects too, and come first
     top:int=1000,              # pairs to return; those of equal words are returned in any case
     block:int=2**22,           # scores held at once
-)->pd.DataFrame:               # image, sentence (indices), score, above (minus the mean of both sides' own scores), why
+)->pd.DataFrame:             # image, sentence, score, above (minus the mean of both sides' own scores), why
     "Pairs of strangers that look like true pairs, most suspect first"
-    img, txt, img_of = (torch.as_tensor(x).detach().cpu() for x in (img, txt, img_of)); img_of = img_of.long()
+    img, txt, img_of = (torch.as_tensor(x).detach().cpu() for x in (img, txt, img_of))
+    img_of = img_of.long()
     score, i, j = _strangers(img, txt, img_of, top, max(1, block//len(txt)))
-    pos = torch.cat([(img[img_of[a:a+65536]].float()*txt[a:a+65536].float()).sum(1) for a in range(0, len(txt), 65536)])
-    mine = torch.zeros(len(img)).index_add_(0, img_of, pos)/torch.bincount(img_of, minlength=len(img)).clamp_min(1)
-    tab = pd.DataFrame(dict(image=i, sentence=j, score=score, above=score - (mine[i] + pos[j])/2, why='model'))
+    pos = torch.cat([(img[img_of[a:a+65536]].float()*txt[a:a+65536].float()).sum(1)
+                     for a in range(0, len(txt), 65536)])
+    mine = torch.zeros(len(img)).index_add_(0, img_of, pos)
+    mine = mine/torch.bincount(img_of, minlength=len(img)).clamp_min(1)
+    tab = pd.DataFrame(dict(image=i, sentence=j, score=score, above=score - (mine[i] + pos[j])/2,
+                            why='model'))
     if captions is None: return tab
     same = _same_words(captions, img_of.numpy())
-    return pd.concat([same, tab], ignore_index=True).drop_duplicates(['image', 'sentence'])[:max(top, len(same))].reset_index(drop=True)
+    both = pd.concat([same, tab], ignore_index=True).drop_duplicates(['image', 'sentence'])
+    return both[:max(top, len(same))].reset_index(drop=True)
 
 def _same_words(captions, img_of)->pd.DataFrame:
     "Pairs of an image and a sentence of another image that has the words of one of its own"
     key = np.unique([' '.join(words(s)) for s in captions], return_inverse=True)[1]
     have = sparse.csr_matrix((np.ones(len(key), bool), (img_of, key)))
     i, j = have[:, key].multiply(sparse.csr_matrix((np.bincount(key) > 1)[key])).nonzero()
-    order = np.lexsort((j, i)); i, j = i[order], j[order]; keep = img_of[j] != i
+    order = np.lexsort((j, i))
+    i, j = i[order], j[order]
+    keep = img_of[j] != i
     return pd.DataFrame(dict(image=i[keep], sentence=j[keep], score=np.nan, above=np.nan, why='same words'))
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #34bedf70
@@ -361,18 +395,22 @@ _ABOUT = ('id', 'method', 'sweep', 'preset', 'seed', 'block', 'data', 'audit', '
 
 def write_audit(
     folder,                # made if need be
-    about:dict,            # id, method, sweep, preset, seed, block: those of the run; data: name, label, fingerprint, split
+    about:dict,            # id, method, sweep, preset, seed, block of the run; data: name, label, fingerprint, split
     rows:pd.DataFrame,     # from `audit`
     control:dict={},       # e.g. rsum, shuffled, chance, precision of suspects
 )->Path:                   # FOLDER/ID.json
     "Write the record of an audit, whole or not at all"
     lines = [{k: v for k, v in r.items() if v is not None and v == v} for r in rows.to_dict('records')]
-    rec = dict(schema='itm_nb audit 1', kind='audit', metrics=dict(test={}), **about, audit=lines, control=control)
-    if gone := [k for k in _ABOUT if k not in rec]: raise DataError('audit', f'a record without {", ".join(gone)}', 'these parts')
+    rec = dict(schema='itm_nb audit 1', kind='audit', metrics=dict(test={}), **about, audit=lines,
+               control=control)
+    if gone := [k for k in _ABOUT if k not in rec]:
+        raise DataError('audit', f'a record without {", ".join(gone)}', 'these parts')
     text = lambda x: json.dumps(x, sort_keys=True, allow_nan=False)
-    lines = {k: text(v) if k != 'audit' else '[\n' + ',\n'.join(map(text, v)) + ']' for k, v in sorted(rec.items())}
+    lines = {k: text(v) if k != 'audit' else '[\n' + ',\n'.join(map(text, v)) + ']'
+             for k, v in sorted(rec.items())}
     body = ',\n'.join(f'{text(k)}: {v}' for k, v in lines.items())
-    path = Path(folder)/f"{about['id']}.json"; path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(folder)/f"{about['id']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, ('{\n' + body + '\n}\n').encode())
     return path
 
@@ -383,8 +421,10 @@ def read_audits(
     out = []
     for p in sorted(Path(folder).glob('*.json')):
         rec = read_json(p)
-        if not isinstance(rec, dict) or rec.get('schema') != 'itm_nb audit 1' or any(k not in rec for k in _ABOUT) or rec['id'] != p.stem:
-            raise DataError(p, 'not the record of an audit', f'schema "itm_nb audit 1", {", ".join(_ABOUT)}, the id as name')
+        if not isinstance(rec, dict) or rec.get('schema') != 'itm_nb audit 1' or any(
+            k not in rec for k in _ABOUT) or rec['id'] != p.stem:
+            raise DataError(p, 'not the record of an audit',
+                            f'schema "itm_nb audit 1", {", ".join(_ABOUT)}, the id as name')
         lines = rec['audit'] if isinstance(rec['audit'], list) else [None]
         if not all(isinstance(r, dict) and {'side', 'sampler', 'rule'} <= r.keys() for r in lines):
             raise DataError(p, 'lines that are not those of an audit', 'side, sampler and rule in each')
@@ -397,7 +437,8 @@ def _cells(r, rule, exact)->list:
     ends = lambda k: f"{r[k]:.1f} [{r[f'{k}_lo']:.1f}, {r[f'{k}_hi']:.1f}]"
     cells = [escape_markup(r['sampler']), f"{r['hardness']:.3f}", f"{r['violating']:.0f}", f"{r['top1']:.0f}"]
     if not rule: return cells
-    return cells + ([ends('lower')] if exact else [f"{r['judged']:.0f}", ends('lower'), ends('judged_only'), f"{r['upper']:.1f}"])
+    return cells + ([ends('lower')] if exact else [f"{r['judged']:.0f}", ends('lower'), ends('judged_only'),
+                                                   f"{r['upper']:.1f}"])
 
 def audit_markdown(
     rows:pd.DataFrame,     # from `audit`, or of a record
@@ -406,9 +447,12 @@ def audit_markdown(
     "An audit for reading"
     out = []
     for side, title in (('i2t', 'An image looks for text'), ('t2i', 'A sentence looks for images')):
-        part = rows[(rows.side == side) & (rows.rule == rule)]; exact = rule and (part.judged > 99.999).all()
+        part = rows[(rows.side == side) & (rows.rule == rule)]
+        exact = rule and (part.judged > 99.999).all()
         heads = ['sampler', 'hardness', 'within margin', 'in the busiest 1 %']
         if rule: heads += ['false negatives'] if exact else ['judged', 'lower', 'judged only', 'upper']
         out += [f'**{title}**', '', '| ' + ' | '.join(heads) + ' |', '|---|' + '---:|'*(len(heads)-1)]
         out += ['| ' + ' | '.join(_cells(r, rule, exact)) + ' |' for r in part.to_dict('records')] + ['']
-    return '\n'.join(out + ['Percent, but for hardness, the mean score of the pick; [95 % interval over photographs].', ''])
+    return '\n'.join(out
+                     + ['Percent, but for hardness, the mean score of the pick; [95 % interval over '
+                        'photographs].', ''])

@@ -37,14 +37,19 @@ def run_vectors(
     from itm_nb.training.corpus import corpus, in_fold
     from itm_nb.training.loop import check_run
     run = Path(run); at = run/'last'/'state.json'
-    if not at.is_file() or not (run/'best').is_dir(): raise DataError(run, 'no checkpoint', 'the folder of a finished run')
+    if not at.is_file() or not (run/'best').is_dir():
+        raise DataError(run, 'no checkpoint', 'the folder of a finished run')
     check_run(run)
-    settings = read_json(at)['state']['config']; data = corpus(config(settings), folder)
+    settings = read_json(at)['state']['config']
+    data = corpus(config(settings), folder)
     given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
-    if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])      # the photographs it has not seen
+    # the photographs it has not seen
+    if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])
     split = data.split(part)
-    img, txt = embed(from_pretrained(run/'best', device), Batches(split, Vocabulary.load(run/'best'/'vocab.json'), device))
-    if not isinstance(img, Tensor): raise DataError(run, 'a model without one vector per image', 'a model whose score is a dot product')
+    img, txt = embed(from_pretrained(run/'best', device),
+                     Batches(split, Vocabulary.load(run/'best'/'vocab.json'), device))
+    if not isinstance(img, Tensor):
+        raise DataError(run, 'a model without one vector per image', 'a model whose score is a dot product')
     return img.cpu(), txt.cpu(), split, data, settings
 
 def what_is_known(
@@ -52,23 +57,30 @@ def what_is_known(
     world=None,            # the drawn world it belongs to
     judgements='',         # file of judgements; '': none
     gallery:int=0,         # scenes: which gallery
-)->tuple:                  # indices of images and of sentences of the pool, {rule: labels} in the pool's own indices
+# indices of images and of sentences of the pool, {rule: labels} in the pool's own indices
+)->tuple:
     "The pool in which something is known about strangers, and what"
-    if world is not None: return *world.gallery(split.name, gallery), dict(truth=of_matrix(world.matrix(split.name, gallery)))
+    if world is not None:
+        return *world.gallery(split.name, gallery), dict(truth=of_matrix(world.matrix(split.name, gallery)))
     if not judgements: return np.arange(len(split)), np.arange(len(split.captions)), {}
-    judged = read_judgements(judgements, split); shape = (len(split), len(split.captions))
-    caps = np.unique(np.concatenate([judged.crowd[:,1], judged.expert[:,1]])); images = np.unique(split.img_of[caps])
+    judged = read_judgements(judgements, split)
+    shape = (len(split), len(split.captions))
+    caps = np.unique(np.concatenate([judged.crowd[:,1], judged.expert[:,1]]))
+    images = np.unique(split.img_of[caps])
     labels = {r: of_judgements(judged, r, shape) for r in ('main', 'strict', 'lenient')}
     return images, caps, {r: (lambda i, j, f=f: f(images[i], caps[j])) for r, f in labels.items()}
 
 # %% ../../nbs/8_analysis/05_audit_runs.ipynb #7045233c
 def _controls(img, txt, img_of, truth)->dict:
-    "What stands beside an audit: retrieval as it is, with shuffled pairs, by chance; what the first suspects turned out to be"
+    "Beside an audit: retrieval as it is, with shuffled pairs, by chance; what the first suspects turned out to be"
     out = dict(rsum=summary(galleries(img, txt, img_of, None))['rsum'], shuffled=shuffled(img, txt, img_of),
                chance=chance(len(img), len(txt), np.bincount(img_of, minlength=len(img)))['rsum'])
     for n in (100, 500) if truth else ():
-        found = suspects(img, txt, img_of, top=n); rule = next(iter(truth)); l = truth_labels(truth[rule], found.image, found.sentence)
-        out |= {f'suspects_{n}': dict(true=int((l == TRUE).sum()), judged=int((l != UNKNOWN).sum()), n=len(l))}
+        found = suspects(img, txt, img_of, top=n)
+        rule = next(iter(truth))
+        l = truth_labels(truth[rule], found.image, found.sentence)
+        out |= {f'suspects_{n}': dict(true=int((l == TRUE).sum()), judged=int((l != UNKNOWN).sum()),
+                                      n=len(l))}
     return out
 
 def audit_run(
@@ -81,15 +93,20 @@ def audit_run(
 )->tuple:                  # about, lines, controls: what `write_audit` takes
     "Audit every sampler on the vectors of a finished run"
     from itm_nb.data.splits import fingerprint
-    img, txt, split, data, settings = run_vectors(run, folder, part, device); run = Path(run)
+    img, txt, split, data, settings = run_vectors(run, folder, part, device)
+    run = Path(run)
     found = Path(folder or '.')/'judgements.npz'
     file = judgements or (found if folder and part == 'test' and found.is_file() else '')
-    images, caps, truth = what_is_known(split, data.world, file, gallery); own = np.searchsorted(images, split.img_of[caps])
+    images, caps, truth = what_is_known(split, data.world, file, gallery)
+    own = np.searchsorted(images, split.img_of[caps])
     rows = audit(img[images], txt[caps], own, samplers or SAMPLERS | BANDS, truth)
-    rec = run.parent/'records'/f'{run.name}.json'; rec = read_json(rec) if rec.is_file() else {}
-    about = dict(id=run.name, method=rec.get('method', settings['method']), sweep=rec.get('sweep', 'manual'), preset=rec.get('preset'),
+    rec = run.parent/'records'/f'{run.name}.json'
+    rec = read_json(rec) if rec.is_file() else {}
+    about = dict(id=run.name, method=rec.get('method', settings['method']), sweep=rec.get('sweep', 'manual'),
+                 preset=rec.get('preset'),
                  seed=settings['seed'], block=rec.get('block', dict(fold=None, seed=settings['seed'])),
-                 data=dict(name=settings['data'], label=data.label, fingerprint=fingerprint(split), split=split.name, images=len(images),
+                 data=dict(name=settings['data'], label=data.label, fingerprint=fingerprint(split),
+                           split=split.name, images=len(images),
                            captions=len(caps), pool='judged' if file else 'all'))
     return about, rows, _controls(img[images], txt[caps], own, truth)
 
@@ -116,22 +133,30 @@ def audit_command(
 )->str:             # what to print
     "Audit samplers on the vectors of a run, or on vectors of your own"
     p = Parser(prog='itm_data audit', description=audit_command.__doc__)
-    p.add_argument('--run', help='folder of a finished run'); p.add_argument('--vectors', help='npz with img, txt, img_of')
+    p.add_argument('--run', help='folder of a finished run')
+    p.add_argument('--vectors', help='npz with img, txt, img_of')
     p.add_argument('--folder', default='', help="the run's data, in the SCAN layout")
     p.add_argument('--part', default='test', choices=('train', 'val', 'test'))
-    p.add_argument('--judgements', default='', help='npz of judgements (default: judgements.npz of the folder)')
-    p.add_argument('--csv', help='write all lines there'); p.add_argument('--record', help='folder for the record of the audit')
+    p.add_argument('--judgements', default='',
+                   help='npz of judgements (default: judgements.npz of the folder)')
+    p.add_argument('--csv', help='write all lines there')
+    p.add_argument('--record', help='folder for the record of the audit')
     p.add_argument('--suspects', help='write suspected false negatives there, as csv')
     p.add_argument('--top', type=number(int, 1), default=1000)
     a = p.parse_args(argv)
     for k in ('csv', 'suspects', 'record'):
         if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')
-    if bool(a.run) == bool(a.vectors): raise DataError('itm_data audit', 'neither or both of --run and --vectors', 'one of them')
-    if a.vectors: img, txt, own = _given_vectors(a.vectors); rows, control, ids = audit(img, txt, own), {}, None
+    if bool(a.run) == bool(a.vectors):
+        raise DataError('itm_data audit', 'neither or both of --run and --vectors', 'one of them')
+    if a.vectors:
+        img, txt, own = _given_vectors(a.vectors)
+        rows, control, ids = audit(img, txt, own), {}, None
     else:
         about, rows, control = audit_run(a.run, a.folder, a.part, judgements=a.judgements)
         if a.record: write_audit(a.record, about, rows, control)
-        if a.suspects: img, txt, ids, *_ = run_vectors(a.run, a.folder, a.part); own = ids.img_of
+        if a.suspects:
+            img, txt, ids, *_ = run_vectors(a.run, a.folder, a.part)
+            own = ids.img_of
     if a.csv: rows.to_csv(a.csv, index=False)
     if a.suspects: _write_suspects(a.suspects, suspects(img, txt, own, ids and ids.captions, a.top), ids)
     return audit_markdown(rows, rows.rule.iloc[0]) + ''.join(f'{k}: {v}\n' for k, v in control.items())

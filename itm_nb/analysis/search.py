@@ -54,7 +54,8 @@ def top_k(
         best = None
         for b in range(0, items, cols):
             s = score(slice(a, min(a+rows, queries)), slice(b, min(b+cols, items))).detach().float().cpu()
-            if s.isnan().any(): raise DataError('scores', 'NaN', 'numbers', 'The model or the features are damaged.')
+            if s.isnan().any():
+                raise DataError('scores', 'NaN', 'numbers', 'The model or the features are damaged.')
             i = torch.arange(b, b + s.shape[1]).expand_as(s)
             if best is not None: s, i = torch.cat([best[0], s], 1), torch.cat([best[1], i], 1)
             keep = s.argsort(dim=1, descending=True, stable=True)[:,:k]
@@ -97,7 +98,8 @@ def shelf(
     device='cpu',
 )->Shelf:
     "Encode all that can be found"
-    batches = data.batches(data.split(part), vocab, device); model = model.to(device).eval()
+    batches = data.batches(data.split(part), vocab, device)
+    model = model.to(device).eval()
     return Shelf(model, vocab, batches, *embed(model, batches), data.world)
 
 # %% ../../nbs/8_analysis/10_search.ipynb #3f997686
@@ -115,15 +117,20 @@ def bare(
     path = Path(path); files = feats = None
     if path.suffix == '.npy':
         try: feats = np.load(path, mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError) as e: raise DataError(path, f'{str(e)[:100]}', 'an npy file', 'Write it with numpy.save.') from None
+        except (OSError, ValueError) as e:
+            raise DataError(path, f'{str(e)[:100]}', 'an npy file', 'Write it with numpy.save.') from None
         if feats.ndim == 2: feats = feats[:,None]
         if feats.ndim == 3 and feats.dtype == np.float64: feats = feats.astype('f4')
         names = [f'picture {i}' for i in range(len(feats))]
     else:
-        files = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else []
-        if not files: raise DataError(path, 'no pictures', f'files that end in {", ".join(SUFFIXES)}, or an .npy file of features')
+        files = sorted(p for p in path.rglob('*')
+                       if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else []
+        if not files:
+            raise DataError(path, 'no pictures',
+                            f'files that end in {", ".join(SUFFIXES)}, or an .npy file of features')
         names = [p.relative_to(path).as_posix() for p in files]
-    n = np.arange(len(names)); num = np.ones(len(n), int) if feats is None or feats.ndim != 3 else _real(feats)
+    n = np.arange(len(names))
+    num = np.ones(len(n), int) if feats is None or feats.ndim != 3 else _real(feats)
     return Split('test', feats, num, names, n, n, n, source=str(path), files=files)
 
 # %% ../../nbs/8_analysis/10_search.ipynb #960e778f
@@ -136,19 +143,23 @@ def _described(folder, data)->bool:
 
 def open_run(
     run,               # folder of a finished run
-    folder='',         # the data it was trained on, others like them, or bare pictures or features; '': for scenes
+    folder='',         # the data it was trained on, others, bare pictures or features; '': for scenes
     part:str='test',   # which part of the data
     device='cpu',
     models='',         # folder of networks; '': models
 )->Shelf:
     "A shelf of a trained model"
-    run = Path(run); check_run(run); found = load_checkpoint(run/'last')
+    run = Path(run)
+    check_run(run)
+    found = load_checkpoint(run/'last')
     if not (run/'best'/'config.json').is_file() or found is None:
-        raise DataError(run, 'no trained model', 'the folder of a finished run', 'Train one: itm_run train; it says where it lies.')
+        raise DataError(run, 'no trained model', 'the folder of a finished run',
+                        'Train one: itm_run train; it says where it lies.')
     cfg = config(found[1]['config']); given = Path(folder or '.')
     if folder and cfg.data == 'scenes': cfg = replace(cfg, data='scan')
     if folder and not _described(folder, cfg.data):
-        data = replace(corpus(replace(cfg, data='images'), given, models=models), split=lambda part: bare(given))
+        data = replace(corpus(replace(cfg, data='images'), given, models=models),
+                       split=lambda part: bare(given))
     else: data = corpus(cfg, folder, models=models)
     return shelf(from_pretrained(run/'best'), tokenizers.load(run/'best'/'vocab.json'), data, part, device)
 
@@ -165,13 +176,15 @@ def unknown(
 def _asked(vocab, query)->list:
     "The words of a question; what cannot be asked is refused, what is not understood is said"
     said = query.split() if isinstance(query, str) else []
-    if not (said and words(query)): raise DataError('query', f'{query!r}', 'a sentence with at least one word', 'Ask in words.')
+    if not (said and words(query)):
+        raise DataError('query', f'{query!r}', 'a sentence with at least one word', 'Ask in words.')
     odd = unknown(vocab, query)
     if not odd: return said
     near = [m for w in odd for m in difflib.get_close_matches(w, getattr(vocab, 'words', ())[4:], 2)]
     hint = f'; near ones: {", ".join(near)}' if near else ''
     if len(odd) >= len(words(query)):
-        raise DataError('query', f'only words the model has never seen ({", ".join(odd)})', f'at least one that it knows{hint}')
+        raise DataError('query', f'only words the model has never seen ({", ".join(odd)})',
+                        f'at least one that it knows{hint}')
     warnings.warn(f'words the model has never seen: {", ".join(odd)}{hint}', stacklevel=2)
     return said
 
@@ -236,11 +249,14 @@ def ask(
     s:Shelf,
     query:str,
     k:int=8,
-)->pd.DataFrame:       # image (index), id, score, its first own sentence, and `holds` where the truth is known
+# image (index), id, score, its first own sentence, and `holds` where the truth is known
+)->pd.DataFrame:
     "Ask in words, get pictures"
-    at, score = (x[0].numpy() for x in find_images(s, [query], k)); first = np.argsort(s.split.img_of, kind='stable')
+    at, score = (x[0].numpy() for x in find_images(s, [query], k))
+    first = np.argsort(s.split.img_of, kind='stable')
     own = first[np.searchsorted(s.split.img_of[first], at)]
-    found = pd.DataFrame(dict(image=at, id=s.split.img_ids[at], score=score, sentence=[s.split.captions[j] for j in own]))
+    found = pd.DataFrame(dict(image=at, id=s.split.img_ids[at], score=score,
+                              sentence=[s.split.captions[j] for j in own]))
     holds = true_of(s, query, at)
     return found if holds is None else found.assign(holds=holds)
 
@@ -248,10 +264,13 @@ def tell(
     s:Shelf,
     image:int,         # index of an image of the shelf
     k:int=8,
-)->pd.DataFrame:       # sentence, score, own: was it written for this image? and `holds` where the truth is known
+# sentence, score, own: was it written for this image? and `holds` where the truth is known
+)->pd.DataFrame:
     "Give a picture, get sentences"
-    if not 0 <= image < len(s.split): raise DataError('image', f'{image}', f'0 to {len(s.split)-1}', 'Name an image of the shelf.')
-    at, score = (x[0].numpy() for x in find_sentences(s, [image], k)); said = [s.split.captions[j] for j in at]
+    if not 0 <= image < len(s.split):
+        raise DataError('image', f'{image}', f'0 to {len(s.split)-1}', 'Name an image of the shelf.')
+    at, score = (x[0].numpy() for x in find_sentences(s, [image], k))
+    said = [s.split.captions[j] for j in at]
     found = pd.DataFrame(dict(sentence=said, score=score, own=s.split.img_of[at] == image))
     holds = [(true_of(s, w, [image]) or ['undecided'])[0] for w in said]
     return found if s.world is None else found.assign(holds=holds)
@@ -276,10 +295,12 @@ def word_gains(
 
 # %% ../../nbs/8_analysis/10_search.ipynb #65e51d39
 def _hidden(b:dict, n:int)->dict:
-    "One image, as a loader gives it, with all its n regions, without the first, without the second, ...: n+1 rows"
-    order = torch.stack([torch.arange(n)] + [torch.tensor([j for j in range(n) if j != i] + [i]) for i in range(n)]).to(b['mask'].device)
+    "One image, as a loader gives it: with all its n regions, without the first, the second, ...: n+1 rows"
+    order = torch.stack([torch.arange(n)] + [torch.tensor([j for j in range(n) if j != i] + [i])
+                                             for i in range(n)]).to(b['mask'].device)
     count = torch.tensor([n] + [n-1]*n, device=order.device)
-    return {k: b[k][0,order] for k in ('feats', 'boxes') if k in b} | dict(mask=torch.arange(n, device=order.device) < count[:,None])
+    return {k: b[k][0,order] for k in ('feats', 'boxes')
+            if k in b} | dict(mask=torch.arange(n, device=order.device) < count[:,None])
 
 @torch.no_grad()
 def region_gains(
@@ -290,7 +311,8 @@ def region_gains(
     "How much of what a word gains is lost when a region is hidden"
     n = int(s.split.num[image])
     if s.split.feats is None or n < 2:
-        raise DataError(f'image {image}', 'no regions' if s.split.feats is None else 'a single region', 'two or more', 'Ask about words.')
+        raise DataError(f'image {image}', 'no regions' if s.split.feats is None else 'a single region',
+                        'two or more', 'Ask about words.')
     said = _asked(s.vocab, query)
     img = s.model.image(*image_inputs(_hidden(s.batches.images(slice(image, image+1)), n)))
     scores = s.model.matrix(img, read(s, [query, *without_each(said)])).float().cpu()
@@ -317,8 +339,11 @@ def framed(
     colours:list,      # n of them
 ):                     # PIL image
     "A picture with some of its regions framed"
-    im = im.copy(); pen = ImageDraw.Draw(im); w, h = im.size
-    for (a, b, c, d), colour in zip(boxes, colours): pen.rectangle((a*w, b*h, c*w, d*h), outline=colour, width=max(2, w//80))
+    im = im.copy()
+    pen = ImageDraw.Draw(im)
+    w, h = im.size
+    for (a, b, c, d), colour in zip(boxes, colours):
+        pen.rectangle((a*w, b*h, c*w, d*h), outline=colour, width=max(2, w//80))
     return im
 
 def bars(
@@ -328,8 +353,11 @@ def bars(
     colours=None,      # L of them
 ):
     "A readable bar for every word, the first on top"
-    y = np.arange(len(said)); ax.barh(y, gains, color=colours or '#4c72b0', height=.7); ax.axvline(0, color='.4', lw=.8)
-    ax.set_yticks(y, list(map(escape_mathtext, said))); ax.tick_params(axis='y', length=0)
+    y = np.arange(len(said))
+    ax.barh(y, gains, color=colours or '#4c72b0', height=.7)
+    ax.axvline(0, color='.4', lw=.8)
+    ax.set_yticks(y, list(map(escape_mathtext, said)))
+    ax.tick_params(axis='y', length=0)
     ax.set(xlabel='score lost without the word', ylim=(len(said)-.5, -.5))
 
 # %% ../../nbs/8_analysis/10_search.ipynb #02722e04
@@ -341,7 +369,8 @@ def answering(
     "Which region answers which word; empty where images have no regions"
     if s.split.feats is None or s.split.num[image] < 2: return {}
     gain, parts = word_gains(s, query, [image])[1][0], region_gains(s, query, image)[1]
-    return {l: int(parts[:,l].argmax()) for l in np.flatnonzero((gain > .05*abs(gain).max()) & (parts.max(0) > 0)).tolist()}
+    return {l: int(parts[:,l].argmax())
+            for l in np.flatnonzero((gain > .05*abs(gain).max()) & (parts.max(0) > 0)).tolist()}
 
 def why(
     s:Shelf,
@@ -349,15 +378,21 @@ def why(
     image:int,         # index
 ):                     # matplotlib figure
     "A picture, its words as bars, and both in the colour of the region that answers the word"
-    said, gains = word_gains(s, query, [image]); of = answering(s, query, image); at = list(dict.fromkeys(of.values()))
-    colour = {r: _EDGE[i % len(_EDGE)] for i, r in enumerate(at)}; im = picture(s, image, 240)
+    said, gains = word_gains(s, query, [image])
+    of = answering(s, query, image)
+    at = list(dict.fromkeys(of.values()))
+    colour = {r: _EDGE[i % len(_EDGE)] for i, r in enumerate(at)}
+    im = picture(s, image, 240)
     with style():
-        fig, axes = plt.subplots(1, 1 + (im is not None), figsize=(3 + 2.4*(im is not None), max(2.2, .24*len(said) + .7)), squeeze=False,
+        fig, axes = plt.subplots(1, 1 + (im is not None),
+                                 figsize=(3 + 2.4*(im is not None), max(2.2, .24*len(said) + .7)),
+                                 squeeze=False,
                                  layout='constrained'); plt.close(fig)
         bars(axes[0,-1], said, gains[0], [colour[of[l]] if l in of else '.75' for l in range(len(said))])
         if im is not None:
             boxes = s.split.boxes[image,at] if at and s.split.boxes is not None else []
-            axes[0,0].imshow(framed(im, boxes, [colour[r] for r in at])); axes[0,0].axis('off')
+            axes[0,0].imshow(framed(im, boxes, [colour[r] for r in at]))
+            axes[0,0].axis('off')
     return fig
 
 # %% ../../nbs/8_analysis/10_search.ipynb #c3523277
@@ -370,5 +405,7 @@ def gallery(
     pictures = [picture(s, i) for i in found.image]
     if None in pictures: return None
     last = found.holds if 'holds' in found else found.sentence
-    fig = show(pictures, [escape_mathtext(fill(f'{x:.2f}  {w}', 34)) for x, w in zip(found.score, last)], columns); plt.close(fig)
+    fig = show(pictures, [escape_mathtext(fill(f'{x:.2f}  {w}', 34)) for x, w in zip(found.score, last)],
+               columns)
+    plt.close(fig)
     return fig

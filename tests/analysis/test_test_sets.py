@@ -179,7 +179,7 @@ def test_the_lists_of_a_run_against_plain_loops(small):
 
 def test_the_average_of_runs_and_odd_requests(small):
     two = row(small, 'coco_5k', (0, 1)); assert two['kind'] == 'ensemble' and two['metrics']['test']['rsum'] > 60
-    with pytest.raises(commands.SetupError, match='no test set called'): row(small, 'coco_2k')
+    with pytest.raises(commands.SetupError, match="test_set is 'coco_2k'"): row(small, 'coco_2k')
     with pytest.raises(commands.SetupError, match='no finished run'): trained_on(small[1][0].parent/'none')
     with pytest.raises(DataError, match='multiple of 5'): in_parts(made(12))
 
