@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT/'nbs'/'experiments'/'sweeps').glob('*.yaml'))
 SIZES = {'queue', 'share', 'copies', 'draws', 'mlm'}           # of a world, not of an arm
 WORDS = {        # a setting -> what must stand in the label of an arm that has it
-    ('threshold', 1.): 'nobody is suspected', ('cutdown', False): 'no cut-down', ('permuted', True): 'dealt out at random', ('pick', 'hardest'): 'hardest', ('pick', 'uniform'): 'evenly',
+    ('threshold', 1.): 'nobody is suspected', ('cutdown', False): 'no cut-down', ('permuted', True): 'permuted at random', ('pick', 'hardest'): 'hardest', ('pick', 'uniform'): 'evenly',
     ('tau', 5.): 'tau 5', ('tau', 50.): 'tau 50', ('prior', 'known'): 'true prior', ('prior', .01): '1 in 100', ('preset', 'faithful'): 'as released', ('floor', 'none'): 'no floor',
     ('negatives', 'all'): 'statistics of all negatives', ('stage', 'tri'): 'offline triplet', ('stage', 'quin'): 'unanchored pairs', ('placebo', 'random'): 'from anywhere', ('placebo', 'second'): 'second draws',
-    ('placebo', 'permuted'): 'dealt out at random', ('placebo', 'constant'): 'constant weight', ('placebo', 'detached'): 'no gradient through the weight', ('words', 'random'): 'at random',
-    ('sharing', 'static'): ('never changes', 'written', 'three papers'), ('sharing', 'unshared'): 'learns apart', ('discrimination', .5): 'discrimination', ('correction', .5): 'correction',
-    ('misled', 'heads'): 'another image', ('weight', 1.): 'lesson'}
+    ('placebo', 'permuted'): 'permuted at random', ('placebo', 'constant'): 'constant weight', ('placebo', 'detached'): 'no gradient through the weight', ('words', 'random'): 'at random',
+    ('sharing', 'static'): ('never changes', 'synthetic', 'three papers'), ('sharing', 'unshared'): 'learns apart', ('discrimination', .5): 'discrimination', ('correction', .5): 'correction',
+    ('misled', 'heads'): 'another image', ('weight', 1.): 'masked-language'}
 
 
 def parts(method):
