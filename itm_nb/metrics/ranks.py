@@ -60,7 +60,7 @@ class Tally:
         self.counts, self.near = [torch.zeros(n, dtype=torch.int64, device=device) for n in sizes], [[], []]
 
     def see(self, S:Tensor):
-        "Learn the largest |score| of a block; refuse NaN"
+        "Learn the largest |score| of a block; DataError where one is NaN or infinite"
         lo, hi = S.aminmax()
         m = torch.maximum(-lo, hi).item()
         if not math.isfinite(m):
@@ -214,7 +214,7 @@ def ranks_of(
     tie:float=TIE,              # see `ranks_blocks`
     **kw                        # block shape, passed to `ranks_blocks`
 )->Ranks:
-    "Ranks of both directions from a matrix of scores"
+    "Ranks of both directions from a matrix of scores; DataError if it is no matrix"
     if len(scores.shape) != 2:
         raise DataError('scores', f'shape {tuple(scores.shape)}', '(images, sentences)')
     def block(r, c):

@@ -33,7 +33,7 @@ def relevant(
     given,              # (Q, K) bool array, tensor or sparse matrix, or {query: item indices}; None: nothing
     shape:tuple,        # (Q, K)
 )->sparse.csr_matrix:   # bool, (Q, K)
-    "Right answers of each query, in one form"
+    "Right answers of each query, in one form; DataError where they do not fit"
     if given is None: return sparse.csr_matrix(shape, dtype=bool)
     if isinstance(given, dict):
         q = np.repeat(np.array(list(given), dtype=np.int64), [len(v) for v in given.values()])
@@ -199,7 +199,7 @@ def chance(
     per_image=None,         # (N,) sentences of each image; None: M/N each
     ks:tuple=(1, 5, 10),
 )->dict:                    # as `summary`, expectations
-    "Expected metrics of random scores"
+    "Expected metrics of random scores; DataError where counts contradict"
     per = np.full(N, M//N) if per_image is None else as_array(per_image)
     if per.sum() != M or len(per) != N or per.min() < 1:
         raise DataError('per_image', f'{per.sum()} sentences of {len(per)} images',

@@ -33,7 +33,7 @@ def bounds(
     false,        # picks judged false
     unjudged,     # picks nobody judged
 )->Bounds:
-    "Lower, judged-only and upper share of true picks"
+    "Lower, judged-only and upper share of true picks; DataError without picks"
     t, f, u = map(_count, (true, false, unjudged))
     n = t + f + u
     if n == 0 or min(t, f, u) < 0:
@@ -127,7 +127,7 @@ def paired(
     seed:int=0,
     level:float=.95,
 )->Difference:          # of a - b
-    "Paired bootstrap and sign-flip permutation test over clusters"
+    "Paired bootstrap and sign-flip permutation test over clusters; DataError for unequal shapes"
     from scipy import stats
     a, b = (as_array(x).astype(np.float64) for x in (a, b))
     if a.shape != b.shape:

@@ -248,6 +248,6 @@ def cross_attention(
     name:str,   # name in `SCORES`
     **kw,       # its settings
 )->CrossAttention:
-    "A score by name"
+    "A score by name; ValueError for an unknown one"
     if name not in SCORES: raise ValueError(f'no cross-attention called {name!r}; there are {sorted(SCORES)}')
     return SCORES[name](**kw)

@@ -234,7 +234,7 @@ def from_uniter(
     found:dict,             # name -> tensor, from a checkpoint of UNITER or TAGS (any kind)
     restart:bool=False,     # start ranking, discrimination and correction anew even where the file has them
 )->dict:                    # name -> tensor: what has no place in the model
-    "Load a checkpoint of the authors"
+    "Load a checkpoint of the authors; DataError where names or shapes differ"
     found = {k.replace('.gamma', '.weight').replace('.beta', '.bias'): v for k, v in found.items()}
     ours, rest = {}, {}
     for k, v in found.items():

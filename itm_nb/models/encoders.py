@@ -112,7 +112,7 @@ POOLS = dict(mean=lambda: mean_pool, max=lambda: max_pool, topk=lambda: topk_poo
 def pooling(
     name:str,   # 'mean', 'max', 'topk' or 'gpo'
 ):              # callable (B, R, D), (B,) -> (B, D)
-    "A pooling by name"
+    "A pooling by name; ValueError for an unknown one"
     if name not in POOLS: raise ValueError(f'no pooling called {name!r}; there are {sorted(POOLS)}')
     return POOLS[name]()
 
@@ -255,6 +255,6 @@ def tower(
     kind:str,   # name in `TOWERS`
     **kw,       # its arguments
 )->nn.Module:
-    "A tower by name; an unknown name says which there are"
+    "A tower by name; ValueError names what there is"
     if kind not in TOWERS: raise ValueError(f'no tower called {kind!r}; there are {sorted(TOWERS)}')
     return TOWERS[kind](**kw)

@@ -71,7 +71,7 @@ MODELS = dict(cosine=Model, two_modes=TwoModes,
 def model_of(
     config:dict,    # `similarity` and its maker's arguments: `model.config`, the content of config.json
 )->nn.Module:
-    "A model with fresh weights"
+    "A model with fresh weights; ValueError for an unknown kind"
     kind = config['similarity']
     if kind not in MODELS: raise ValueError(f'no similarity called {kind!r}; there are {sorted(MODELS)}')
     return MODELS[kind](**{k: v for k, v in config.items() if k != 'similarity'})
@@ -93,7 +93,7 @@ def from_pretrained(
     folder,          # written by `save_pretrained`
     device='cpu',
 )->nn.Module:        # in evaluation mode
-    "Read a model; every weight in the file must have its place and every place its weight"
+    "Read a model; DataError unless every weight has its place and every place its weight"
     folder = Path(folder)
     cfg, file = folder/'config.json', folder/'model.safetensors'
     for f in (cfg, file):

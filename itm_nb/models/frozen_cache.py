@@ -90,7 +90,7 @@ def _computed(made, inputs, wanted):
 def pool_of(
     name:str,      # 'mean', 'max', 'first', 'last', 'all', or 'top3' and the like
 )->Callable:       # (B, L, D) states, (B,) how many are real, how many come before the patches -> (B, D)
-    "A pooling by name"
+    "A pooling by name; ValueError for an unknown one"
     def patches(pool): return lambda x, n, skip: pool(x[:, skip:], n-skip)
     k = int(name[3:]) if name.startswith('top') and name[3:].isdecimal() else 0
     if k: return patches(lambda x, n: topk_pool(x, n, k))
@@ -314,7 +314,7 @@ class KeptStates:
         return self.look(made, inputs)[:,0] if self.pooled and self.serves(inputs) else None
 
     def layers_of(self, made, inputs, wanted)->dict:   # -> layer: (B, L, D)
-        "Kept layers from the file, later ones by going on from there"
+        "Kept layers from the file, later ones by going on from there; ValueError without any"
         x = self.look(made, inputs)
         got = dict(zip(self.reading.layers, x.split(self.widths, -1)))
         later = tuple(k for k in wanted if k not in got)

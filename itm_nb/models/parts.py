@@ -57,7 +57,7 @@ def parse(
     states:bool=False,  # are all states wanted (cross-attention)? else one vector
     at:str='parts',     # for messages
 )->list:                # groups of `Part`; each group has a linear map
-    "The blocks of an encoder"
+    "The blocks of an encoder; ValueError where a text is none"
     groups = [[_part(w, at) for w in g.split('+')] for g in FORMS.get(text, text).split('|')]
     for p in (p for g in groups for p in g):
         if states and (p.pool or p.where == 'pooler'):
@@ -307,7 +307,7 @@ def describe_text(
     freeze:str='',          # what does not learn in the network
     sets:bool=False,        # for cross-attention?
 )->dict:                    # kind and arguments
-    "A text tower out of parts"
+    "A text tower out of parts; ValueError where they contradict the settings"
     groups = parse(parts, sets, 'text_parts')
     sources = {p.source for g in groups for p in g}
     if 'regions' in sources: raise ValueError('text_parts: a sentence has no regions')
@@ -325,7 +325,7 @@ def describe_image(
     freeze:str='',
     sets:bool=False,        # for cross-attention?
 )->dict:                    # kind and arguments
-    "An image tower out of parts"
+    "An image tower out of parts; ValueError where they contradict the settings"
     groups = parse(parts, sets, 'image_parts')
     sources = {p.source for g in groups for p in g}
     if sources != ({'net'} if source else {'regions'}):
@@ -340,7 +340,7 @@ def tower(
     kind:str,   # name in `TOWERS` or in those of the notebooks before
     **kw,       # its arguments
 )->nn.Module:
-    "A tower by name, of this notebook or of those before: the door the models use"
+    "A tower by name, of this notebook or of those before; ValueError for an unknown one"
     known = encoders.TOWERS | pretrained.TOWERS | vsrn.TOWERS | TOWERS
     if kind not in known: raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
     return known[kind](**kw)

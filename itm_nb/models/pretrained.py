@@ -113,7 +113,7 @@ def find(
     name:str,        # folder, name below `models` or in the cache, .json file, or JSON text of a description
     models='',       # folder of networks; '': ./models
 )->Network:
-    "A network by name; one given as a description has no weights"
+    "A network by name (DataError if there is none); one given as a description has no weights"
     if name.lstrip().startswith('{'):
         try: config = json.loads(name)
         except ValueError as e:
@@ -234,7 +234,7 @@ def freeze_parts(
     net:nn.Module,
     what:str,          # '', or parts joined by '+': 'all', 'embeddings', a number of layers, 'stats'
 )->list:               # modules to keep in evaluation mode
-    "Stop parts of a network from learning"
+    "Stop parts of a network from learning; ValueError for parts it has not"
     kept, depth, n = [], depths(net), layers(net)
     for part in filter(None, what.split('+')):
         if part == 'stats':
@@ -454,7 +454,7 @@ def describe(
     n_words:int=0,        # size of the vocabulary, for a text tower without weights
     freeze:str='',
 )->dict:                  # kind and arguments: all that is needed to build the tower again
-    "A tower around a network, or around one half of a pair"
+    "A tower around a network, or around one half of a pair; ValueError where sizes do not fit"
     net, more, clip = dict(suited(source, side).config), {}, 'projection_dim' in source.config
     if source.pair:
         pool = 'pooler' if side == 'vision' else PAIRS[source.config['model_type']]
@@ -489,7 +489,7 @@ def tower(
     kind:str,   # name in `TOWERS` or in `encoders.TOWERS`
     **kw,       # its arguments
 )->nn.Module:
-    "A tower by name, of this notebook or of the one before"
+    "A tower by name, of this notebook or of the one before; ValueError for an unknown one"
     known = encoders.TOWERS | TOWERS
     if kind not in known: raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
     return known[kind](**kw)
@@ -525,7 +525,7 @@ def fill(
     made:nn.Module,      # `VisionTower` or `TextTower`, built from `describe(source, ...)`
     source:Network,
 )->nn.Module:            # the same tower, with the weights of the source where it has some
-    "Put a network's weights into a tower; a weight that is missing is an error, not a fresh draw"
+    "Put a network's weights into a tower; DataError where one is missing"
     if source.folder is None: return made
     wanted, again = 'model.safetensors with every weight of the network', 'Fetch the network again.'
     side = 'visual' if isinstance(made, VisionTower) else 'text'

@@ -43,7 +43,7 @@ def _refused(path, e)->DataError:
 def read_pth(
     path,        # .pth, .pth.tar or .pt of a release
 )->object:       # dictionaries, lists, numbers, texts, tensors on the CPU
-    "What `torch.save` wrote, if there is nothing in it that could run code"
+    "What `torch.save` wrote; DataError if anything in it could run code"
     file = regular_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the encoding, which texts of Python 2 need
@@ -198,7 +198,7 @@ RELEASES = {k: Release(partial(_attended, k)) for k in ('scan_t2i', 'scan_i2t', 
 def release(
     kind:str,       # name in `RELEASES`
 )->Release:
-    "A release by name"
+    "A release by name; SetupError for an unknown one"
     if kind not in RELEASES: raise SetupError(f'no release called {kind!r}; there are {", ".join(RELEASES)}')
     return RELEASES[kind]
 
@@ -213,7 +213,7 @@ def opened(
     kind:str,        # name in `RELEASES`
     path='file',     # for messages
 )->tuple:            # (state dictionaries without `module.`, note: everything else of the file)
-    "The state dictionaries of a file, and what is around them"
+    "The state dictionaries of a file, and what is around them; DataError where it is laid out otherwise"
     flat = release(kind).parts == (0,)
     wanted = f'a file as the authors of {kind} save it'
     held = found.get('model') if isinstance(found, dict) and not flat else None
@@ -234,7 +234,7 @@ def described(
     opt:dict={},      # settings of the release
     path='file',      # for messages
 )->dict:              # for `model_of`
-    "Our model of these weights, with sizes read from their shapes"
+    "Our model of these weights, with sizes read from their shapes; DataError where they do not fit"
     try: return release(kind).describe(states, opt, path)
     except (KeyError, AttributeError, ValueError, IndexError, TypeError) as e:
         if isinstance(e, DataError): raise
@@ -408,7 +408,7 @@ def vocabulary_of(
     kind:str,         # name in `RELEASES`
     n_words:int,      # rows of the model's table of words
 )->Pieces:
-    "The words of a release, split as its authors split them"
+    "The words of a release, split as its authors split them; DataError for another vocabulary"
     path, most = Path(path), 30*(kind == 'fne')
     if path.is_dir(): made = open_pieces(path, most)
     elif path.suffix == '.pkl' or regular_file(path).read_bytes()[:1] == b'\x80':
@@ -461,7 +461,7 @@ def restore(
     path,            # file to write
     kind:str='',     # name in `RELEASES`; '': the one it came from
 ):
-    "A folder as a file of the authors"
+    "A folder as a file of the authors; SetupError or DataError where the release cannot hold it"
     folder = Path(folder)
     model, said = from_pretrained(folder), folder/'released.json'
     note = read_json(said) if said.is_file() else None

@@ -159,7 +159,7 @@ def load_bert(
     stream:Stream,
     folder,          # with `model.safetensors` of a BertModel or BertForMaskedLM
 )->list:             # what kept its own start
-    "Start a stream from BERT"
+    "Start a stream from BERT; DataError where names or shapes differ"
     file = regular_file(Path(folder)/'model.safetensors')
     found, own = load_file(file), stream.state_dict()
     found = {k if k.startswith(('bert.', 'cls.')) else f'bert.{k}': v for k, v in found.items()}

@@ -132,7 +132,7 @@ def tower(
     kind:str,   # name in `TOWERS`, in `pretrained.TOWERS` or in `encoders.TOWERS`
     **kw,       # its arguments
 )->nn.Module:
-    "A tower by name, of this notebook or of those before: the door the models use"
+    "A tower by name, of this notebook or of those before; ValueError for an unknown one"
     known = encoders.TOWERS | pretrained.TOWERS | TOWERS
     if kind not in known: raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
     return known[kind](**kw)
@@ -224,7 +224,7 @@ _NAMES = {   # our name (a pattern) -> the name in the release
 _WIDTH_1 = re.compile(r'Rs_GCN_\d+\.(g|theta|phi|W\.0)\.weight$')
 
 def released_name(module:nn.Module, name:str)->str:
-    "What the release calls a weight of a tower"
+    "What the release calls a weight of a tower; ValueError for another module"
     for ours, theirs in _NAMES[type(module)]:
         if re.match(ours, name): return re.sub(ours, theirs, name)
     raise ValueError(f'{type(module).__name__} has a weight {name!r} that the releases do not know')
@@ -241,7 +241,7 @@ def from_released(
     state:dict,                # their name -> tensor
     where='released weights',  # named in the error
 )->nn.Module:                  # the same module
-    "Load weights that a release saved; every key has its place and every place its key"
+    "Load weights of a release; DataError unless every key has its place and every place its key"
     want = to_released(module)
     missing = [k for k in want if k not in state and not k.endswith('num_batches_tracked')]
     wrong = [f'{k} {tuple(state[k].shape)}' for k in want if k in state and state[k].shape != want[k].shape]
