@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from ..core.errors_files import read_utf8, DataError, read_json, regular_file
+from ..core.names import in_folder, own_file
 from ..core.random import purpose_key, uniform
 from .checks import caption_findings, check_folder, describe, Finding
 from .safe_files import inside, look, number, safe_npz, sentence
@@ -104,10 +105,11 @@ def karpathy_table(
     folder,                # holds dataset*.json and images/
     table:str='',          # name of the JSON file, where there are several
     max_captions:int=0,    # keep the first so many sentences of an image; 0: all
+    follow_links:bool=False,   # as in `open_layout`
 )->Table:
     "Karpathy's JSON: Flickr8k, Flickr30K, MS-COCO"
     folder = _folder(folder); path = inside(folder, table) if table else only_file(folder, 'dataset*.json')
-    d = read_json(path); images = d.get('images') if isinstance(d, dict) else None
+    d = read_json(own_file(path, folder, follow_links)); images = d.get('images') if isinstance(d, dict) else None
     if not isinstance(images, list) or not images:
         raise DataError(path, 'no list of images', 'a dictionary with a list called images',
                         'Take a dataset_*.json of the Karpathy splits.')
@@ -140,10 +142,12 @@ def _albef_rows(path, part):
 
 def albef_table(
     folder,                # holds *train.json, *val.json, *test.json
+    follow_links:bool=False,   # as in `open_layout`
 )->Table:
     "JSON lists as of ALBEF, BLIP and FNE"
     folder = _folder(folder)
     paths = {p: only_file(folder, *(f'*{x}.json' for x in PARTS[p])) for p in ('train', 'val', 'test')}
+    for path in paths.values(): own_file(path, folder, follow_links)
     rows = (r for p, path in paths.items() for r in _albef_rows(path, p))
     return Table(paths['train'], _grouped(rows, paths), folder)
 
@@ -265,11 +269,12 @@ def captions_table(
     folder,                # holds captions.csv or captions.jsonl; else captions.txt or results.csv
     columns='',            # 'file=...,caption=...,split=...', see `named_columns`; '': one of FORMS
     separator:str='',      # between the fields: , ; | or tab; '': found in the first line
+    follow_links:bool=False,   # as in `open_layout`
 )->Table:
     "A table of file names and captions; without a column `split` the part of an entry is ''; DataError if it is broken"
     folder = _folder(folder); own = any(os.path.lexists(folder/n) for n in TABLES[:2])
     path = only_file(folder, *(TABLES[:2] if own else TABLES))
-    rows = list(_table_rows(path, columns, separator))
+    rows = list(_table_rows(own_file(path, folder, follow_links), columns, separator))
     if not rows: raise DataError(path, 'no captions', 'a row for every caption', 'Write them.')
     return Table(path, _grouped(rows, path), _root(folder, rows[0][0], path))
 
@@ -291,12 +296,14 @@ def imagefolder_table(
     folder,                # holds train/, validation/, test/
     columns='',            # as in `captions_table`
     separator:str='',      # as in `captions_table`
+    follow_links:bool=False,   # as in `open_layout`
 )->Table:
     "A folder of pictures in the convention of Hugging Face; a DataError says what is wrong"
     folder = _folder(folder); rows = []
     for path in _metadata(folder):
         below = '' if path.parent == folder else f'{path.parent.name}/'
         part = part_name(path.parent.name, path) if below else None
+        own_file(path, path.parent, follow_links)
         for file, said, captions, line in _table_rows(path, columns, separator, part):
             own = _PARTS.get(file.split('/')[0], '') if '/' in file else ''
             rows.append((below + file, said or own, captions, line))
@@ -320,6 +327,13 @@ def _check_ids(table):
 def _middle(path, size):
     "4 KiB from the middle of a file"
     with open(path, 'rb') as f: f.seek(max(0, size//2 - 2048)); return f.read(4096)
+
+def _check_links(table):
+    "No picture is a link out of its folder and of the data folder; the folder of the pictures may be one"
+    for e in table.entries:
+        path = table.root/e.file
+        if not os.path.islink(path) or regular_file(path).resolve().is_relative_to(path.parent.resolve()): continue
+        in_folder(path, table.root)
 
 def _check_copies(table):
     "All files are there, and none is a copy of one in train; a copy between val and test is said"
@@ -363,10 +377,13 @@ def to_split(
     table:Table,
     part:str,              # 'train', 'val' (or 'dev'), 'test'
     headers:int=MANY,      # of how many pictures to look at the header
+    follow_links:bool=False,   # as in `open_layout`
 )->Split:                  # with `files`, without features; nothing is decoded
     "One part of a table as a split of image files"
     if not any(e.part for e in table.entries): table = _drawn(table)
-    _check_ids(table); _check_copies(table)
+    _check_ids(table)
+    if not follow_links: _check_links(table)
+    _check_copies(table)
     of_part = [e for e in table.entries if e.part == part]
     if not of_part: raise DataError(table.path, f'no image in {part}', f'images in train, val and test', 'Add them, or correct the column.')
     files = [table.root/e.file for e in of_part]
@@ -402,9 +419,11 @@ def read_boxes(
     most:int=100,          # boxes
     columns='',            # as in `captions_table`
     separator:str='',      # as in `captions_table`
+    follow_links:bool=False,   # as in `open_layout`
 )->Split:                  # features in memory, padded to the photo with the most boxes
     "Boxes by the photo, as UNITER's detector leaves them"
-    t = captions_table(folder, columns, separator); s = to_split(t, part, headers=0); got = []
+    t = captions_table(folder, columns, separator, follow_links)
+    s = to_split(t, part, 0, follow_links); got = []
     for f in s.files:
         got.append(_boxes_of(f, least, fewest, most))
         if (a := got[0][0]).shape[1] != got[-1][0].shape[1] or a.dtype != got[-1][0].dtype:
@@ -432,6 +451,7 @@ def _arrow_rows(d, folder, columns):
 def datasets_table(
     folder,                # what `save_to_disk` wrote
     columns='',            # as in `captions_table`
+    follow_links:bool=False,   # as in `open_layout`
 )->Table:
     "A data set of the package `datasets`, with a column of file names and a column of captions"
     folder = _folder(folder)
@@ -439,6 +459,7 @@ def datasets_table(
     except ImportError:
         raise DataError(folder, 'a data set of the package datasets, which is not installed', 'the package',
                         'pip install datasets.') from None
+    for path in (p for end in ('json', 'arrow') for p in folder.rglob(f'*.{end}')): own_file(path, folder, follow_links)
     try: d = datasets.load_from_disk(str(folder))
     except Exception as e: raise DataError(folder, f'cannot be loaded ({str(e)[:100]})', 'what save_to_disk wrote',
                                            'Write it again.') from None
@@ -458,7 +479,8 @@ class Layout:
 
 def _by(table):
     "The reader of a layout with image files"
-    def read(folder, part, headers=MANY, **settings): return to_split(table(folder, **settings), part, headers)
+    def read(folder, part, headers=MANY, follow_links=False, **settings):
+        return to_split(table(folder, follow_links=follow_links, **settings), part, headers, follow_links)
     return read
 
 LAYOUTS = dict(
@@ -480,6 +502,7 @@ def recognise(
     folder,
     columns='',            # as in `captions_table`
     separator:str='',      # as in `captions_table`
+    follow_links:bool=False,   # as in `open_layout`
 )->str:                    # a key of LAYOUTS
     "Which layout a folder has, from the files in it"
     folder = _folder(folder)
@@ -488,12 +511,15 @@ def recognise(
                                                                                                      'dataset_info.json'}:
         there.remove('karpathy')                                    # the package's own files look like Karpathy's by name
     if len(there) > 1 and 'captions' in there and _is_weak(folder): there.remove('captions')
+    if {'captions', 'imagefolder'} <= set(there) and (folder/_META[0]).is_file():
+        there.remove('imagefolder')                                 # `itm_data get` made our own table from that one
     if len(there) != 1:
         looked = '; '.join(f'{k}: {" or ".join(l.files)}' for k, l in LAYOUTS.items() if l.files)
         raise DataError(folder, f'{len(there)} layouts {", ".join(there)}'.rstrip(), f'the files of one ({looked})',
                         'Copy the missing files there, or name the layout.')
-    if there[0] == 'captions' and captions_table(folder, columns, separator).entries[0].file.endswith('.npz'): return 'boxes'
-    return there[0]
+    if there[0] != 'captions': return there[0]
+    first = captions_table(folder, columns, separator, follow_links).entries[0]
+    return 'boxes' if first.file.endswith('.npz') else 'captions'
 
 # %% ../../nbs/1_data/07_layouts.ipynb #2a5e78a4
 @dataclass(frozen=True)
@@ -522,12 +548,13 @@ def open_layout(
     separator:str='',  # of a table: what stands between the fields, one of , ; | tab; '': found in its first line
     max_captions:int=0,         # keep the first so many sentences of each image; 0: all
     captions_of_split:str='',   # ... in these parts only, joined by commas; '': in all
-    **settings         # of the reader: dims, regions, least, ...
+    **settings         # of the reader: dims, regions, least, ...; follow_links=True: links out of the folder are your own
 )->Split:
     "Open one part of a data set in any layout; a DataError names the file and the remedy"
     for x, known in ((layout, LAYOUTS), (name, KNOWN)):
         if x and x not in known: raise DataError(folder, f'{x!r}', f'one of {", ".join(known)}', 'Correct the name.')
-    folder = _folder(folder); layout = layout or recognise(folder, columns, separator)
+    folder = _folder(folder)
+    layout = layout or recognise(folder, columns, separator, settings.get('follow_links', False))
     settings |= {k: v for k, v in dict(columns=columns, separator=separator).items() if v}
     part = {'dev': 'val'}.get(part, part) if layout == 'scan' else {'dev': 'val', 'testall': 'test'}.get(part, part)
     if part not in PARTS: raise DataError(folder, f'part {part!r}', f'one of {", ".join(PARTS)}', 'Correct the name of the part.')

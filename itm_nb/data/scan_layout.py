@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors_files import read_lines, DataError, regular_file
+from ..core.names import own_file
 from .splits import (
     PARTS, row_blocks, check_repeats, run_length, spread_rows, caption_ids, check_finite, first_captions, Split)
 
@@ -148,12 +149,14 @@ def read_scan(
     regions=None,    # keep these region columns: a slice, or increasing integers; a count of real regions follows
     columns:str='', separator:str='',     # of a table; this layout has none, so anything but '' is refused
     max_captions:int=0, captions_of_split:str='',     # see `first_captions`
+    follow_links:bool=False,   # read what links out of the folder lead to? Only where they are yours
 )->Split:            # features memory-mapped where nothing had to be converted
     "Read one part of a data set in the layout of SCAN's precomputed features; a DataError says what is wrong"
     if columns or separator:
         raise DataError(folder, 'settings of a table (columns, separator)', "none: SCAN's layout has no table",
                         'Leave them out.')
     files = scan_files(folder, part); ims = files['ims.npy']
+    for p in filter(os.path.lexists, files.values()): own_file(p, folder, follow_links)
     captions, x = read_lines(files['caps.txt'], 'a sentence'), _features(ims, dims)
     at = files['ids.txt']; ids = _integers(at) if os.path.lexists(at) else _counted(x, len(captions), part, at)
     rows, img_of, img_ids = _owners(len(x), len(captions), ids, files['ids.txt'])

@@ -57,7 +57,8 @@ def _cut_scan(folder, to, sizes, seed, follow)->dict:
     "Write the parts of a SCAN folder, smaller; {part: what was kept, as the old folder has it}"
     kept = {}
     for part in (p for p in PARTS if p in sizes):
-        files = scan_files(folder, part); [_own(p, folder, follow) for p in files.values()]; s = read_scan(folder, part)
+        files = scan_files(folder, part); [_own(p, folder, follow) for p in files.values()]
+        s = read_scan(folder, part, follow_links=follow)
         rows = chosen(s.img_ids, sizes[part], part, seed)
         kept[part] = new = s.subset(rows); here = {k: to/p.name for k, p in files.items()}
         _save_rows(here['ims.npy'], s.feats, rows)
@@ -71,7 +72,7 @@ def _cut_karpathy(folder, to, sizes, seed, follow)->dict:
     "Write a Karpathy folder, smaller; {part: what was kept, as the old folder has it}"
     path = _own(only_file(folder, 'dataset*.json'), folder, follow); d, kept, keep = read_json(path), {}, []
     for part in (p for p in PARTS if p in sizes):
-        s = open_layout(folder, part, 'karpathy'); rows = chosen(s.img_ids, sizes[part], part, seed)
+        s = open_layout(folder, part, 'karpathy', follow_links=follow); rows = chosen(s.img_ids, sizes[part], part, seed)
         own = [i for i, x in enumerate(d['images']) if part_name(x['split'], path) == part]; keep += [own[r] for r in rows]
         kept[part] = s.subset(rows)
         for f in kept[part].files:
@@ -109,7 +110,7 @@ def subset(
     follow_links:bool=False,   # copy what links out of the folder lead to? Only where they are yours
 )->dict:               # images of each part, and `judged`: judgements that went along
     "Write a smaller folder of the same layout; it passes `itm_data check`, or nothing is written"
-    folder, to = Path(folder), Path(to); layout = layout or recognise(folder)
+    folder, to = Path(folder), Path(to); layout = layout or recognise(folder, follow_links=follow_links)
     if layout not in _CUTS: raise DataError(folder, f'the layout {layout}', f'one of {", ".join(_CUTS)}', 'Others are cut by their table.')
     if os.path.lexists(to): raise DataError(to, 'something there already', 'a name that is free', 'Remove it, or take another name.')
     more = ['testall'] * (layout == 'scan' and any(folder.glob('testall_*'))); known = ['train', 'val', 'test', *more]
