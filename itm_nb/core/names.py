@@ -17,18 +17,21 @@ def in_folder(
     path,            # a file of the folder
     folder,          # the data folder
 )->Path:             # the same path
-    "A file whose content lies in the folder as its name does; raises DataError for a link that leads out of it"
+    """A file whose content lies in the folder as its name does; raises DataError for a link that leads out of
+    it"""
     real, home = Path(path).resolve(), Path(folder).resolve()
     kept = home.parent.parent/'blobs' if home.parent.name == 'snapshots' else home      # the cache of the Hub
     if real.is_relative_to(home) or real.is_relative_to(kept): return Path(path)
-    raise DataError(path, 'a link that leads out of the folder', 'the file itself', 'Put the file itself there, e.g. with cp -L.')
+    raise DataError(path, 'a link that leads out of the folder', 'the file itself',
+                    'Put the file itself there, e.g. with cp -L.')
 
 def own_file(
     path,            # a file of the folder
     folder,          # the data folder
     follow_links:bool=False,   # may a link lead out of it? Only where it is your own
 )->Path:             # the same path
-    "An ordinary file of the data folder; raises DataError for anything else and for a link that leads out of it"
+    """An ordinary file of the data folder; raises DataError for anything else and for a link that leads out
+    of it"""
     regular_file(path)
     return Path(path) if follow_links else in_folder(path, folder)
 
@@ -44,7 +47,8 @@ def checked_name(
 )->str:              # the same text
     "A foreign text that becomes part of a file name"
     words = text.split(' ') if blanks and isinstance(text, str) else [text]
-    if all(isinstance(w, str) and re.fullmatch(NAME[1:-1], w) for w in words) and len(text) <= 100: return text
+    if all(isinstance(w, str) and re.fullmatch(NAME[1:-1], w) for w in words) and len(text) <= 100:
+        return text
     wanted = 'letters, digits and ._- only, no dot in front, at most 100 characters'
     raise DataError(where, f'{what} {str(text)[:40]!r}', wanted, 'Rename it.')
 
