@@ -83,19 +83,24 @@ def itm_data(argv=None)->int:
     p.add_argument('what', choices=('info', 'check'), help='info: sizes and samples; check: everything that is wrong')
     p.add_argument('path', help='a data folder, or the word scenes'); p.add_argument('--layout', default='', help='default: found out')
     p.add_argument('--name', default='', help='flickr8k, flickr30k or coco: sizes are then compared')
+    p.add_argument('--columns', default='', help='of a table: file=THEIRS,caption=THEIRS,split=THEIRS')
+    p.add_argument('--separator', default='', help='of a table: one of , ; | tab (default: found in its first line)')
+    p.add_argument('--max-captions', type=number(int, 0), default=0, metavar='N', help='keep the first N captions of an image (0: all)')
+    p.add_argument('--captions-of-split', default='', metavar='PARTS', help='... in these parts only, joined by commas')
     a = p.parse_args(argv)
+    reading = {k: getattr(a, k) for k in ('columns', 'separator', 'max_captions', 'captions_of_split')}
     from itm_nb.data.layouts import KNOWN, LAYOUTS, check_layout, info_layout
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
         if given and given not in known: raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes': return _scenes_info()
     if not Path(a.path).is_dir(): raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
-        for line in info_layout(a.path, a.layout, a.name): print(line)
+        for line in info_layout(a.path, a.layout, a.name, **reading): print(line)
         return 0
-    found = check_layout(a.path, a.layout, a.name)
+    found = check_layout(a.path, a.layout, a.name, **reading)
     for f in found: print(f'{f.level:8} {f.part}: {f.text}')
     from itm_nb.analysis.coco_protocols import served
-    for line in served(a.path, a.layout): print(line)
+    for line in served(a.path, a.layout, **reading): print(line)
     wrong = sum(f.level == 'error' for f in found); print(f'{wrong} errors'); return 1 if wrong else 0
 
 def _scenes_info()->int:

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 # %% ../../nbs/0_core/04_commands.ipynb #b18a37ab
-class SetupError(ValueError): "A command that cannot be carried out as given: what was wrong and what is possible"
+class SetupError(ValueError):
+    "A command that cannot be carried out as given: what was wrong and what is possible"
 
 def suggest(name, known)->str:
     "A hint at the known name that looks most like this one; '' where none does"
@@ -23,7 +24,8 @@ def suggest(name, known)->str:
     return f' (did you mean {near[0]!r}?)' if near else ''
 
 # %% ../../nbs/0_core/04_commands.ipynb #c8fbba5b
-_REMEDIES = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'make room on the disk and give the command again'),
+_REMEDIES = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT),
+                             'make room on the disk and give the command again'),
              **dict.fromkeys((errno.EACCES, errno.EPERM), 'give a place you may use'),
              errno.EROFS: 'give a place that can be written', errno.ENOENT: 'give a place that is there',
              errno.ENOTDIR: 'give a folder', errno.EISDIR: 'give a file, not a folder',
@@ -33,7 +35,8 @@ def one_line(
     e:BaseException,
 )->str:                # without a line break
     "An error in one line: what happened, where, and what to do about it"
-    if isinstance(e, MemoryError): said = 'not enough memory; use smaller settings (batch, chunk, dim), or a machine with more'
+    if isinstance(e, MemoryError):
+        said = 'not enough memory; use smaller settings (batch, chunk, dim), or a machine with more'
     elif isinstance(e, OSError) and e.strerror:
         said = f'{e.filename or "the disk"}: {e.strerror}; {_REMEDIES.get(e.errno, "give another place")}'
     else: said = str(e) or type(e).__name__
@@ -44,7 +47,8 @@ def printable(
 )->str:
     "A text that any stream can take: bytes that are no UTF-8 are shown as \\xff"
     try: return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
-    except UnicodeEncodeError: return text.encode('utf-8', 'backslashreplace').decode()      # half of a pair that came from JSON
+    # half of a pair that came from JSON
+    except UnicodeEncodeError: return text.encode('utf-8', 'backslashreplace').decode()
 
 # %% ../../nbs/0_core/04_commands.ipynb #e7251b9a
 def _mendable(e)->bool:
@@ -72,7 +76,8 @@ def command(
             code = main(argv)
         except Exception as e:
             if not _mendable(e): raise
-            print(f'{main.__name__}: {one_line(e)}', file=sys.stderr); code = 2
+            print(f'{main.__name__}: {one_line(e)}', file=sys.stderr)
+            code = 2
         if from_cli: sys.exit(code)
         return code
     run.__name__, run.__doc__ = main.__name__, main.__doc__
@@ -85,7 +90,8 @@ class Parser(argparse.ArgumentParser):
         "Refuse"
         head, sign, odd = message.partition('unrecognized arguments: ')
         known = [s for a in self._actions for s in a.option_strings]
-        raise SetupError(f'{message}{suggest(odd.split()[0], known) if sign and odd else ""}; see {self.prog} --help')
+        hint = suggest(odd.split()[0], known) if sign and odd else ''
+        raise SetupError(f'{message}{hint}; see {self.prog} --help')
 
 def number(
     kind:type,          # int or float
@@ -93,7 +99,8 @@ def number(
     high:float=math.inf,
 )->callable:            # text -> number: what argparse takes as `type`
     "A number in a range, for an argument"
-    name = 'a whole number' if kind is int else 'a number'; bounds = f'{low} or more' if high == math.inf else f'{low} to {high}'
+    name = 'a whole number' if kind is int else 'a number'
+    bounds = f'{low} or more' if high == math.inf else f'{low} to {high}'
     def read(text):
         try: x = kind(text)
         except ValueError: x = math.nan
@@ -111,7 +118,8 @@ def check_place(
     path = Path(check_text(str(path), what))
     try:
         at = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
-        wrong = ('a dead link' if not at.exists() else 'a file, not a folder' if at.is_file() and (folder or at != path)
+        wrong = ('a dead link' if not at.exists() else 'a file, not a folder' if at.is_file()
+                 and (folder or at != path)
                  else 'a folder, not a file' if at == path and at.is_dir() and not folder
                  else 'no folder' if not (at.is_dir() or at.is_file())
                  else 'not to be written by you' if not os.access(at, os.W_OK) else '')

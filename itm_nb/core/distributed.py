@@ -14,10 +14,12 @@ import torch.distributed as dist
 # %% ../../nbs/0_core/06_distributed.ipynb #39200733
 def devices()->tuple:   # (rank, world size); (0, 1) where there is one device only
     "Which of how many devices this process is"
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if not (dist.is_available() and dist.is_initialized()): return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 class Gather(torch.autograd.Function):
-    "The shares of all devices, one after the other; backward: the sum over the devices of what each of them says about my share"
+    """The shares of all devices, one after the other; backward: the sum over the devices of what each of them
+    says about my share"""
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]

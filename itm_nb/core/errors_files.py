@@ -41,11 +41,16 @@ def regular_file(
     try: s = os.stat(path)
     except (OSError, ValueError) as e:
         why = getattr(e, 'strerror', None) or e
-        raise DataError(path, f'cannot be opened ({why})', 'an ordinary file', 'Check the name and the link.') from None
+        raise DataError(path, f'cannot be opened ({why})', 'an ordinary file',
+                        'Check the name and the link.') from None
     if not stat.S_ISREG(s.st_mode):
-        raise DataError(path, 'not an ordinary file', 'a file, not a folder, device or pipe', 'Put the file itself there.')
-    if not os.access(path, os.R_OK): raise DataError(path, 'no right to read it', 'a readable file', 'Change its permissions.')
-    if s.st_size == 0: raise DataError(path, 'a file of length zero', 'a file with something in it', 'Fetch or write it again.')
+        raise DataError(path, 'not an ordinary file', 'a file, not a folder, device or pipe',
+                        'Put the file itself there.')
+    if not os.access(path, os.R_OK):
+        raise DataError(path, 'no right to read it', 'a readable file', 'Change its permissions.')
+    if s.st_size == 0:
+        raise DataError(path, 'a file of length zero', 'a file with something in it',
+                        'Fetch or write it again.')
     return Path(path)
 
 # %% ../../nbs/0_core/00_errors_files.ipynb #bbcce0c2
@@ -53,18 +58,21 @@ def read_utf8(path):
     "A UTF-8 file as one string, without its byte order mark"
     raw = regular_file(path).read_bytes()
     if (at := raw.find(b'\0')) >= 0:
-        raise DataError(path, 'a NUL byte', 'UTF-8 text', 'Save it as UTF-8 (this looks like UTF-16 or a broken copy).',
+        raise DataError(path, 'a NUL byte', 'UTF-8 text',
+                        'Save it as UTF-8 (this looks like UTF-16 or a broken copy).',
                         raw.count(b'\n', 0, at) + 1)
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise DataError(path, f'byte 0x{raw[e.start]:02x}, which is not UTF-8', 'UTF-8 text', 'Save the file as UTF-8, e.g. with iconv.',
+        raise DataError(path, f'byte 0x{raw[e.start]:02x}, which is not UTF-8', 'UTF-8 text',
+                        'Save the file as UTF-8, e.g. with iconv.',
                         raw.count(b'\n', 0, e.start) + 1) from None
 
 def read_lines(path, what):
     "The lines of a text file, stripped; none may be empty"
     lines = [l.strip() for l in read_utf8(path).removesuffix('\n').split('\n')]
     if '' in lines:
-        raise DataError(path, 'an empty line', f'{what} on every line', 'Fill it, or remove it with all that belongs to it.',
+        raise DataError(path, 'an empty line', f'{what} on every line',
+                        'Fill it, or remove it with all that belongs to it.',
                         lines.index('') + 1)
     return lines
 
@@ -84,14 +92,21 @@ def write_atomic(
     data:bytes,
 )->None:
     "Write a file so that, whatever happens, either the old or the whole new one is there"
-    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         try:
-            with open(tmp, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+            with open(tmp, 'wb') as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(tmp, path)
-        except BaseException: tmp.unlink(missing_ok=True); raise
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
         at = os.open(path.parent, os.O_RDONLY)                      # the new name itself must reach the disk
         try: os.fsync(at)
         finally: os.close(at)
     except OSError as e:
-        raise DataError(path, f'cannot be written ({e.strerror})', 'a writable place', 'Check folder, permissions and disk.') from e
+        raise DataError(path, f'cannot be written ({e.strerror})', 'a writable place',
+                        'Check folder, permissions and disk.') from e

@@ -18,7 +18,8 @@ def project(
     here = Path(start or Path.cwd()).resolve()
     for at in (here, *here.parents, Path(__file__).resolve().parents[2] if '__file__' in globals() else here):
         if (at/'nbs'/'experiments').is_dir() and (at/'settings.ini').is_file(): return at
-    raise SetupError(f'no clone of itm_nb at or above {here.name}; run this in the cloned folder, or install with `pip install -e .`')
+    remedy = 'run this in the cloned folder, or install with `pip install -e .`'
+    raise SetupError(f'no clone of itm_nb at or above {here.name}; {remedy}')
 
 def fold_file(
     name:str,        # 'flickr8k_5', or the path of a json file
@@ -36,9 +37,11 @@ def template(
     if name.endswith('.ipynb'):
         if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook; correct the path')
         return Path(name)
-    folder = project()/'nbs'/'experiments'; path = folder/f'{name}.ipynb'
+    folder = project()/'nbs'/'experiments'
+    path = folder/f'{name}.ipynb'
     there = sorted(p.stem for p in folder.glob('*.ipynb'))
-    if name not in there: raise SetupError(f'no experiment called {name!r}{suggest(name, there)}; there are {there}')
+    if name not in there:
+        raise SetupError(f'no experiment called {name!r}{suggest(name, there)}; there are {there}')
     return path
 
 # %% ../../nbs/0_core/05_project.ipynb #8d132d8e
@@ -46,9 +49,12 @@ def read_yaml(path)->dict:
     "A YAML (or JSON) file that holds a mapping"
     import yaml
     try: found = yaml.safe_load(path.read_text('utf-8'))
-    except OSError as e: raise SetupError(f'{path.name}: cannot be read ({e.strerror}); give the path of a YAML or JSON file') from None
+    except OSError as e:
+        remedy = 'give the path of a YAML or JSON file'
+        raise SetupError(f'{path.name}: cannot be read ({e.strerror}); {remedy}') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         at = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
-        raise SetupError(f'{path.name}{at}: not a YAML file ({getattr(e, "problem", None) or "not UTF-8"}); wanted name: value') from None
+        why = getattr(e, 'problem', None) or 'not UTF-8'
+        raise SetupError(f'{path.name}{at}: not a YAML file ({why}); wanted name: value') from None
     if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
     return found

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/0_core/03_random.ipynb #fddab248
-_MIX = ((-4658895280553007687, 30), (-7723592293110705685, 27))   # multipliers of the splitmix64 finaliser, as signed 64-bit
+# multipliers of the splitmix64 finaliser, as signed 64-bit
+_MIX = ((-4658895280553007687, 30), (-7723592293110705685, 27))
 
 def _mix(x:Tensor)->Tensor:
-    "The splitmix64 finaliser on int64 (arithmetic wraps; shifts are made logical by masking the sign's copies)"
+    """The splitmix64 finaliser on int64 (arithmetic wraps; shifts are made logical by masking the sign's
+    copies)"""
     for m, s in _MIX: x = (x ^ ((x >> s) & ((1 << (64-s)) - 1))) * m
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 def purpose_key(
     *names,        # strings or integers that say what the numbers are for
 )->int:            # a number in [0, 2**63), equal on every machine
-    "A stable integer for a purpose: SHA-256 of the names (Python's own `hash` changes from process to process)"
+    """A stable integer for a purpose: SHA-256 of the names (Python's own `hash` changes from process to
+    process)"""
     return int.from_bytes(hashlib.sha256('\x1f'.join(map(str, names)).encode()).digest()[:8], 'little') >> 1
 
 def uniform(
@@ -32,7 +35,8 @@ def uniform(
     seed:int=0,
     epoch:int=0,
 )->Tensor:             # (B, n) float64 in [0, 1)
-    "Counter-based uniform numbers: row `i` depends on `ids[i]`, purpose, seed, epoch and the column, on nothing else"
+    """Counter-based uniform numbers: row `i` depends on `ids[i]`, purpose, seed, epoch and the column, on
+    nothing else"""
     base = purpose_key(purpose, seed, epoch)                    # a number of Python: nothing is uploaded
     col = torch.arange(n, device=ids.device) * -7046029254386353131
     key = _mix(_mix(ids.long() + base)[:,None] + col)

@@ -60,7 +60,8 @@ def stamped_lines(
 
 # %% ../../nbs/0_core/01_sealed_files.ipynb #e8162be8
 _CLOCK = ('run.json', 'timing.jsonl', 'params.json')        # listed, but no part of the content
-_LOOSE = ('run.ipynb', 'wall.jsonl', 'worker.log', 'processes.log', 'processes.json', 'claim', 'lock', 'DONE', 'FAILED',
+_LOOSE = ('run.ipynb', 'wall.jsonl', 'worker.log', 'processes.log', 'processes.json', 'claim', 'lock', 'DONE',
+          'FAILED',
           'manifest.json')
 _ASIDE = ('previous', 'new.tmp', 'best.new')                # folders of checkpoints that are not the last
 _READ = ('.json', '.jsonl', '.npz', '.npy', '.safetensors', '.bin')
@@ -147,7 +148,8 @@ def _broken(folder)->str:
 _KNOWN = {}      # folder -> (names that are watched, what they looked like, what `_broken` said)
 
 def _watched(folder)->tuple:
-    "Names whose size and times show a change: what counts, what should be there, the folders, and what might come"
+    """Names whose size and times show a change: what counts, what should be there, the folders, and what
+    might come"""
     try: listed = _manifest(folder)
     except ValueError: listed = {}
     files = {*_files(folder), *listed}

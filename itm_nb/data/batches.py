@@ -26,12 +26,14 @@ from .splits import row_blocks, spread_rows, check_finite, Split
 def words(
     sentence:str,
 )->list:           # of words
-    "Lower case, apostrophes dropped, marks kept with their letters, all else but digits blanks; ';' stays a word"
+    """Lower case, apostrophes dropped, marks kept with their letters, all else but digits blanks; ';' stays a
+    word"""
     text = re.sub("['’]", '', unicodedata.normalize('NFC', sentence).lower())
     return re.findall(r'[^\W_]+|;', text) if text.isascii() else _marked_words(text)
 
 def _marked_words(text):
-    "Words of a text beyond ASCII: a mark (Unicode M) belongs to the letter before it, hidden joiners to nobody"
+    """Words of a text beyond ASCII: a mark (Unicode M) belongs to the letter before it, hidden joiners to
+    nobody"""
     out, inside = [], False
     for c in re.sub('[\u00ad\u200c\u200d]', '', text):
         inside = c.isalnum() or inside and unicodedata.category(c)[0] == 'M'
@@ -44,7 +46,8 @@ _NO_BLANKS = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff'            # 
 def run_together(
     sentences:Sequence[str],
 )->float:                      # 0..1
-    "Share of sentences with 6 letters or more at a stretch in a script without blanks between words, as Chinese or Thai"
+    """Share of sentences with 6 letters or more at a stretch in a script without blanks between words, as
+    Chinese or Thai"""
     some = [sentences[i] for i in spread_rows(len(sentences), 1000)] if len(sentences) else []
     return sum(bool(_NO_BLANKS.search(s)) for s in some) / max(1, len(some))
 
@@ -79,7 +82,8 @@ class Vocabulary:
             warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each would be '
                           "one long word; take word pieces instead (tokenizer='pieces')")
         count = Counter(w for s in sentences for w in words(s))
-        return cls(SPECIALS + tuple(w for w, n in sorted(count.items(), key=lambda x: (-x[1], x[0])) if n >= min_count))
+        return cls(SPECIALS + tuple(w for w, n in sorted(count.items(), key=lambda x: (-x[1], x[0]))
+                                    if n >= min_count))
 
     def encode(self,
         sentences:Sequence[str],
@@ -93,7 +97,8 @@ class Vocabulary:
 
     def save(self, path):
         "As JSON, a word per line"
-        write_atomic(path, json.dumps(dict(format='itm_nb words 1', words=self.words), ensure_ascii=False, indent=0).encode())
+        write_atomic(path, json.dumps(dict(format='itm_nb words 1', words=self.words), ensure_ascii=False,
+                                      indent=0).encode())
 
     @classmethod
     def load(cls, path):
@@ -103,26 +108,32 @@ class Vocabulary:
 def _vocabulary_words(d, path):
     "The list of words, if it is one"
     w = d.get('words') if isinstance(d, dict) and d.get('format') == 'itm_nb words 1' else None
-    ok = isinstance(w, list) and all(isinstance(x, str) and x for x in w) and tuple(w[:4]) == SPECIALS and len(set(w)) == len(w)
-    if not ok: raise DataError(path, 'not a vocabulary', f'a list of different words that begins with {" ".join(SPECIALS)}',
+    ok = isinstance(w, list) and all(isinstance(x, str) and x
+                                     for x in w) and tuple(w[:4]) == SPECIALS and len(set(w)) == len(w)
+    if not ok:
+        raise DataError(path, 'not a vocabulary',
+                        f'a list of different words that begins with {" ".join(SPECIALS)}',
                                'Build and save it again from the training part.')
     return tuple(w)
 
 # %% ../../nbs/1_data/02_batches.ipynb #8657e9ae
 def _on_device(split, device, dtype):
-    "All features on the device, block by block (no second copy of everything on the host), and every number looked at"
+    """All features on the device, block by block (no second copy of everything on the host), and every number
+    looked at"""
     feats = torch.empty(split.feats.shape, dtype=dtype, device=device)
     for at in row_blocks(split.feats):
         feats[at] = torch.from_numpy(np.array(split.feats[at])).to(device, dtype)
         if not feats[at].isfinite().all():
-            check_finite(split.feats, split.source)                # bad on disk, or only too large for the type?
-            raise DataError(split.source, 'too large features', f'features that fit {dtype}', 'Keep them as torch.float32.')
+            check_finite(split.feats, split.source)  # bad on disk, or only too large for the type?
+            raise DataError(split.source, 'too large features', f'features that fit {dtype}',
+                            'Keep them as torch.float32.')
     return feats
 
 def _boxes_on(device, split, wanted)->Tensor:
     "Places of the regions on the device, where they are wanted"
     if not wanted: return None
-    if split.boxes is None: raise DataError(split.source, 'no boxes', 'the places of the regions', 'Set boxes=False.')
+    if split.boxes is None:
+        raise DataError(split.source, 'no boxes', 'the places of the regions', 'Set boxes=False.')
     return torch.from_numpy(np.array(split.boxes, np.float32)).to(device)
 
 def _places(b, at)->dict: return {} if b.boxes is None else dict(boxes=b.boxes[at])
@@ -131,7 +142,8 @@ def upload(
     x:Tensor,     # on the host
     device,
 )->Tensor:        # on the device
-    "Send small things to the device without holding the host up (from pinned memory, where there is such a thing)"
+    """Send small things to the device without holding the host up (from pinned memory, where there is such a
+    thing)"""
     device = torch.device(device)
     if device.type == 'cpu': return x
     return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
@@ -139,7 +151,8 @@ def upload(
 def on_host(
     x:Tensor,     # lengths, masks or ids, on any device
 )->Tensor:        # the same on the host
-    "What the host knows of a tensor; one that did not come from `Batches` is fetched, which waits for the device"
+    """What the host knows of a tensor; one that did not come from `Batches` is fetched, which waits for the
+    device"""
     known = getattr(x, 'host', None)
     return x if x.device.type == 'cpu' else x.cpu() if known is None else known
 
@@ -154,30 +167,29 @@ class Batches:
         split:Split,
         vocab:Vocabulary,                  # or anything with its `encode`
         device='cpu',
-        dtype:torch.dtype=torch.float32,   # how features are kept; float16 halves the memory; batches are float32 either way
+        dtype:torch.dtype=torch.float32,   # of kept features; float16 halves the memory; batches are float32
         pixels=None,                       # array-like of N pictures (N, S, S, 3) in place of features
         change=None,                       # (pictures, caption ids, epoch) -> pictures as training sees them
-        workers:int=0,                     # threads that load coming batches; 0: features lie on the device, pictures wait to be asked for
+        workers:int=0,                     # threads that load coming batches; 0: features lie on the device
         boxes:bool=False,                  # give the places of the regions too
     ):
-        self.split, self.device, self.dtype, R = split, torch.device(device), dtype, 1 if pixels is not None else split.feats.shape[1]
-        self.pixels, self.change, self.workers, self.coming, self.boxes = pixels, change, workers, {}, _boxes_on(device, split, boxes)
-        self.pool = ThreadPoolExecutor(workers, 'loader', torch.set_num_threads, (torch.get_num_threads(),)) if workers else None
+        self.split, self.device, self.dtype = split, torch.device(device), dtype
+        self.pixels, self.change, self.workers, self.coming = pixels, change, workers, {}
+        self.boxes, self.pool = _boxes_on(device, split, boxes), _loaders(workers)
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
-        self._mask = torch.arange(R) < torch.tensor(np.minimum(split.num, R))[:,None]; self.mask = self._mask.to(device)   # a picture: one
-        tokens, lengths = vocab.encode(split.captions)
-        self.tokens, self.lengths, self._lengths = tokens.to(device), lengths.numpy(), lengths.to(device)
-        self.img_of, self.img_ids, self.cap_ids = (torch.tensor(np.array(a), dtype=torch.int64, device=device)
-                                                   for a in (split.img_of, split.img_ids, split.cap_ids))
-        self.sorted = dict(image=np.argsort(split.img_ids, kind='stable'), text=np.argsort(split.cap_ids, kind='stable'))
+        self._mask = _real_regions(split, 1 if pixels is not None else split.feats.shape[1])
+        self.mask = self._mask.to(device)                              # a picture: one region
+        self.tokens, self.lengths, self._lengths = _encoded(vocab, split, device)
+        self.img_of, self.img_ids, self.cap_ids = _numbers_on(device, split)
+        self.sorted = _sorted(image=split.img_ids, text=split.cap_ids)
 
     def images(self,
         idx,           # image indices on the CPU: a slice or (B,) integers
-    )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R): which regions are real; boxes (B, R, 4)
+    )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R); boxes
         "Region features or pictures of some images"
         at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
-        feats = self.feats[at].float() if self.feats is not None else _look(self, np.arange(len(self.split))[idx]).to(self.device)
-        return dict(feats=feats, mask=_known(self.mask[at], lambda: self._mask[idx]), **_places(self, at))
+        mask = _known(self.mask[at], lambda: self._mask[idx])
+        return dict(feats=_features_of(self, at, idx), mask=mask, **_places(self, at))
 
     def texts(self,
         idx,           # caption indices on the CPU: a slice or (B,) integers
@@ -188,20 +200,48 @@ class Batches:
         return dict(tokens=self.tokens[at, :l], lengths=_known(self._lengths[at], lambda: self.lengths[idx]))
 
     def take(self,
-        cap:Tensor,         # (B,) caption indices, on the CPU
-        extra:dict=None,    # {name: ids}: what a source of negatives wants loaded with the batch, see `fetched`
-        epoch:int=0,        # pictures change from epoch to epoch
-        ahead=(),           # (captions, epoch) of the batches that follow: loaded meanwhile where there are workers
-    )->dict:                # on the device: cap, img (B,) indices; feats, mask, tokens, lengths; cap_ids, img_ids; and what was extra
+        cap:Tensor,       # (B,) caption indices, on the CPU
+        extra:dict=None,  # {name: ids}: what a source of negatives wants loaded with the batch, see `fetched`
+        epoch:int=0,      # pictures change from epoch to epoch
+        ahead=(),         # (captions, epoch) of the batches that follow: workers load them meanwhile
+    )->dict:              # on the device: cap, img, feats, mask, tokens, lengths, cap_ids, img_ids; extra
         "A batch of matching pairs"
         at = upload(cap, self.device); img = self.img_of[at]
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        return dict(cap=at, img=img, feats=feats, **_whose(self, cap, at, img), **_places(self, img), **self.texts(cap),
-                    img_ids=self.img_ids[img], **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+        asked = {k: fetched(self, k, ids) for k, ids in (extra or {}).items()}
+        return dict(cap=at, img=img, feats=feats, **_whose(self, cap, at, img), **_places(self, img),
+                    **self.texts(cap), img_ids=self.img_ids[img], **asked)
+
+def _loaders(workers):
+    "Threads that load batches, or None"
+    return ThreadPoolExecutor(workers, 'loader', torch.set_num_threads,
+                              (torch.get_num_threads(),)) if workers else None
+
+def _real_regions(split, n):
+    "(N, n) bool on the host: which regions are real"
+    return torch.arange(n) < torch.tensor(np.minimum(split.num, n))[:,None]
+
+def _numbers_on(device, split):
+    "Image of each sentence, ids of images, ids of sentences"
+    rows = (split.img_of, split.img_ids, split.cap_ids)
+    return [torch.tensor(np.array(a), dtype=torch.int64, device=device) for a in rows]
+
+def _encoded(vocab, split, device):
+    "Tokens on the device; lengths on the host and on the device"
+    tokens, lengths = vocab.encode(split.captions)
+    return tokens.to(device), lengths.numpy(), lengths.to(device)
+
+def _sorted(**ids): return {k: np.argsort(x, kind='stable') for k, x in ids.items()}
+
+def _features_of(b, at, idx):
+    "Features or pictures of some images, on the device"
+    if b.feats is not None: return b.feats[at].float()
+    return _look(b, np.arange(len(b.split))[idx]).to(b.device)
 
 def _whose(b, cap, at, img)->dict:
     "Mask and caption ids of a batch; the host goes on knowing them"
-    s = b.split; of = lambda: b._mask[torch.as_tensor(s.img_of[cap.numpy()])]
+    s = b.split
+    of = lambda: b._mask[torch.as_tensor(s.img_of[cap.numpy()])]
     return dict(mask=_known(b.mask[img], of), cap_ids=_known(b.cap_ids[at], lambda: s.cap_ids[cap.numpy()]))
 
 def fetched(
@@ -214,32 +254,42 @@ def fetched(
     if kind == 'tokens':
         tokens = upload(torch.as_tensor(ids), batches.device)
         return dict(tokens=tokens, lengths=(tokens != 0).sum(1))
-    if kind not in batches.sorted: raise DataError(name, f'kind {kind!r}', "'image', 'text' or 'tokens' before the dot")
+    if kind not in batches.sorted:
+        raise DataError(name, f'kind {kind!r}', "'image', 'text' or 'tokens' before the dot")
     ids, known, order = np.asarray(ids), s.img_ids if kind == 'image' else s.cap_ids, batches.sorted[kind]
     at = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known)-1)]
     odd = ids[known[at] != ids]
-    if len(odd): raise DataError(s.source, f'{kind} id {odd[0]} as {name!r}', f'an id of the {s.name} split', 'Make the list anew.')
-    idx = torch.as_tensor(at); there = upload(idx, batches.device); images = batches.img_of[there] if kind == 'text' else there
-    found = batches.images(idx) if kind == 'image' else batches.texts(idx) | dict(cap_ids=batches.cap_ids[there])
+    if len(odd):
+        raise DataError(s.source, f'{kind} id {odd[0]} as {name!r}', f'an id of the {s.name} split',
+                        'Make the list anew.')
+    idx = torch.as_tensor(at)
+    there = upload(idx, batches.device)
+    images = batches.img_of[there] if kind == 'text' else there
+    found = (batches.images(idx) if kind == 'image'
+             else batches.texts(idx) | dict(cap_ids=batches.cap_ids[there]))
     return found | dict(img_ids=batches.img_ids[images])
 
-def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) image indices; (B,) caption indices in training -> on the host
+def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) indices; captions' in training -> on the host
     "Pictures or features of some images, read where they lie"
     if b.pixels is not None:
         x = b.pixels[img]
-        return x if b.change is None or cap is None else b.change(x, torch.tensor(b.split.cap_ids[cap]), epoch)
+        if b.change is None or cap is None: return x
+        return b.change(x, torch.tensor(b.split.cap_ids[cap]), epoch)
     x = torch.from_numpy(np.array(b.split.feats[img])).to(b.dtype)
     if not x.isfinite().all():
         check_finite(b.split.feats, b.split.source, img)
-        raise DataError(b.split.source, 'too large features', f'features that fit {b.dtype}', 'Keep them as torch.float32.')
+        raise DataError(b.split.source, 'too large features', f'features that fit {b.dtype}',
+                        'Keep them as torch.float32.')
     return x.float()
 
 def _loaded(b, cap, epoch, ahead)->Tensor:
-    "A batch's pictures or features on the device: the ones loaded ahead if they were announced, and the next ones set going"
+    """A batch's pictures or features on the device: the ones loaded ahead if they were announced, and the
+    next ones set going"""
     name = lambda c, e: (e, c.numpy().tobytes())
     def load(c, e):
         x = _look(b, b.split.img_of[c.numpy()], c.numpy(), e)
         return x.pin_memory() if b.device.type == 'cuda' else x
     job = b.coming.pop(name(cap, epoch), None)
-    if b.pool: b.coming = {k: b.coming.get(k) or b.pool.submit(load, c, e) for c, e in ahead for k in [name(c, e)]}
+    if b.pool:
+        b.coming = {k: b.coming.get(k) or b.pool.submit(load, c, e) for c, e in ahead for k in [name(c, e)]}
     return (job.result() if job else load(cap, epoch)).to(b.device, non_blocking=True)

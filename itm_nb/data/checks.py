@@ -31,10 +31,12 @@ def describe(
     return dict(
         name=split.name, images=len(split), sentences=len(split.captions), sentences_per_image=spread(per),
         **(dict(files=len(split.files)) if x is None else dict(
-            regions=x.shape[1], real_regions=spread(split.num), dims=x.shape[2], dtype=str(x.dtype), mib=round(x.nbytes / 2**20, 1),
+            regions=x.shape[1], real_regions=spread(split.num), dims=x.shape[2], dtype=str(x.dtype),
+            mib=round(x.nbytes / 2**20, 1),
             mapped=isinstance(x, np.memmap), boxes=split.boxes is not None)),
         galleries=1 if split.gallery is None else len(np.unique(split.gallery)), words=spread(length),
-        different_words=len({w for c in used for w in words(c)}), sentences_without_a_word=int((length == 0).sum()),
+        different_words=len({w for c in used for w in words(c)}),
+        sentences_without_a_word=int((length == 0).sum()),
         sentences_of_several_images=sum(len(i) > 1 for i in used.values()), fingerprint=fingerprint(split),
         samples=[f'{split.img_ids[split.img_of[j]]}: {split.captions[j]}' for j in some])
 
@@ -62,14 +64,19 @@ def _check_part(folder, part, full, read):
         try:
             s = read(folder, part)
             if full: check_finite(s.feats, s.source)
-        except DataError as e: s = None; out.append(Finding('error', part, str(e)))
+        except DataError as e:
+            s = None
+            out.append(Finding('error', part, str(e)))
     out += [Finding('warning', part, str(w.message)) for w in said]
     if s is None: return None, out
     zero, d = sum(not np.any(x) for x in s.feats[spread_rows(len(s))]), describe(s, 0)
-    said = [('warning', zero, f'{zero} of the {len(spread_rows(len(s)))} images looked at have features that are all zero'),
-            ('warning', d['sentences_without_a_word'], f'{d["sentences_without_a_word"]} sentences without a word'),
+    said = [('warning', zero,
+             f'{zero} of the {len(spread_rows(len(s)))} images looked at have features that are all zero'),
+            ('warning', d['sentences_without_a_word'],
+             f'{d["sentences_without_a_word"]} sentences without a word'),
             *caption_findings(s),
-            ('info', d['sentences_of_several_images'], f'{d["sentences_of_several_images"]} sentences are used for several images'),
+            ('info', d['sentences_of_several_images'],
+             f'{d["sentences_of_several_images"]} sentences are used for several images'),
             ('info', not d['boxes'], 'no boxes')]
     return s, out + [Finding(level, part, text) for level, true, text in said if true]
 
@@ -82,8 +89,10 @@ def check_folder(
     out, parts = [], {}
     names = ['train', 'val', 'test'] + ['testall'] * any(Path(folder).glob('testall_*'))
     for part in names:
-        s, found = _check_part(folder, part, full, read); out += found
+        s, found = _check_part(folder, part, full, read)
+        out += found
         if s is not None: parts[part] = s
-    try: check_parts({k: v for k, v in parts.items() if k != 'testall'})           # testall holds the photos of test again
+    # testall holds the photos of test again
+    try: check_parts({k: v for k, v in parts.items() if k != 'testall'})
     except DataError as e: out.append(Finding('error', '', str(e)))
     return out

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors_files import read_lines, DataError, regular_file
-from .splits import (
-    PARTS, row_blocks, check_repeats, run_length, spread_rows, caption_ids, check_finite, first_captions, Split)
+from ..core.names import own_file
+from itm_nb.data.splits import (
+    PARTS, row_blocks, check_repeats, run_length, spread_rows, caption_ids, check_finite, first_captions,
+    Split)
 
 # %% ../../nbs/1_data/01_scan_layout.ipynb #e796290f
 def write_toy(
@@ -26,14 +28,19 @@ def write_toy(
 ):
     "A SCAN folder of invented images"
     rng, first = np.random.default_rng(seed), 100
-    who, what = ['a dog', 'two cats', 'a child in red', "the man's horse"], ['runs', 'sleeps', 'is looking around']
+    who, what = (['a dog', 'two cats', 'a child in red', "the man's horse"],
+                 ['runs', 'sleeps', 'is looking around'])
     where = ['', 'on a mat', 'near the old stone bridge']
     for part, n in sizes.items():
         codes = np.stack([rng.integers(len(x), size=n) for x in (who, what, where)], 1)
-        x = rng.normal(size=(n, 6, 8)); x[:, :, :3] += codes[:, None]
-        np.save(folder/f'{part}_ims.npy', x.astype('float16')); np.save(folder/f'{part}_num.npy', rng.integers(3, 7, n))
-        (folder/f'{part}_ids.txt').write_text(''.join(f'{i}\n' for i in range(first, first+n))); first += n
-        texts = [' '.join([who[a], what[b], where[c], 'again'*(j == 1)]).strip() for a, b, c in codes for j in range(k)]
+        x = rng.normal(size=(n, 6, 8))
+        x[:, :, :3] += codes[:, None]
+        np.save(folder/f'{part}_ims.npy', x.astype('float16'))
+        np.save(folder/f'{part}_num.npy', rng.integers(3, 7, n))
+        (folder/f'{part}_ids.txt').write_text(''.join(f'{i}\n' for i in range(first, first+n)))
+        first += n
+        texts = [' '.join([who[a], what[b], where[c], 'again'*(j == 1)]).strip() for a, b, c in codes
+                 for j in range(k)]
         (folder/f'{part}_caps.txt').write_text(''.join(t + '\n' for t in texts))
 
 # %% ../../nbs/1_data/01_scan_layout.ipynb #7ff681d9
@@ -42,13 +49,16 @@ def open_npy(path, ok, wanted, remedy):
     with open(regular_file(path), 'rb') as f: magic = f.read(6)
     if magic != b'\x93NUMPY': raise DataError(path, 'not an npy file', wanted, 'Write it with numpy.save.')
     try: x = np.load(path, mmap_mode='r', allow_pickle=False)
-    except Exception as e:                                        # a damaged header can fail anywhere in numpy's parser
+    except Exception as e:  # a damaged header can fail anywhere in numpy's parser
         raise DataError(path, f'an array that cannot be mapped ({str(e)[:120]})', wanted,
-                        'It is cut off, damaged or holds Python objects: fetch it again, or write plain numbers with numpy.save.') from None
+                        'It is cut off, damaged or holds Python objects: fetch it again, or write plain '
+                        'numbers with numpy.save.') from None
     if not (x.dtype.isnative and ok(x)): raise DataError(path, f'{x.dtype} {x.shape}', wanted, remedy)
     if 0 in x.shape: raise DataError(path, f'an empty array {x.shape}', wanted, 'Fetch or write it again.')
     extra = os.path.getsize(path) - x.offset - x.nbytes
-    if extra: raise DataError(path, f'{extra} bytes behind the array', 'one array and nothing else', 'Fetch or write it again.')
+    if extra:
+        raise DataError(path, f'{extra} bytes behind the array', 'one array and nothing else',
+                        'Fetch or write it again.')
     return x
 
 # %% ../../nbs/1_data/01_scan_layout.ipynb #d91865f0
@@ -70,24 +80,31 @@ def _owners(
 ):                     # (N,) feature row of each image, (M,) image of each sentence, (N,) image ids
     "Which feature row is each image's and which image each sentence's"
     uniq, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    seen = np.argsort(first); rank = np.empty_like(seen); rank[seen] = np.arange(len(seen))
+    seen = np.argsort(first)
+    rank = np.empty_like(seen)
+    rank[seen] = np.arange(len(seen))
     first, of, N, K = first[seen], rank[inverse], len(uniq), len(ids)
     if K == n_caps and n_rows in (N, K) and (N < K or n_rows == K):
         return (first if n_rows == K else np.arange(N)), of, ids[first]
     if N < K:
         again = np.setdiff1d(np.arange(K), first)[0]
-        raise DataError(where, f'image id {ids[again]} for the second time, {N} different ids for {n_rows} feature rows',
-                        'every image once, or an id for every sentence', 'Remove the repeated image, or write one id per sentence.',
+        raise DataError(where,
+                        f'image id {ids[again]} for the second time, {N} different ids for '
+                        f'{n_rows} feature rows',
+                        'every image once, or an id for every sentence',
+                        'Remove the repeated image, or write one id per sentence.',
                         int(again) + 1)
     if n_caps % K or n_rows not in (K, n_caps):
         raise DataError(where, f'{K} ids, {n_rows} feature rows, {n_caps} sentences',
                         'as many ids as images (or sentences), and equally many sentences for each image',
-                        'Where images have different numbers of sentences, write the image id once per sentence.')
+                        'Where images have different numbers of sentences, write the image id once per '
+                        'sentence.')
     return np.arange(K) * (n_rows // K), np.arange(n_caps) // (n_caps // K), ids
 
 # %% ../../nbs/1_data/01_scan_layout.ipynb #eb821220
 def _pick(x, idx, axis):
-    "`x` at increasing indices along an axis; evenly spaced ones stay a view, so that a mapped file stays on disk"
+    """`x` at increasing indices along an axis; evenly spaced ones stay a view, so that a mapped file stays on
+    disk"""
     gap = np.unique(np.diff(idx))
     if len(gap) < 2: idx = slice(idx[0], idx[-1] + 1, gap[0] if len(gap) else 1)
     return x[(slice(None),)*axis + (idx,)]
@@ -96,7 +113,8 @@ def _columns(regions, n, where):
     "Which of n region columns to keep, increasing, so that real regions stay first"
     try: cols = np.atleast_1d(np.arange(n)[slice(None) if regions is None else regions])
     except (IndexError, TypeError, ValueError) as e:
-        raise DataError(where, f'regions={regions!r} ({e})', f'indices or a slice in 0..{n-1}', 'Correct `regions`.') from None
+        raise DataError(where, f'regions={regions!r} ({e})', f'indices or a slice in 0..{n-1}',
+                        'Correct `regions`.') from None
     if cols.ndim != 1 or not len(cols) or (np.diff(cols) <= 0).any():
         raise DataError(where, f'regions={regions!r}', 'at least one column, in increasing order',
                         'Sort the indices (real regions must stay first).')
@@ -105,39 +123,54 @@ def _columns(regions, n, where):
 def _features(path, dims=None):
     "The feature file, mapped, as (rows, regions, dims); what is unusual is said by a warning"
     x = open_npy(path, lambda x: x.ndim in (2, 3) and x.dtype in (np.float16, np.float32, np.float64),
-             '(images, regions, dims) float16 or float32', "Save them as floating-point numbers: numpy.save(file, x.astype('float32')).")
-    if x.ndim == 2: warnings.warn(f'{path}: one vector per image, read as one region'); x = x[:, None]
+             '(images, regions, dims) float16 or float32',
+                 "Save them as floating-point numbers: numpy.save(file, x.astype('float32')).")
+    if x.ndim == 2:
+        warnings.warn(f'{path}: one vector per image, read as one region')
+        x = x[:, None]
     if dims is not None:
         if isinstance(dims, bool) or not isinstance(dims, (int, np.integer)) or not 1 <= dims <= x.shape[2]:
-            raise DataError(path, f'dims={dims!r} of {x.shape[2]}', f'an integer from 1 to {x.shape[2]}', 'Correct `dims`.')
+            raise DataError(path, f'dims={dims!r} of {x.shape[2]}', f'an integer from 1 to {x.shape[2]}',
+                            'Correct `dims`.')
         x = x[:, :, :dims]
-    if x.dtype == np.float64: warnings.warn(f'{path}: float64 features, converted to float32 in memory'); x = np.array(x, dtype=np.float32)
+    if x.dtype == np.float64:
+        warnings.warn(f'{path}: float64 features, converted to float32 in memory')
+        x = np.array(x, dtype=np.float32)
     return x
 
 # %% ../../nbs/1_data/01_scan_layout.ipynb #c9f5be01
 def scan_files(folder, part):
     "The files of one part of a SCAN folder: {kind: path}"
     folder, part = Path(folder), {'dev': 'val'}.get(part, part)
-    if part not in PARTS: raise DataError(folder, f'part {part!r}', f'one of {", ".join(PARTS)}', 'Correct the name of the part.')
-    if not folder.is_dir(): raise DataError(folder, 'no such folder', 'a folder in the SCAN layout', 'Check the path.')
-    files = {s: {k: folder/f'{s}_{k}' for k in ('ims.npy', 'caps.txt', 'ids.txt', 'num.npy', 'boxes.npy')} for s in PARTS[part]}
+    if part not in PARTS:
+        raise DataError(folder, f'part {part!r}', f'one of {", ".join(PARTS)}',
+                        'Correct the name of the part.')
+    if not folder.is_dir():
+        raise DataError(folder, 'no such folder', 'a folder in the SCAN layout', 'Check the path.')
+    files = {s: {k: folder/f'{s}_{k}' for k in ('ims.npy', 'caps.txt', 'ids.txt', 'num.npy', 'boxes.npy')}
+             for s in PARTS[part]}
     here = [s for s, f in files.items() if any(map(os.path.lexists, f.values()))]
-    if len(here) > 1: raise DataError(folder, f'both {here[0]}_* and {here[1]}_*', 'one validation part', 'Move one of them away.')
+    if len(here) > 1:
+        raise DataError(folder, f'both {here[0]}_* and {here[1]}_*', 'one validation part',
+                        'Move one of them away.')
     stem = (here or PARTS[part])[0]
     missing = [files[stem][k].name for k in ('ims.npy', 'caps.txt') if not os.path.lexists(files[stem][k])]
     if missing:
         raise DataError(folder, f'no {", ".join(missing)}',
-                        f'{stem}_ims.npy, {stem}_caps.txt and perhaps {stem}_ids.txt', 'Copy the missing files there.')
+                        f'{stem}_ims.npy, {stem}_caps.txt and perhaps {stem}_ids.txt',
+                        'Copy the missing files there.')
     return files[stem]
 
 def _counted(x, n_caps, part, path):
-    "(N,) ids of images that have none: counted, in every part from another number; repeated rows are one image"
+    """(N,) ids of images that have none: counted, in every part from another number; repeated rows are one
+    image"""
     n = len(x) // (run_length(x) if len(x) == n_caps else 1)
     if n_caps % n:
         captions = path.with_name(path.name.replace('_ids.', '_caps.'))
         raise DataError(captions, f'{n_caps} sentences for {n} images and no {path.name}',
                         'equally many sentences for every image, or ids',
-                        f'Check the number of lines, or write {path.name}: the number of the image for every sentence.')
+                        f'Check the number of lines, or write {path.name}: '
+                        'the number of the image for every sentence.')
     warnings.warn(f'{path}: not there; {n} images are counted, {n_caps//n} sentences each')
     return list(PARTS).index({'dev': 'val'}.get(part, part)) * 10**8 + np.arange(n)
 
@@ -145,25 +178,31 @@ def read_scan(
     folder,          # folder in the SCAN layout
     part:str,        # 'train', 'val' (or 'dev'), 'test', or 'testall' (COCO 5K)
     dims:int=None,   # keep the first so many feature dimensions
-    regions=None,    # keep these region columns: a slice, or increasing integers; a count of real regions follows
+    regions=None,    # keep these region columns: a slice or increasing integers; `num` goes along
     columns:str='', separator:str='',     # of a table; this layout has none, so anything but '' is refused
     max_captions:int=0, captions_of_split:str='',     # see `first_captions`
+    follow_links:bool=False,   # read what links out of the folder lead to? Only where they are yours
 )->Split:            # features memory-mapped where nothing had to be converted
     "Read one part of a data set in the layout of SCAN's precomputed features; a DataError says what is wrong"
     if columns or separator:
-        raise DataError(folder, 'settings of a table (columns, separator)', "none: SCAN's layout has no table",
+        raise DataError(folder, 'settings of a table (columns, separator)',
+                        "none: SCAN's layout has no table",
                         'Leave them out.')
     files = scan_files(folder, part); ims = files['ims.npy']
+    for p in filter(os.path.lexists, files.values()): own_file(p, folder, follow_links)
     captions, x = read_lines(files['caps.txt'], 'a sentence'), _features(ims, dims)
-    at = files['ids.txt']; ids = _integers(at) if os.path.lexists(at) else _counted(x, len(captions), part, at)
+    at = files['ids.txt']
+    ids = _integers(at) if os.path.lexists(at) else _counted(x, len(captions), part, at)
     rows, img_of, img_ids = _owners(len(x), len(captions), ids, files['ids.txt'])
-    check_finite(x, ims, spread_rows(len(x))); check_repeats(x, rows, img_of, ims)
+    check_finite(x, ims, spread_rows(len(x)))
+    check_repeats(x, rows, img_of, ims)
     num, boxes = _counts(files['num.npy'], x), _boxes(files['boxes.npy'], x)
     cols = _columns(regions, x.shape[1], ims)
     keep = lambda a: _pick(_pick(a, cols, 1), rows, 0)
     num = (cols < num[rows, None]).sum(1)
     if (num == 0).any():
-        raise DataError(ims, f'image {img_ids[num == 0][0]} has none of the regions {regions!r}', 'a real region in every image',
+        raise DataError(ims, f'image {img_ids[num == 0][0]} has none of the regions {regions!r}',
+                        'a real region in every image',
                         'Keep a column that every image has, such as the first.')
     s = Split({'dev': 'val'}.get(part, part), keep(x), num, captions, img_of, img_ids,
               caption_ids(img_of, img_ids), boxes if boxes is None else keep(boxes),
@@ -174,18 +213,21 @@ def read_scan(
 def _counts(path, x):
     "How many regions of each row are real; all, where there is no such file"
     if not os.path.lexists(path): return np.full(len(x), x.shape[1])
-    num = open_npy(path, lambda a: a.dtype.kind in 'iu' and a.shape == x.shape[:1], f'{len(x)} integers, a count for each feature row',
+    num = open_npy(path, lambda a: a.dtype.kind in 'iu' and a.shape == x.shape[:1],
+                   f'{len(x)} integers, a count for each feature row',
                'Save the counts with numpy.save, as integers, in the order of the features.')
     bad = np.flatnonzero((num < 1) | (num > x.shape[1]))
     if len(bad):
         raise DataError(path, f'{num[bad[0]]} regions in row {bad[0]}', f'1 to {x.shape[1]}',
-                        'Every image needs a real region: where nothing was detected, give the whole image as one.')
+                        'Every image needs a real region: where nothing was detected, give the whole image '
+                        'as one.')
     return np.array(num, dtype=np.int64)
 
 def _boxes(path, x):
     "Boxes of the regions as shares of width and height, or None"
     if not os.path.lexists(path): return None
-    b = open_npy(path, lambda a: a.dtype.kind == 'f' and a.shape == (*x.shape[:2], 4), f'{(*x.shape[:2], 4)} floating-point numbers',
+    b = open_npy(path, lambda a: a.dtype.kind == 'f' and a.shape == (*x.shape[:2], 4),
+                 f'{(*x.shape[:2], 4)} floating-point numbers',
              'Save one box for each region, in the order of the features.')
     for at in row_blocks(b):                              # all of them: a broken box is seldom in a sample
         some = b[at]

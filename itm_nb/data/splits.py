@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Sequence
 
@@ -23,7 +24,7 @@ from ..core.errors_files import DataError, regular_file
 class Split:
     "One part of a data set: region features, sentences, and the image each sentence was written for"
     name:str                  # 'train', 'val' or 'test'
-    feats:np.ndarray          # (N, R, D) float16 or float32 features; real regions come first, padding last; None: image files only
+    feats:np.ndarray          # (N, R, D) float16/32, real regions first, padding last; None: image files
     num:np.ndarray            # (N,) how many regions of each image are real; ones where there are only files
     captions:Sequence[str]    # M sentences
     img_of:np.ndarray         # (M,) index (0..N-1) of the image each sentence was written for
@@ -34,7 +35,9 @@ class Split:
     source:str='memory'       # where it came from, for messages
     files:Sequence=None       # N image files, or None
 
-    def __post_init__(self): _check_split(self)
+    def __post_init__(self):
+        _check_split(self)
+        _check_values(self)
     def __len__(self): return len(self.img_ids)
 
     def subset(self,
@@ -42,38 +45,58 @@ class Split:
         name:str=None,         # name of the new split
     )->'Split':                # their sentences come along, in image order
         "The part of this split that shows these images"
-        new = np.full(len(self), -1); new[images] = np.arange(len(images))
-        keep = np.flatnonzero(new[self.img_of] >= 0); keep = keep[np.argsort(new[self.img_of[keep]], kind='stable')]
+        new = np.full(len(self), -1)
+        new[images] = np.arange(len(images))
+        keep = np.flatnonzero(new[self.img_of] >= 0)
+        keep = keep[np.argsort(new[self.img_of[keep]], kind='stable')]
         return replace(self, name=name or self.name, feats=None if self.feats is None else self.feats[images],
-                       files=None if self.files is None else [self.files[i] for i in images], num=self.num[images],
+                       files=None if self.files is None else [self.files[i] for i in images],
+                       num=self.num[images],
                        img_ids=self.img_ids[images],
                        boxes=None if self.boxes is None else self.boxes[images],
-                       gallery=None if self.gallery is None else self.gallery[images], captions=[self.captions[j] for j in keep],
+                       gallery=None if self.gallery is None else self.gallery[images],
+                       captions=[self.captions[j] for j in keep],
                        img_of=new[self.img_of[keep]], cap_ids=self.cap_ids[keep])
 
+def _need(where, ok, found, wanted, remedy):
+    "Raises DataError unless it is so"
+    if not ok: raise DataError(where, found, wanted, remedy)
+
 def _check_split(s):
-    "Sizes that agree, indices in range, a sentence for every image, ids used once"
-    def need(ok, found, wanted, remedy):
-        if not ok: raise DataError(s.source, found, wanted, remedy)
+    "Sizes that agree; raises DataError"
+    need = partial(_need, s.source)
     N, M, x = len(s.img_ids), len(s.captions), s.feats
-    need(x is not None or s.files is not None, 'neither features nor image files', 'one of them', 'Give feats or files.')
-    need(s.files is None or len(s.files) == N, f'{len(s.files or ())} files and {N} ids', 'a file for every image', 'Name every file.')
-    need(x is None or x.ndim == 3 and x.dtype in (np.float16, np.float32), f'features {np.shape(x)} {getattr(x, "dtype", "")}',
+    need(x is not None or s.files is not None, 'neither features nor image files', 'one of them',
+         'Give feats or files.')
+    need(s.files is None or len(s.files) == N, f'{len(s.files or ())} files and {N} ids',
+         'a file for every image', 'Name every file.')
+    need(x is None or x.ndim == 3 and x.dtype in (np.float16, np.float32),
+         f'features {np.shape(x)} {getattr(x, "dtype", "")}',
          '(images, regions, dims) float16 or float32', "Convert them, e.g. x.astype('float32').")
     need(N > 0 and M > 0, f'{N} images and {M} sentences', 'at least one of each', 'Look for an empty file.')
     n = N if x is None else len(x)
     need(n == len(s.num) == N, f'{n} images, {len(s.num)} counts, {N} ids',
          'one count and one id per image', 'Take all three from the same data set.')
-    need(len(s.img_of) == M and len(s.cap_ids) == M, f'{M} sentences, {len(s.img_of)} image indices, {len(s.cap_ids)} ids',
+    need(len(s.img_of) == M and len(s.cap_ids) == M,
+         f'{M} sentences, {len(s.img_of)} image indices, {len(s.cap_ids)} ids',
          'one image index and one id per sentence', 'Take all three from the same data set.')
+
+def _check_values(s):
+    "Counts and indices in range, a sentence for every image, ids used once; raises DataError"
+    need = partial(_need, s.source)
+    N, M, x = len(s.img_ids), len(s.captions), s.feats
     R = 1 if x is None else x.shape[1]
     need(s.num.min() >= 1 and s.num.max() <= R, f'region counts from {s.num.min()} to {s.num.max()}',
-         f'1 to {R}', 'Every image needs a real region: where nothing was detected, give the whole image as one.')
-    need(s.img_of.min() >= 0 and s.img_of.max() < N, f'image indices from {s.img_of.min()} to {s.img_of.max()}', f'0 to {N-1}',
+         f'1 to {R}',
+         'Every image needs a real region: where nothing was detected, give the whole image as one.')
+    need(s.img_of.min() >= 0 and s.img_of.max() < N,
+         f'image indices from {s.img_of.min()} to {s.img_of.max()}', f'0 to {N-1}',
          'Indices count from 0.')
     silent = N - len(np.unique(s.img_of))
-    need(not silent, f'{silent} images without a sentence', 'a sentence for every image', 'Remove these images or add their sentences.')
-    need(len(np.unique(s.img_ids)) == N and len(np.unique(s.cap_ids)) == M, 'a repeated id', 'unique ids', 'Number them anew.')
+    need(not silent, f'{silent} images without a sentence', 'a sentence for every image',
+         'Remove these images or add their sentences.')
+    need(len(np.unique(s.img_ids)) == N and len(np.unique(s.cap_ids)) == M, 'a repeated id', 'unique ids',
+         'Number them anew.')
 
 # %% ../../nbs/1_data/00_splits.ipynb #84d23dbf
 def spread_rows(n, k=64):
@@ -95,7 +118,8 @@ def check_finite(
         bad = np.flatnonzero(~np.isfinite(feats[at]).reshape(len(feats[at]), -1).all(1))
         if len(bad):
             row = bad[0] + at.start if rows is None else rows[bad[0]]
-            raise DataError(where, f'NaN or infinity in row {row}', 'finite features', 'Extract this image again, or leave it out.')
+            raise DataError(where, f'NaN or infinity in row {row}', 'finite features',
+                            'Extract this image again, or leave it out.')
 
 def run_length(x):
     "How many feature rows in a row are one image's: equal runs throughout, or 1"
@@ -104,30 +128,38 @@ def run_length(x):
     return run if even else 1
 
 def check_repeats(x, rows, img_of, where, sample=256):
-    "Rows said to belong to one image are equal; rows said to belong to different images are not equal throughout"
+    """Rows said to belong to one image are equal; rows said to belong to different images are not equal
+    throughout"""
     if len(x) > len(rows):
-        at = spread_rows(len(x), sample); same = np.array([np.array_equal(x[i], x[rows[img_of[i]]]) for i in at])
+        at = spread_rows(len(x), sample)
+        same = np.array([np.array_equal(x[i], x[rows[img_of[i]]]) for i in at])
         if not same.all():
             i = at[~same][0]
-            raise DataError(where, f'row {i} differs from row {rows[img_of[i]]}, which has the same image id', 'equal rows for one image',
+            raise DataError(where, f'row {i} differs from row {rows[img_of[i]]}, which has the same image id',
+                            'equal rows for one image',
                             'The ids or the features belong to another file: take both from the same place.')
     elif len(img_of) == len(x) > 1:
         if (run := run_length(x)) > 1:
-            raise DataError(where, f'feature rows that repeat {run} times, but every row has its own image id', 'one id for one image',
+            raise DataError(where,
+                            f'feature rows that repeat {run} times, but every row has its own image id',
+                            'one id for one image',
                             'In the ids file, give all sentences of an image the same id.')
 
 # %% ../../nbs/1_data/00_splits.ipynb #5adc52c8
 def caption_ids(
     img_of:np.ndarray,     # (M,) image index of each sentence
     img_ids:np.ndarray,    # (N,) ids of the images
-)->np.ndarray:             # (M,) unique ids: c * image id + number of the sentence, c = max(5, most sentences an image has)
+)->np.ndarray:             # (M,) unique ids: c * image id + number of the sentence, c = max(5, most of one)
     "Ids for sentences that have none of their own"
-    per = np.bincount(img_of, minlength=len(img_ids)); at = np.argsort(img_of, kind='stable')
-    k = np.empty_like(at); k[at] = np.arange(len(at)) - np.repeat(np.cumsum(per) - per, per)
+    per = np.bincount(img_of, minlength=len(img_ids))
+    at = np.argsort(img_of, kind='stable')
+    k = np.empty_like(at)
+    k[at] = np.arange(len(at)) - np.repeat(np.cumsum(per) - per, per)
     return img_ids[img_of] * max(5, per.max()) + k
 
 # %% ../../nbs/1_data/00_splits.ipynb #0f87a872
-PARTS = {'train': ('train',), 'val': ('dev', 'val'), 'test': ('test',), 'testall': ('testall',)}    # our name -> names in files
+# our name -> names in files
+PARTS = {'train': ('train',), 'val': ('dev', 'val'), 'test': ('test',), 'testall': ('testall',)}
 
 def _parts_named(parts, where)->set:
     "Our names of the parts in a list joined by commas; `test` means `testall` too"
@@ -143,14 +175,17 @@ def first_captions(
     max_captions:int=0,         # keep the first so many sentences of each image; 0: all
     captions_of_split:str='',   # in these parts only, joined by commas; '': in all
 )->Split:                       # sentences keep their ids
-    "The first sentences of every image, in the order of the data; DataError for a negative number or an unknown part"
+    """The first sentences of every image, in the order of the data; DataError for a negative number or an
+    unknown part"""
     n, parts = max_captions, _parts_named(captions_of_split, split.source)
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
         raise DataError(split.source, f'max_captions={n!r}', 'a whole number from 0 (all)',
                         'Correct max_captions.')
     if not n or split.name not in parts or np.bincount(split.img_of).max() <= n: return split
-    at = np.argsort(split.img_of, kind='stable'); of = split.img_of[at]
-    place = np.empty_like(at); place[at] = np.arange(len(at)) - np.searchsorted(of, of)
+    at = np.argsort(split.img_of, kind='stable')
+    of = split.img_of[at]
+    place = np.empty_like(at)
+    place[at] = np.arange(len(at)) - np.searchsorted(of, of)
     keep = np.flatnonzero(place < n)
     return replace(split, captions=[split.captions[j] for j in keep], img_of=split.img_of[keep],
                    cap_ids=split.cap_ids[keep])
@@ -165,12 +200,16 @@ def check_parts(
         for b in names[:i]:
             both = np.intersect1d(parts[a].img_ids, parts[b].img_ids)
             if len(both):
-                raise DataError(parts[a].source, f'{len(both)} image ids that are also in {b}, e.g. {both[0]}',
+                raise DataError(parts[a].source,
+                                f'{len(both)} image ids that are also in {b}, e.g. {both[0]}',
                                 'every image in one part only',
-                                'Remove them from one part; where ids start anew in each part, number the images through.')
-        d, e = (0 if parts[k].feats is None else parts[k].feats.shape[2] for k in (a, names[0]))     # 0: image files only
+                                'Remove them from one part; where ids start anew in each part, number the '
+                                'images through.')
+        # 0: image files only
+        d, e = (0 if parts[k].feats is None else parts[k].feats.shape[2] for k in (a, names[0]))
         if d != e:
-            raise DataError(parts[a].source, f'{d} feature dimensions, but {e} in {names[0]}', 'features of one network',
+            raise DataError(parts[a].source, f'{d} feature dimensions, but {e} in {names[0]}',
+                            'features of one network',
                             'Extract all parts the same way.')
 
 def concat(
@@ -188,25 +227,31 @@ def concat(
     boxes = None if any(s.boxes is None for s in splits) else cat('boxes')
     img_of = np.concatenate([s.img_of + a for s, a in zip(splits, start)])
     files = None if any(s.files is None for s in splits) else [f for s in splits for f in s.files]
-    return Split(name, None if kinds == {()} else cat('feats'), cat('num'), [c for s in splits for c in s.captions], img_of, cat('img_ids'),
+    return Split(name, None if kinds == {()} else cat('feats'), cat('num'),
+                 [c for s in splits for c in s.captions], img_of, cat('img_ids'),
                  cat('cap_ids'), boxes, source=' + '.join(s.source for s in splits), files=files)
 
 # %% ../../nbs/1_data/00_splits.ipynb #025b82e0
 def _add_files(h, files):
     "Sizes of all image files and the bytes of evenly spaced ones, about 64 MiB; their names do not matter"
-    size = [os.stat(regular_file(f)).st_size for f in files]; h.update(json.dumps(size).encode())
-    for i in spread_rows(len(files), max(1, int((64 << 20) / np.mean(size)))): h.update(Path(files[i]).read_bytes())
+    size = [os.stat(regular_file(f)).st_size for f in files]
+    h.update(json.dumps(size).encode())
+    for i in spread_rows(len(files), max(1, int((64 << 20) / np.mean(size)))):
+        h.update(Path(files[i]).read_bytes())
 
 def fingerprint(
     split:Split,
 )->str:             # 64 hexadecimal digits, equal wherever the data lies
-    "SHA-256 of shape, type, rows of the features (all up to 64 MiB, else evenly spaced ones), counts, boxes, galleries, captions, ids"
+    """SHA-256 of shape, type, rows of the features (all up to 64 MiB, else evenly spaced ones), counts,
+    boxes, galleries, captions, ids"""
     h, x = hashlib.sha256(), split.feats
     def add(name, a):
-        h.update(f'{name} {a.dtype.kind}{a.dtype.itemsize} {a.shape}\n'.encode()); h.update(np.ascontiguousarray(a).tobytes())
+        h.update(f'{name} {a.dtype.kind}{a.dtype.itemsize} {a.shape}\n'.encode())
+        h.update(np.ascontiguousarray(a).tobytes())
     if x is None: _add_files(h, split.files)
     else:
-        rows = spread_rows(len(x), max(1, (64 << 20) // x[:1].nbytes)); h.update(f'{x.shape} {len(rows)}\n'.encode())
+        rows = spread_rows(len(x), max(1, (64 << 20) // x[:1].nbytes))
+        h.update(f'{x.shape} {len(rows)}\n'.encode())
         for i in range(0, len(rows), 256): add('feats', x[rows[i:i+256]])
     for name in ('num', 'img_of', 'img_ids', 'cap_ids', 'gallery'):
         if getattr(split, name) is not None: add(name, np.asarray(getattr(split, name), dtype=np.int64))

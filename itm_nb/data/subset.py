@@ -33,15 +33,19 @@ def chosen(
     "Which images of a part to keep"
     if n < 1: raise DataError('subset', f'{n} images of {part}', 'at least one', 'Correct the number.')
     if seed is None: return np.arange(min(n, len(ids)))
-    draw = uniform(torch.from_numpy(np.asarray(ids, dtype=np.int64)), f'subset of {part}', 1, seed)[:,0].numpy()
+    draw = uniform(torch.from_numpy(np.asarray(ids, dtype=np.int64)), f'subset of {part}', 1, seed)[:,
+        0].numpy()
     return np.sort(np.argsort(draw, kind='stable')[:n])
 
 # %% ../../nbs/1_data/09_subset.ipynb #b16fd1c2
 def _save_rows(path, x, rows, block=64 << 20):
-    "An npy file of some rows of a mapped array, a block at a time (a mapped output would end in a bus error on a full disk)"
+    """An npy file of some rows of a mapped array, a block at a time (a mapped output would end in a bus error
+    on a full disk)"""
     shape, step = (len(rows), *x.shape[1:]), max(1, block // max(1, x[:1].nbytes))
     with open(path, 'wb') as f:
-        np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(x.dtype), fortran_order=False, shape=shape))
+        np.lib.format.write_array_header_1_0(f,
+                                             dict(descr=np.lib.format.dtype_to_descr(x.dtype),
+                                                  fortran_order=False, shape=shape))
         for a in range(0, len(rows), step): f.write(np.ascontiguousarray(x[rows[a:a+step]]).tobytes())
         f.flush(); os.fsync(f.fileno())
 
@@ -51,33 +55,43 @@ def _own(path, folder, follow):
     "A file of the folder, or one that its user's own link leads to"
     try: return path if follow or not os.path.lexists(path) else in_folder(path, folder)
     except DataError as e:
-        raise DataError(e.where, e.found, e.wanted, 'Put the file itself there; if the link is yours: --follow-links.') from None
+        raise DataError(e.where, e.found, e.wanted,
+                        'Put the file itself there; if the link is yours: --follow-links.') from None
 
 def _cut_scan(folder, to, sizes, seed, follow)->dict:
     "Write the parts of a SCAN folder, smaller; {part: what was kept, as the old folder has it}"
     kept = {}
     for part in (p for p in PARTS if p in sizes):
-        files = scan_files(folder, part); [_own(p, folder, follow) for p in files.values()]; s = read_scan(folder, part)
+        files = scan_files(folder, part)
+        [_own(p, folder, follow) for p in files.values()]
+        s = read_scan(folder, part, follow_links=follow)
         rows = chosen(s.img_ids, sizes[part], part, seed)
-        kept[part] = new = s.subset(rows); here = {k: to/p.name for k, p in files.items()}
+        kept[part] = new = s.subset(rows)
+        here = {k: to/p.name for k, p in files.items()}
         _save_rows(here['ims.npy'], s.feats, rows)
         if os.path.lexists(files['num.npy']): _save_rows(here['num.npy'], s.num, rows)
         if s.boxes is not None: _save_rows(here['boxes.npy'], s.boxes, rows)
-        _save_lines(here['caps.txt'], new.captions); _save_lines(here['ids.txt'], new.img_ids[new.img_of])
+        _save_lines(here['caps.txt'], new.captions)
+        _save_lines(here['ids.txt'], new.img_ids[new.img_of])
     return kept
 
 # %% ../../nbs/1_data/09_subset.ipynb #433adf41
 def _cut_karpathy(folder, to, sizes, seed, follow)->dict:
     "Write a Karpathy folder, smaller; {part: what was kept, as the old folder has it}"
-    path = _own(only_file(folder, 'dataset*.json'), folder, follow); d, kept, keep = read_json(path), {}, []
+    path = _own(only_file(folder, 'dataset*.json'), folder, follow)
+    d, kept, keep = read_json(path), {}, []
     for part in (p for p in PARTS if p in sizes):
-        s = open_layout(folder, part, 'karpathy'); rows = chosen(s.img_ids, sizes[part], part, seed)
-        own = [i for i, x in enumerate(d['images']) if part_name(x['split'], path) == part]; keep += [own[r] for r in rows]
+        s = open_layout(folder, part, 'karpathy', follow_links=follow)
+        rows = chosen(s.img_ids, sizes[part], part, seed)
+        own = [i for i, x in enumerate(d['images']) if part_name(x['split'], path) == part]
+        keep += [own[r] for r in rows]
         kept[part] = s.subset(rows)
         for f in kept[part].files:
-            at = to/Path(f).relative_to(folder); at.parent.mkdir(parents=True, exist_ok=True)
+            at = to/Path(f).relative_to(folder)
+            at.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(regular_file(_own(f, folder, follow)), at)
-    write_atomic(to/path.name, json.dumps(d | dict(images=[d['images'][i] for i in sorted(keep)]), ensure_ascii=False).encode())
+    write_atomic(to/path.name, json.dumps(d | dict(images=[d['images'][i] for i in sorted(keep)]),
+                                          ensure_ascii=False).encode())
     return kept
 
 _CUTS = dict(scan=_cut_scan, karpathy=_cut_karpathy)
@@ -86,8 +100,10 @@ _CUTS = dict(scan=_cut_scan, karpathy=_cut_karpathy)
 def _cut_judgements(folder, to, layout, kept, follow)->int:
     "Write the judgements of kept pairs, by their new ids; how many there are"
     if not os.path.lexists(path := _own(folder/'judgements.npz', folder, follow)): return 0
-    parts = [p for p in kept if p != 'testall' or 'test' not in kept]; now = [open_layout(to, p, layout) for p in parts]
-    ids = {k: [np.concatenate([getattr(s, k) for s in x]) for x in ([kept[p] for p in parts], now)] for k in ('img_ids', 'cap_ids')}
+    parts = [p for p in kept if p != 'testall' or 'test' not in kept]
+    now = [open_layout(to, p, layout) for p in parts]
+    ids = {k: [np.concatenate([getattr(s, k) for s in x]) for x in ([kept[p] for p in parts], now)]
+           for k in ('img_ids', 'cap_ids')}
     out = {}
     for name, width in (('crowd', 4), ('expert', 5)):
         a = npz_table(path, name, width)
@@ -99,6 +115,20 @@ def _cut_judgements(folder, to, layout, kept, follow)->int:
     return n
 
 # %% ../../nbs/1_data/09_subset.ipynb #c0e667f3
+def _parts_to_cut(folder, to, layout, sizes)->list:
+    "The parts of the folder; raises DataError where it cannot be cut"
+    if layout not in _CUTS:
+        raise DataError(folder, f'the layout {layout}', f'one of {", ".join(_CUTS)}',
+                        'Others are cut by their table.')
+    if os.path.lexists(to):
+        raise DataError(to, 'something there already', 'a name that is free',
+                        'Remove it, or take another name.')
+    more = ['testall'] * (layout == 'scan' and any(folder.glob('testall_*')))
+    known = ['train', 'val', 'test', *more]
+    if strange := set(sizes) - set(known):
+        raise DataError(folder, f'no part {", ".join(sorted(strange))}', f'of {", ".join(known)}')
+    return known
+
 def subset(
     folder,            # data folder: SCAN's layout or Karpathy's JSON beside images/
     to,                # folder to make; it must not be there yet
@@ -109,21 +139,23 @@ def subset(
     follow_links:bool=False,   # copy what links out of the folder lead to? Only where they are yours
 )->dict:               # images of each part, and `judged`: judgements that went along
     "Write a smaller folder of the same layout; it passes `itm_data check`, or nothing is written"
-    folder, to = Path(folder), Path(to); layout = layout or recognise(folder)
-    if layout not in _CUTS: raise DataError(folder, f'the layout {layout}', f'one of {", ".join(_CUTS)}', 'Others are cut by their table.')
-    if os.path.lexists(to): raise DataError(to, 'something there already', 'a name that is free', 'Remove it, or take another name.')
-    more = ['testall'] * (layout == 'scan' and any(folder.glob('testall_*'))); known = ['train', 'val', 'test', *more]
-    if strange := set(sizes) - set(known): raise DataError(folder, f'no part {", ".join(sorted(strange))}', f'of {", ".join(known)}')
+    folder, to = Path(folder), Path(to)
+    layout = layout or recognise(folder, follow_links=follow_links)
+    known = _parts_to_cut(folder, to, layout, sizes)
     new = to.with_name(f'.{to.name}.{os.getpid()}.tmp')
     try:
         new.mkdir(parents=True)
         kept = _CUTS[layout](folder, new, {p: sizes.get(p, n) for p in known}, seed, follow_links)
-        said = {p: len(s) for p, s in kept.items()}; judged = _cut_judgements(folder, new, layout, kept, follow_links)
-        write_atomic(new/'subset.json', json.dumps(dict(of=folder.resolve().name, seed=seed, images=said, judged=judged)).encode())
+        said = {p: len(s) for p, s in kept.items()}
+        judged = _cut_judgements(folder, new, layout, kept, follow_links)
+        write_atomic(new/'subset.json', json.dumps(dict(of=folder.resolve().name, seed=seed, images=said,
+                                                        judged=judged)).encode())
         wrong = [f.text for f in check_layout(new, layout) if f.level == 'error']
         if wrong: raise DataError(folder, wrong[0], 'a folder without errors', 'Run itm_data check on it.')
         os.rename(new, to)
-    except OSError as e: raise DataError(to, f'cannot be written ({e.strerror})', 'a writable place', 'Check permissions and disk.') from e
+    except OSError as e:
+        raise DataError(to, f'cannot be written ({e.strerror})', 'a writable place',
+                        'Check permissions and disk.') from e
     finally: shutil.rmtree(new, ignore_errors=True)
     return said | dict(judged=judged)
 
@@ -133,12 +165,20 @@ def subset_command(
 )->list:               # of lines
     "`itm_data subset FOLDER TO`"
     p = Parser(prog='itm_data subset', description='Write a smaller data folder of the same layout')
-    p.add_argument('folder', help="SCAN's layout, or Karpathy's JSON beside images/"); p.add_argument('to', help='folder to make')
+    p.add_argument('folder', help="SCAN's layout, or Karpathy's JSON beside images/")
+    p.add_argument('to', help='folder to make')
     p.add_argument('-n', type=number(int, 1), default=100, help='images of every part (default: 100)')
     p.add_argument('--seed', type=number(int), default=None, help='of a sample (default: the first images)')
     p.add_argument('--layout', default='', help='default: found out')
-    p.add_argument('--follow-links', action='store_true', help='copy what links out of the folder lead to: they are yours')
-    for part in PARTS: p.add_argument(f'--{part}', type=number(int, 1), default=None, metavar='N', help='images of this part')
-    a = p.parse_args(argv); check_place(a.to, 'to'); sizes = {part: x for part in PARTS if (x := getattr(a, part)) is not None}
-    said = subset(a.folder, a.to, a.n, a.seed, sizes, a.layout, a.follow_links); judged = said.pop('judged')
-    return [*(f'{part}: {x} images' for part, x in said.items()), *([f'{judged} judgements'] if judged else []), f'they lie in {a.to}']
+    p.add_argument('--follow-links', action='store_true',
+                   help='copy what links out of the folder lead to: they are yours')
+    for part in PARTS:
+        p.add_argument(f'--{part}', type=number(int, 1), default=None, metavar='N',
+                       help='images of this part')
+    a = p.parse_args(argv)
+    check_place(a.to, 'to')
+    sizes = {part: x for part in PARTS if (x := getattr(a, part)) is not None}
+    said = subset(a.folder, a.to, a.n, a.seed, sizes, a.layout, a.follow_links)
+    judged = said.pop('judged')
+    return [*(f'{part}: {x} images' for part, x in said.items()),
+            *([f'{judged} judgements'] if judged else []), f'they lie in {a.to}']

@@ -29,7 +29,8 @@ from .world import Kin, Types
 def _flat(x, at='')->dict:
     "Nested dataclasses as arrays by path; sentences as bytes, one a line"
     if isinstance(x, list): return {at: np.frombuffer('\n'.join(x).encode(), np.uint8)}
-    parts = x if isinstance(x, dict) else {f.name: getattr(x, f.name) for f in fields(x)} if is_dataclass(x) else None
+    parts = x if isinstance(x, dict) else {f.name: getattr(x, f.name)
+                                           for f in fields(x)} if is_dataclass(x) else None
     if parts is None: return {} if x is None else {at: np.asarray(x)}
     return {k: v for name, y in parts.items() for k, v in _flat(y, f'{at}/{name}').items()}
 
@@ -47,7 +48,8 @@ def pack(
     w:World,
 )->bytes:         # an npz file
     "A world as the content of one file"
-    out = io.BytesIO(); np.savez(out, **{k.strip('/'): v for k, v in _flat(w).items()})
+    out = io.BytesIO()
+    np.savez(out, **{k.strip('/'): v for k, v in _flat(w).items()})
     return out.getvalue()
 
 def unpack(
@@ -63,7 +65,8 @@ def unpack(
 @cache
 def _source()->str:
     "What the bytes of a world depend on beside its arguments"
-    return ' '.join([np.__version__, *(sha256_of(m.__file__) for m in (counter_draws, splits, grammar, world, captions, dataset))])
+    return ' '.join([np.__version__, *(sha256_of(m.__file__)
+                                       for m in (counter_draws, splits, grammar, world, captions, dataset))])
 
 def load_or_make(
     folder,             # where drawn worlds are load_or_make, made if need be; safe to delete at any time
@@ -75,6 +78,8 @@ def load_or_make(
     key = hashlib.sha256(json.dumps(['itm_nb world 1', preset, rho, seed, _source()]).encode()).hexdigest()
     path = Path(folder)/f'world-{preset}-{seed}-{key[:16]}.npz'
     try: return unpack(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): made = dataset.make(preset, rho=rho, seed=seed)
-    path.parent.mkdir(parents=True, exist_ok=True); write_atomic(path, pack(made))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        made = dataset.make(preset, rho=rho, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, pack(made))
     return made

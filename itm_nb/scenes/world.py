@@ -27,8 +27,10 @@ def _arc(a, b, r=1., k=24, cx=0., cy=0.):
     t = np.linspace(a, b, k)*2*np.pi
     return np.stack([cx + r*np.cos(t), cy + r*np.sin(t)], -1)
 
-_CORNERS = dict(square='-.7 -.7 .7 -.7 .7 .7 -.7 .7', rectangle='-.92 -.38 .92 -.38 .92 .38 -.92 .38', triangle='0 -1 .87 .5 -.87 .5',
-                cross='-.3 -.95 .3 -.95 .3 -.3 .95 -.3 .95 .3 .3 .3 .3 .95 -.3 .95 -.3 .3 -.95 .3 -.95 -.3 -.3 -.3',
+_CORNERS = dict(square='-.7 -.7 .7 -.7 .7 .7 -.7 .7', rectangle='-.92 -.38 .92 -.38 .92 .38 -.92 .38',
+                triangle='0 -1 .87 .5 -.87 .5',
+                cross='-.3 -.95 .3 -.95 .3 -.3 .95 -.3 .95 .3 .3 .3 .3 .95 -.3 .95 -.3 .3 -.95 .3 -.95 -.3 '
+                      '-.3 -.3',
                 arrow='-.95 -.25 .1 -.25 .1 -.7 1 0 .1 .7 .1 .25 -.95 .25')
 
 def _outlines():
@@ -38,11 +40,13 @@ def _outlines():
     out['ring'] = np.concatenate([_arc(0, 1, 1, 40), _arc(1, 0, .55, 40)])
     out['star'] = np.stack([_arc(-.25, .75, 1, 6)[:5], _arc(-.15, .85, .42, 6)[:5]], 1).reshape(-1, 2)
     t = np.linspace(0, 1, 48)*2*np.pi
-    out['heart'] = np.stack([16*np.sin(t)**3, -(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - 2.5], -1)/17.5
+    out['heart'] = np.stack([16*np.sin(t)**3,
+                             -(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - 2.5], -1)/17.5
     out['moon'] = np.concatenate([_arc(.12, .88, 1, 32), _arc(.82, .18, .75, 32, .45)])
     out['drop'] = np.concatenate([[[0, -1]], _arc(-.08, .58, .55, 32, 0, .42)])
     half = np.linspace(-1, 1, 20); bulge = .45*(1-half**2)
-    out['leaf'] = np.concatenate([np.stack([half, bulge], -1), np.stack([half, -bulge], -1)[::-1]]) @ np.array([[.8, -.6], [.6, .8]])
+    out['leaf'] = np.concatenate([np.stack([half, bulge], -1),
+                                  np.stack([half, -bulge], -1)[::-1]]) @ np.array([[.8, -.6], [.6, .8]])
     return {s: out[s]/max(1, np.hypot(*out[s].T).max()) for s in SHAPES}
 
 OUTLINES = _outlines()
@@ -58,19 +62,21 @@ def _inside(points, outline):
 
 def _samples(k=40):
     "(12, k, 2) points spread evenly over each shape"
-    i = np.arange(1500); square = np.stack([(i*.7548776662466927) % 1, (i*.5698402909980532) % 1], -1)*2 - 1   # a low-discrepancy sequence
+    i = np.arange(1500)
+    # a low-discrepancy sequence
+    square = np.stack([(i*.7548776662466927) % 1, (i*.5698402909980532) % 1], -1)*2 - 1
     return np.stack([square[_inside(square, xy)][:k] for xy in OUTLINES.values()])
 
 _SAMPLES = _samples()
 
 def visible(
     scenes:Scenes,     # S of them
-)->np.ndarray:         # (S, 6) float share of each object that can be seen, at least; 1 where there is no object
+)->np.ndarray:  # (S, 6) float share of each object that can be seen, at least; 1 where there is no object
     "What later objects and the frame leave of each object"
     at = np.stack([scenes.x, scenes.y], -1)
     out = np.ones(scenes.shape.shape)
     for o in range(MOST_OBJECTS):
-        p = at[:,o,None] + _SAMPLES[scenes.shape[:,o]]*scenes.r[:,o,None,None]                                   # (S, k, 2)
+        p = at[:,o,None] + _SAMPLES[scenes.shape[:,o]]*scenes.r[:,o,None,None]  # (S, k, 2)
         seen = ((p >= 0) & (p <= 1)).all(-1)
         for other in range(o+1, MOST_OBJECTS):
             apart = ((p - at[:,other,None])**2).sum(-1) > scenes.r[:,other,None]**2
@@ -95,8 +101,10 @@ def make_types(
     "The types of one world"
     rng = stream(seed, 'types')
     weight = np.arange(1, count+1)**-.5
-    held = np.zeros(120, bool); held[rng.permutation(120)[:round(120*held_out)]] = True
-    return Types(weight/weight.sum(), rng.dirichlet(np.full(12, .3), count), rng.dirichlet(np.full(10, .3), count), held.reshape(12, 10))
+    held = np.zeros(120, bool)
+    held[rng.permutation(120)[:round(120*held_out)]] = True
+    return Types(weight/weight.sum(), rng.dirichlet(np.full(12, .3), count),
+                 rng.dirichlet(np.full(10, .3), count), held.reshape(12, 10))
 
 def choose_rows(rng, p):
     "One index per row of probabilities, by one uniform and the inverse CDF"
@@ -105,13 +113,15 @@ def choose_rows(rng, p):
 def _paint(rng, colour):
     "Colour names -> (hue, light); one chromatic object in twenty lies between two names"
     hue = (colour/8 + np.clip(rng.normal(0, .0115, colour.shape), -.06, .06)) % 1
-    light = np.where(colour == 8, .12, np.where(colour == 9, .93, .5)) + np.clip(rng.normal(0, .06, colour.shape), -.3, .3)
+    light = np.where(colour == 8, .12, np.where(colour == 9, .93, .5)) + np.clip(rng.normal(0, .06,
+        colour.shape), -.3, .3)
     return np.where(colour < 8, hue, np.nan), np.clip(light, 0, 1)
 
 def colour_name(scenes):
     "(S, 6) the nearest name, certain or not"
     grey = np.isnan(scenes.hue)
-    return np.where(grey, 8 + (scenes.light >= .5), np.round(np.where(grey, 0, scenes.hue)*8) % 8).astype('i1')
+    return np.where(grey, 8 + (scenes.light >= .5),
+                    np.round(np.where(grey, 0, scenes.hue)*8) % 8).astype('i1')
 
 def make_scenes(
     rng:np.random.Generator,
@@ -126,7 +136,8 @@ def make_scenes(
     shape = choose_rows(rng, np.broadcast_to(types.shape[kind,None], (*S, 12)))
     p = np.broadcast_to(types.colour[kind,None], (*S, 10))
     if not novel:
-        p = (p + 1e-9) * ~types.held_out[shape]; p = p/p.sum(-1, keepdims=True)
+        p = (p + 1e-9) * ~types.held_out[shape]
+        p = p/p.sum(-1, keepdims=True)
     hue, light = _paint(rng, choose_rows(rng, p))
     texture = choose_rows(rng, np.broadcast_to([.5, .25, .25], (*S, 3)))
     scenes = Scenes(n, shape, hue, light, texture, *np.zeros((3, *S)), rng.integers(0, 4, count).astype('i1'))
@@ -137,7 +148,9 @@ def _arrange(rng, scenes):
     todo = np.arange(len(scenes))
     while len(todo):
         size = (len(todo), MOST_OBJECTS)
-        scenes.r[todo], scenes.x[todo], scenes.y[todo] = rng.uniform(.05, .18, size), rng.uniform(.1, .9, size), rng.uniform(.1, .9, size)
+        scenes.r[todo], scenes.x[todo], scenes.y[todo] = (rng.uniform(.05, .18, size),
+                                                          rng.uniform(.1, .9, size),
+                                                          rng.uniform(.1, .9, size))
         todo = todo[(visible(scenes[todo]) < .6).any(1)]
     return scenes
 
@@ -154,13 +167,16 @@ def _rgb(hue, light):
 
 def _mask(xy, texture, size, step):
     "What an object paints: its outline, cut by its texture"
-    mask = Image.new('1', (size, size)); ImageDraw.Draw(mask).polygon([tuple(p) for p in xy], fill=1)
+    mask = Image.new('1', (size, size))
+    ImageDraw.Draw(mask).polygon([tuple(p) for p in xy], fill=1)
     if texture == 0: return mask
-    cut = Image.new('1', (size, size), 1); pen = ImageDraw.Draw(cut)
+    cut = Image.new('1', (size, size), 1)
+    pen = ImageDraw.Draw(cut)
     for u in np.arange(0, size + step, 2*step):
         if texture == 1: pen.line([(0, u), (size, u)], fill=0, width=max(1, int(.8*step)))
         else:
-            for v in np.arange(0, size + step, 2*step): pen.ellipse([u-.6*step, v-.6*step, u+.6*step, v+.6*step], fill=0)
+            for v in np.arange(0, size + step, 2*step):
+                pen.ellipse([u-.6*step, v-.6*step, u+.6*step, v+.6*step], fill=0)
     return ImageChops.logical_and(mask, cut)
 
 def _under(rgb):
@@ -173,7 +189,7 @@ def draw(
     size:int=160,        # pixels of a side
 )->Image.Image:
     "A picture of one scene"
-    big = 3*size                                                          # drawn larger and shrunk: smooth edges
+    big = 3*size  # drawn larger and shrunk: smooth edges
     img = Image.new('RGB', (big, big), _GROUNDS[scenes.ground[i]])
     for o in range(scenes.n[i]):
         xy = (OUTLINES[SHAPES[scenes.shape[i,o]]]*scenes.r[i,o] + [scenes.x[i,o], scenes.y[i,o]])*big
@@ -194,13 +210,15 @@ def show(
     fig, axes = plt.subplots(rows, columns, figsize=(width*columns, (width+.45)*rows), dpi=80, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for k, (ax, p) in enumerate(zip(axes.flat, pictures)):
-        ax.imshow(p); ax.set_title(titles[k] if titles else '', fontsize=7, wrap=True)
+        ax.imshow(p)
+        ax.set_title(titles[k] if titles else '', fontsize=7, wrap=True)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/2_scenes/01_world.ipynb #426a841c
 EDITS = ('colour', 'shape', 'texture', 'number', 'order', 'swap')
-_PROPOSED = np.array([1., 1.1, .9, 1.2, 1.5, 3.3])/9.   # a swap is often impossible: proposed more often, so that all are about as frequent
+# a swap is often impossible: proposed more often, so that all are about as frequent
+_PROPOSED = np.array([1., 1.1, .9, 1.2, 1.5, 3.3])/9.
 
 @dataclass(frozen=True, eq=False)
 class Kin:
@@ -214,28 +232,36 @@ class Kin:
 def _columns(scenes): return {f.name: getattr(scenes, f.name) for f in fields(Scenes)}
 
 def _edit(rng, s, kind, one, two):
-    "Apply one edit to each scene of the column dictionary `s`; returns where it makes sense, and where an object was removed"
+    """Apply one edit to each scene of the column dictionary `s`; returns where it makes sense, and where an
+    object was removed"""
     row, ok = np.arange(len(kind)), np.ones(len(kind), bool)
     is_ = lambda name: np.flatnonzero(kind == EDITS.index(name))
     named = colour_units(s['hue'], s['light'])
-    k = is_('colour'); new = (named[k,one[k]].argmax(-1) + rng.integers(1, 10, len(k))) % 10
+    k = is_('colour')
+    new = (named[k,one[k]].argmax(-1) + rng.integers(1, 10, len(k))) % 10
     ok[k] = named[k,one[k],new] == 0
     s['hue'][k,one[k]], s['light'][k,one[k]] = _paint(rng, new)
-    ok[k] &= colour_units(s['hue'][k,one[k]], s['light'][k,one[k]]).max(-1) == 2              # a twin's new colour has a certain name
-    k = is_('shape'); s['shape'][k,one[k]] = (s['shape'][k,one[k]] + rng.integers(1, 12, len(k))) % 12
-    k = is_('texture'); s['texture'][k,one[k]] = (s['texture'][k,one[k]] + rng.integers(1, 3, len(k))) % 3
-    k = is_('order'); dx, dy = (np.abs(s[v][k,one[k]] - s[v][k,two[k]]) for v in 'xy')
+    # a twin's new colour has a certain name
+    ok[k] &= colour_units(s['hue'][k,one[k]], s['light'][k,one[k]]).max(-1) == 2
+    k = is_('shape')
+    s['shape'][k,one[k]] = (s['shape'][k,one[k]] + rng.integers(1, 12, len(k))) % 12
+    k = is_('texture')
+    s['texture'][k,one[k]] = (s['texture'][k,one[k]] + rng.integers(1, 3, len(k))) % 3
+    k = is_('order')
+    dx, dy = (np.abs(s[v][k,one[k]] - s[v][k,two[k]]) for v in 'xy')
     ok[k] = (np.maximum(dx, dy) >= .12) & (s['shape'][k,one[k]] != s['shape'][k,two[k]])
     for v in 'xy': s[v][k,one[k]], s[v][k,two[k]] = s[v][k,two[k]], s[v][k,one[k]]
     k = is_('swap'); certain = named.max(-1) == 2
-    ok[k] = ((s['shape'][k,one[k]] != s['shape'][k,two[k]]) & (named[k,one[k]].argmax(-1) != named[k,two[k]].argmax(-1))
+    ok[k] = ((s['shape'][k,one[k]] != s['shape'][k,two[k]]) & (named[k,one[k]].argmax(-1) != named[k,
+        two[k]].argmax(-1))
              & certain[k,one[k]] & certain[k,two[k]])
     for v in ('hue', 'light'): s[v][k,one[k]], s[v][k,two[k]] = s[v][k,two[k]], s[v][k,one[k]]
     return ok, _more_or_less(rng, s, is_('number'), one, ok)
 
 def _more_or_less(rng, s, k, one, ok):
     "One object more (a changed copy of another scene's) or one less"
-    fewer = np.zeros(len(ok), bool); fewer[k] = rng.random(len(k)) < .5
+    fewer = np.zeros(len(ok), bool)
+    fewer[k] = rng.random(len(k)) < .5
     more, less = k[~fewer[k]], k[fewer[k]]
     ok[more], ok[less] = s['n'][more] < MOST_OBJECTS, s['n'][less] > 2
     more, less = more[ok[more]], less[ok[less]]
@@ -263,15 +289,20 @@ def make_twins(
     novel:bool=False,    # held-out pairs may occur
 )->tuple:                # the scenes with twins among them, and their `Kin`
     "Replace a share of the scenes by an earlier scene with one edit"
-    S = len(scenes); out = {k: v.copy() for k, v in _columns(scenes).items()}
-    twin = rng.random(S) < tau; twin[:2] = False; originals = np.flatnonzero(~twin)
-    parent = np.where(twin, originals[(rng.random(S)*np.searchsorted(originals, np.arange(S))).astype(int)], -1)
+    S = len(scenes)
+    out = {k: v.copy() for k, v in _columns(scenes).items()}
+    twin = rng.random(S) < tau
+    twin[:2] = False
+    originals = np.flatnonzero(~twin)
+    parent = np.where(twin, originals[(rng.random(S)*np.searchsorted(originals, np.arange(S))).astype(int)],
+                      -1)
     kin = {k: np.full(S, -1) for k in ('edit', 'one', 'two')} | dict(fewer=np.zeros(S, bool))
     todo = np.flatnonzero(twin)
     while len(todo):
         s = {k: v[parent[todo]].copy() for k, v in _columns(scenes).items()}
         kind = choose_rows(rng, np.broadcast_to(_PROPOSED, (len(todo), len(EDITS))))
-        order = np.argsort(rng.random((len(todo), MOST_OBJECTS)) + 9*(np.arange(MOST_OBJECTS) >= s['n'][:,None]), 1)
+        order = np.argsort(rng.random((len(todo), MOST_OBJECTS))
+                           + 9*(np.arange(MOST_OBJECTS) >= s['n'][:,None]), 1)
         one, two = order[:,0].copy(), order[:,1].copy()
         ok, fewer = _edit(rng, s, kind, one, two)
         ok &= _allowed(Scenes(**s), types, novel)
@@ -283,19 +314,20 @@ def make_twins(
 
 # %% ../../nbs/2_scenes/01_world.ipynb #18df5a2f
 MOST_REGIONS, MIXED = 10, 64
-LATENT_MIX = stream(0, 'mix').normal(0, 1/2, (27, MIXED))                        # columns of length about four
+LATENT_MIX = stream(0, 'mix').normal(0, 1/2, (27, MIXED))  # columns of length about four
 
 def latents(
     scenes:Scenes,     # S of them
 )->np.ndarray:         # (S, 6, 27) shape (12), colour coordinates (10), texture (3), scaled radius, 1
     "What a noise-free detector would measure of each object"
     at = (scenes.hue*8)[...,None] - np.arange(8)
-    near = np.maximum(0, 1 - np.abs((at + 4) % 8 - 4))                     # a tent over each name: neighbours share a colour
+    near = np.maximum(0, 1 - np.abs((at + 4) % 8 - 4))  # a tent over each name: neighbours share a colour
     grey = np.where(np.isnan(scenes.hue), scenes.light, np.nan)
     colour = np.nan_to_num(np.concatenate([near, 1 - grey[...,None], grey[...,None]], -1))
     one_hot = lambda v, k: (v[...,None] == np.arange(k)).astype(float)
     radius = (scenes.r[...,None]-.115)/.0375
-    return np.concatenate([one_hot(scenes.shape, 12), colour, one_hot(scenes.texture, 3), radius, np.ones_like(radius)], -1)
+    return np.concatenate([one_hot(scenes.shape, 12), colour, one_hot(scenes.texture, 3), radius,
+                           np.ones_like(radius)], -1)
 
 def boxes_of(scenes, rng=None):
     "(S, 6, 4) x1, y1, x2, y2; shaken by .15 r with a generator"
@@ -320,15 +352,18 @@ def detect(
 )->tuple:                  # (S, 10, 68) float32 features, (S, 10, 4) float32 boxes, (S,) how many are real
     "Regions in random order, padding last"
     S = len(scenes)
-    z, box, seen = latents(scenes), boxes_of(scenes, rng), scenes.present & (rng.random(scenes.shape.shape) >= miss)
+    z, box, seen = (latents(scenes), boxes_of(scenes, rng),
+                    scenes.present & (rng.random(scenes.shape.shape) >= miss))
     seen[~seen.any(1),0] = True
-    for o in range(MOST_OBJECTS-1):                                        # an object and the next one, seen as one region
+    for o in range(MOST_OBJECTS-1):  # an object and the next one, seen as one region
         m = np.flatnonzero((rng.random(S) < merge) & seen[:,o] & seen[:,o+1])
         z[m,o+1], seen[m,o] = (z[m,o] + z[m,o+1])/2, False
-        box[m,o+1] = np.concatenate([np.minimum(box[m,o,:2], box[m,o+1,:2]), np.maximum(box[m,o,2:], box[m,o+1,2:])], -1)
+        box[m,o+1] = np.concatenate([np.minimum(box[m,o,:2], box[m,o+1,:2]),
+                                     np.maximum(box[m,o,2:], box[m,o+1,2:])], -1)
     z, box, seen = (np.concatenate(v, 1) for v in zip((z, box, seen), _ghosts(rng, strange, S, false)))
     order = np.argsort(rng.random(seen.shape) + 2*~seen, 1)
-    z, box, seen = (np.take_along_axis(v, order.reshape(order.shape + (1,)*(v.ndim-2)), 1) for v in (z, box, seen))
+    z, box, seen = (np.take_along_axis(v, order.reshape(order.shape + (1,)*(v.ndim-2)), 1)
+                    for v in (z, box, seen))
     box = np.clip(box, 0, 1)
     feats = np.concatenate([z @ LATENT_MIX + rng.normal(0, sigma, (*seen.shape, MIXED)), _geometry(box)], -1)
     return (feats*seen[...,None]).astype('f4'), (box*seen[...,None]).astype('f4'), seen.sum(1)

@@ -45,7 +45,7 @@ ACCEPTS = {
     'record': 'JSON of the schema: an id of 12 hexadecimal digits, a sweep of letters, digits and ._-, texts of one line, finite numbers',
     'sweep': "plain YAML; names of letters, digits, ._- and blanks; methods and templates of the package, others with --allow-code; no places",
     'model folder': 'JSON, safetensors, tokenizer rules; kinds of the registry, types that transformers has itself; nothing that is run or fetched',
-    'data folder': 'text, JSON, CSV, pictures, arrays and Arrow tables of plain numbers; files whose content lies in the folder, for what is given away',
+    'data folder': 'text, JSON, CSV, pictures, arrays and Arrow tables of plain numbers; files whose content lies in the folder',
     'label file': 'JSON, CSV, npy and npz of plain numbers, plain YAML'}
 
 STRINGS = [                                       # {c}: the canary
@@ -393,6 +393,89 @@ def test_linked_photos_and_tables_are_not_copied(canary, tmp_path):
     (at/'images').rename(tmp_path/'elsewhere'); (at/'images').symlink_to(tmp_path/'elsewhere'); refused(subset, at, tmp_path/'b', 2); subset(at, tmp_path/'c', 2, follow_links=True)
     (at/'images').unlink(); (tmp_path/'elsewhere').rename(at/'images'); (at/'images'/'0.png').rename(tmp_path/'secret.png'); (at/'images'/'0.png').symlink_to(tmp_path/'secret.png'); refused(subset, at, tmp_path/'d', 2)
     assert not (tmp_path/'b').exists() and not (tmp_path/'d').exists()
+
+
+def photos(at):
+    "Four small photos and their parts"
+    from PIL import Image
+    (at/'images').mkdir(parents=True); parts = ('train', 'train', 'val', 'test')
+    for i in range(len(parts)): Image.fromarray(np.full((16, 16, 3), 40*i, 'u1')).save(at/'images'/f'{i}.png')
+    return [(f'images/{i}.png', f'a dog {i}', part) for i, part in enumerate(parts)]
+
+
+def karpathy_set(at):
+    images = [dict(filename=f[7:], split=p, imgid=i, sentences=[dict(raw=c, sentid=i)]) for i, (f, c, p) in enumerate(photos(at))]
+    (at/'dataset_own.json').write_text(json.dumps(dict(images=images))); return ['dataset_own.json', 'images/0.png']
+
+
+def albef_set(at):
+    rows = photos(at); lists = {part: [dict(image=f, caption=c) for f, c, p in rows if p == part] for part in ('train', 'val', 'test')}
+    for part, listed in lists.items(): (at/f'own_{part}.json').write_text(json.dumps(listed))
+    return ['own_train.json', 'own_val.json', 'own_test.json', 'images/0.png']
+
+
+def captions_set(at, name='captions.csv'):
+    (at/name).write_text('\n'.join(map(','.join, [('file', 'caption', 'split'), *photos(at)]))); return [name, 'images/0.png']
+
+
+def jsonl_set(at):
+    rows = photos(at)
+    (at/'captions.jsonl').write_text('\n'.join(json.dumps(dict(file=f, caption=c, split=p)) for f, c, p in rows)); return ['captions.jsonl', 'images/0.png']
+
+
+def imagefolder_set(at):
+    (at/'metadata.csv').write_text('\n'.join(map(','.join, [('file_name', 'text', 'split'), *photos(at)]))); return ['metadata.csv', 'images/0.png']
+
+
+def parts_set(at):
+    "A table in each part, as at the Hub"
+    for f, c, p in photos(at):
+        (at/p).mkdir(exist_ok=True); (at/f).rename(at/p/f[7:]); new = not (at/p/'metadata.csv').exists()
+        with open(at/p/'metadata.csv', 'a') as t: t.write('file_name,text\n'*new + f'{f[7:]},{c}\n')
+    return ['train/metadata.csv', 'test/metadata.csv', 'train/0.png']
+
+
+def boxes_set(at):
+    rows = [('file', 'caption', 'split'), *((f'{i}.npz', f'a dog {i}', p) for i, p in enumerate(('train', 'train', 'val', 'test')))]
+    box = np.tile(np.array([0, 0, 1, 1], 'f4'), (2, 1))
+    at.mkdir(); (at/'captions.csv').write_text('\n'.join(map(','.join, rows)))
+    for i in range(4): np.savez(at/f'{i}.npz', features=np.full((2, 3), i, 'f4'), conf=np.ones(2, 'f4'), norm_bb=box)
+    return ['captions.csv', '0.npz']
+
+
+def datasets_set(at):
+    datasets = pytest.importorskip('datasets'); rows = photos(at); parts = dict.fromkeys(p for *_, p in rows)
+    made = {part: datasets.Dataset.from_list([dict(image=f, caption=c) for f, c, p in rows if p == part]) for part in parts}
+    datasets.DatasetDict(made).save_to_disk(str(at)); return ['dataset_dict.json', next((at/'train').glob('*.arrow')).relative_to(at).as_posix()]
+
+
+def scan_set(at):
+    scan(at); return [f'train_{k}' for k in ('caps.txt', 'ids.txt', 'ims.npy')]
+
+
+SETS = dict(scan=scan_set, karpathy=karpathy_set, albef=albef_set, captions=captions_set, jsonl=jsonl_set, kaggle=lambda at: captions_set(at, 'captions.txt'),
+            imagefolder=imagefolder_set, parts=parts_set, boxes=boxes_set, datasets=datasets_set)
+
+@pytest.mark.parametrize('layout', SETS)
+def test_a_link_out_of_the_folder_is_not_read(layout, canary, tmp_path):
+    "A table, an array or a picture that is a link out of the data folder is refused by name, in every layout; the caller may vouch for it; a link inside is read"
+    at = tmp_path/'set'; names = SETS[layout](at); whole = layouts.open_layout(at, 'train')
+    def again(**settings): return layouts.open_layout(at, 'train', **settings).captions
+    for name in names:
+        private = tmp_path/f'private{Path(name).suffix}'; (at/name).rename(private); (at/name).symlink_to(private)
+        with pytest.raises(DataError, match='a link that leads out of the folder') as e: again()
+        assert Path(e.value.where).name == Path(name).name
+        said = layouts.check_layout(at); assert any(f.level == 'error' and 'leads out' in f.text for f in said)
+        assert again(follow_links=True) == whole.captions
+        (at/name).unlink(); inner = (at/name).with_name('.kept'); private.rename(inner); (at/name).symlink_to(inner.name)
+        assert again() == whole.captions; (at/name).unlink(); inner.rename(at/name)
+
+
+@pytest.mark.parametrize('layout', [k for k in SETS if k not in ('scan', 'boxes', 'parts')])
+def test_a_linked_folder_of_pictures_is_read(layout, canary, tmp_path):
+    at = tmp_path/'set'; SETS[layout](at); whole = layouts.open_layout(at, 'train').captions
+    (at/'images').rename(tmp_path/'elsewhere'); (at/'images').symlink_to(tmp_path/'elsewhere')
+    assert layouts.open_layout(at, 'train').captions == whole
 
 
 @pytest.mark.parametrize('name', ['../out', 'a/../../out', 'own.py/../../out'])

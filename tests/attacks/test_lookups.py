@@ -9,14 +9,19 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 FIELDS = 'names of the fields of one of our own dataclasses, or a literal tuple beside the call'
 PARSER = 'names that argparse was given by us'
+SIDE = "'image' or 'text', written beside the call or in the function that calls"
 OURS = 'a literal of the package in another function, passed on'
 SIDE = "'image' or 'text', a literal of the package: a tower of a model, or None"
 
 # (module, function, what is called, its text) -> why it is safe
 SAFE = {
-    ('audit_runs', 'audit_command', 'getattr', 'k'): PARSER, ('config', '_check_all', 'getattr', 'k'): FIELDS,
+    ('audit_runs', 'audit_command', 'getattr', 'k'): PARSER, ('cli', 'itm_data', 'getattr', 'k'): PARSER,
+    ('config', '_check_all', 'getattr', 'k'): FIELDS,
     ('config', '_check_all', 'getattr', 's.name'): FIELDS, ('corpus', 'corpus', 'getattr', 'k'): FIELDS,
     ('pretrained', '_loaded_half', 'getattr', "f'{side}_model'"): OURS,
+    ('encode', '_is_network', 'getattr', "f'{side}_tower'"): SIDE, ('build', '_what_is_read', 'getattr', "f'{side}_tower'"): SIDE,
+    ('build', 'measure', 'getattr', "f'{side}_tower'"): SIDE,
+    ('frozen_cache', 'network_print', 'getattr', 'k'): FIELDS,
     ('cross_attention', '__post_init__', 'getattr', 'name'): FIELDS,
     ('compare_runs', 'find_run', 'getattr', 'd'): FIELDS, ('compare_runs', 'compare', 'getattr', 'way'): FIELDS,
     ('splits', 'concat', 'getattr', 'field'): FIELDS, ('splits', 'fingerprint', 'getattr', 'name'): FIELDS,

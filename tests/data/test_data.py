@@ -263,8 +263,13 @@ def test_feature_variants(scan, change, said):
 
 
 def test_linked_features(scan, tmp_path):
-    os.rename(scan/'dev_ims.npy', tmp_path/'elsewhere.npy'); (scan/'dev_ims.npy').symlink_to(tmp_path/'elsewhere.npy')
-    assert len(scan_layout.read_scan(scan, 'val')) == N
+    "Refused where they lie outside, read where the caller says so, or where the whole folder is a link"
+    os.rename(scan/'dev_ims.npy', tmp_path/'elsewhere.npy')
+    (scan/'dev_ims.npy').symlink_to(tmp_path/'elsewhere.npy')
+    with pytest.raises(DataError, match='dev_ims.npy: a link that leads out of the folder'): scan_layout.read_scan(scan, 'val')
+    assert len(scan_layout.read_scan(scan, 'val', follow_links=True)) == N
+    (scan/'dev_ims.npy').unlink(); os.rename(tmp_path/'elsewhere.npy', scan/'dev_ims.npy')
+    (tmp_path/'linked').symlink_to(scan); assert len(scan_layout.read_scan(tmp_path/'linked', 'val')) == N
 
 
 @pytest.mark.parametrize('regions', [None, 0, slice(0, 2), slice(None, None, 2), [0, 1, 3], [0, 2]])
