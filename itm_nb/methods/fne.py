@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..scenes.dataset import true_pairs
 from .aoq import aoq
-from .losses import LossTerm, triplet_term
+from .losses import triplet_term
 from .memory_bank import Bank, refuse
 from .method import Method
 from .offline_mining import SHARE
