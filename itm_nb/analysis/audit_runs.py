@@ -128,10 +128,8 @@ def _given_vectors(path)->tuple:
     except (OSError, ValueError, KeyError) as e:
         raise DataError(path, f'{e}'[:120], 'an npz file with img (N, D), txt (M, D), img_of (M,)') from None
 
-def audit_command(
-    argv:list,      # what stands behind `itm_data audit`
-)->str:             # what to print
-    "Audit samplers on the vectors of a run, or on vectors of your own"
+def _audit_parser()->Parser:
+    "The arguments of `itm_data audit`"
     p = Parser(prog='itm_data audit', description=audit_command.__doc__)
     p.add_argument('--run', help='folder of a finished run')
     p.add_argument('--vectors', help='npz with img, txt, img_of')
@@ -143,7 +141,13 @@ def audit_command(
     p.add_argument('--record', help='folder for the record of the audit')
     p.add_argument('--suspects', help='write suspected false negatives there, as csv')
     p.add_argument('--top', type=number(int, 1), default=1000)
-    a = p.parse_args(argv)
+    return p
+
+def audit_command(
+    argv:list,      # what stands behind `itm_data audit`
+)->str:             # what to print
+    "Audit samplers on the vectors of a run, or on vectors of your own"
+    a = _audit_parser().parse_args(argv)
     for k in ('csv', 'suspects', 'record'):
         if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')
     if bool(a.run) == bool(a.vectors):

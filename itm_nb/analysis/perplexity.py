@@ -61,18 +61,15 @@ class Ngrams:
     ):
         "Count sentences; raises ValueError where numbers of 64 bits do not suffice"
         said = [words(s) for s in sentences]
-        vocabulary = sorted({w for r in said for w in r} | set(known))
-        index = {w: k+2 for k, w in enumerate(vocabulary)}
-        start = len(index)+2
-        base = start+1
+        index = {w: k+2 for k, w in enumerate(sorted({w for r in said for w in r} | set(known)))}
+        start = len(index)+2; base = start+1
         if base**order >= 2**63:
             raise ValueError(f'{base} words to the power {order} exceed 64 bits: use a smaller order')
         w = np.unique(_windows([[index[x] for x in r] for r in said], order, start), axis=0,
                       return_counts=True)
         out = []
         for n in range(order, 0, -1):
-            groups, count = w
-            keys = _keys(groups, base)
+            groups, count = w; keys = _keys(groups, base)
             head, at = np.unique(_keys(groups[:,:-1], base), return_inverse=True)
             n1, n2 = (count == 1).sum(), (count == 2).sum()
             D = n1/(n1 + 2*n2) if n1 else .5
