@@ -20,8 +20,8 @@ from itm_nb.metrics.statistics import corrected_t
 from itm_nb.runs.records import made_up_record, mismatches, write_record
 from itm_nb.analysis.tables import figure_path, latex, lint_table, pick, published, table, value
 from itm_nb.analysis.claims import (
-    agreed, contrast, estimate, Estimate, factorial, holm, needed, read_tests, verdict, verdict_table,
-    verdicts)
+    agreed, base_table, contrast, estimate, Estimate, factorial, holm, needed, NO_BASE, preconditions, read_tests, verdict,
+    verdict_table, verdicts)
 from itm_nb.analysis.tables import collapsed
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ REGISTERED = '73bc5814e469187ecbdce5afa995496479ce44d39c697781dbec22c7e077541b' 
 
 def test_an_erratum_puts_words_right_and_nothing_else():
     "The hash is that of the registered bytes; contrasts, arms, gates and the registered words are what they were; tables say what stood"
-    raw = TESTS.read_bytes(); before = raw[:raw.index(b'errata:')]; plain, t = yaml.safe_load(before), read_tests(TESTS)
+    raw = TESTS.read_bytes(); before = raw[:raw.index(b'preconditions:')]; plain, t = yaml.safe_load(before), read_tests(TESTS)
     assert hashlib.sha256(before).hexdigest() == REGISTERED == t['sha256'] and plain['sets'] == t['sets'] and plain['tests'].keys() == t['tests'].keys()
     changed = {k for k, x in t['tests'].items() if x != plain['tests'][k]}; assert changed == {'FNE-4'} == {e['test'] for e in t['errata']}
     assert {k: v for k, v in t['tests']['FNE-4'].items() if k != 'claim'} == {k: v for k, v in plain['tests']['FNE-4'].items() if k != 'claim'}
@@ -162,7 +162,7 @@ def test_errata_that_are_none(tmp_path, errata, says):
 
 @pytest.mark.parametrize('change', [(b'delta: 1.0', b'delta: 0.5'), (b'fne_no_cut: -1', b'fne_m0: -1'), (b'alpha: 0.05', b'alpha: 0.1'), (b'likely false negatives helps', b'easy ones helps')])
 def test_a_change_of_the_registered_part_changes_the_hash(tmp_path, change):
-    raw = TESTS.read_bytes(); cut = raw.index(b'errata:'); assert change[0] in raw[:cut]
+    raw = TESTS.read_bytes(); cut = raw.index(b'preconditions:'); assert change[0] in raw[:cut]
     (tmp_path/'t.yaml').write_bytes(raw[:cut].replace(*change)); assert read_tests(tmp_path/'t.yaml')['sha256'] != REGISTERED
     (tmp_path/'t.yaml').write_bytes(raw + b'draws: 5\n'); assert read_tests(tmp_path/'t.yaml')['sha256'] != REGISTERED       # behind the errata is not among them
 
@@ -170,6 +170,54 @@ def test_a_change_of_the_registered_part_changes_the_hash(tmp_path, change):
 def test_damaged_lists(tmp_path, raw):
     (tmp_path/'t.yaml').write_bytes(raw)
     with pytest.raises(DataError): read_tests(tmp_path/'t.yaml')
+
+# ---------------------------------------------------------------- preconditions of a base
+
+def test_preconditions_are_no_part_of_what_is_registered(tmp_path):
+    t = read_tests(TESTS); p = t['preconditions']; assert t['sha256'] == REGISTERED and p['date'] == '2026-11-28' and p['sets'] == ['P']
+    assert [c['name'] for c in p['conditions']] == ['level', 'base effect', 'spread', 'gap', 'collapse', 'search', 'trained']
+    raw = TESTS.read_bytes(); (tmp_path/'t.yaml').write_bytes(raw.replace(b'at_least: 300', b'at_least: 200')); other = read_tests(tmp_path/'t.yaml')
+    assert other['sha256'] == REGISTERED and other['preconditions'] != p
+
+@pytest.mark.parametrize('change, says', [
+    (lambda p: p.pop('date'), 'without date'), (lambda p: p.update(sets=['Z']), "['Z']"), (lambda p: p['conditions'][0].pop('says'), 'without says'),
+    (lambda p: p['conditions'][0].update(at_most=1), "no part called 'at_most'"), (lambda p: p['bases']['weak SCAN'].pop('roles'), 'without roles')])
+def test_bad_preconditions(tmp_path, change, says):
+    spec = yaml.safe_load(TESTS.read_text()); change(spec['preconditions']); (tmp_path/'t.yaml').write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.raises(DataError) as e: read_tests(tmp_path/'t.yaml')
+    assert says in str(e.value)
+
+def test_todays_photographs_carry_no_claim():
+    "From the committed records: the hardest negative loses to the sum, so every claim on photographs reads so; the drawn world is not touched"
+    from itm_nb.analysis.audit import read_audits
+    from itm_nb.runs.records import read_records
+    known = read_records(ROOT/'figures'/'results') + read_audits(ROOT/'figures'/'audits'); t = read_tests(TESTS) | dict(draws=20)
+    bases = preconditions(known, t).set_index(['base', 'condition']); assert len(bases)
+    assert bases.value['weak vectors', 'base effect'] < 0 and bases.ok['weak vectors', 'base effect'] is False and bases.ok['weak vectors', 'level'] is False
+    assert all(bases.ok[b, 'level'] is False for b in ('weak SCAN', 'weak BFAN', 'weak VSRN', 'weak two towers'))
+    tab = verdicts(known, t); on = tab[tab.verdict != ''].groupby('set').verdict.agg(set)
+    assert on['P'] <= {NO_BASE} and NO_BASE not in on['S'] and NO_BASE in verdict_table(tab, t) and '**no**' in base_table(preconditions(known, t), t)
+
+def on_base(**roles):
+    "A list with one test, on a base of made-up runs"
+    base = dict(sweeps=[made_up_record('x', 1.)['sweep']], roles=dict(sum='vse0', hardest='vsepp', longer='longer', warm='warm') | roles)
+    return dict(read_tests(TESTS)['preconditions'], sets=['P'], bases=dict(it=base))
+
+def test_every_precondition_by_itself():
+    "A base that holds all of them; then each is broken alone"
+    made = [made_up_record(m, s, f, fold=f, photos=150) | dict(search=dict(tried=12), spread=dict(image=.1, text=.2, gap=.06), collapsed=False)
+            for m, s in (('vse0', 2.), ('vsepp', 2.3), ('longer', 2.), ('warm', 2.)) for f in range(5)]
+    t = dict(alpha=.05, draws=50, sha256='0'*64, preconditions=on_base(), tests=dict(T=dict(claim='', contrasts=[dict(of=dict(vsepp=1, vse0=-1))])),
+             sets=dict(P=dict(where={}, folds=True, metric='rsum', delta=1.)))
+    def said(records):
+        b = preconditions(records, t); return {c: ok for c, ok in zip(b.condition, b.ok)}, verdicts(records, t).verdict[0]
+    change = lambda arm, **kw: [dict(r, **kw) if r['method'] == arm else r for r in made]
+    whole, word = said(made); assert all(v is True for v in whole.values()) and word == 'confirmed', whole
+    for name, records in dict(spread=change('vsepp', spread=dict(image=.4, text=.1)), gap=change('warm', spread=dict(gap=.01)),
+                              search=change('vse0', search=dict(tried=13)), collapse=change('vse0', spread=dict(image=.95)),
+                              trained=[r for r in made if r['method'] != 'longer'] + [made_up_record('longer', 2.6, f, fold=f, photos=150) | dict(search=dict(tried=12)) for f in range(5)]).items():
+        found, word = said(records); assert found[name] is False and word == NO_BASE, name
+    found, word = said(change('warm', spread=dict(image=.1))); assert found['gap'] is None and word == 'unresolved'      # not measured
 
 def spec(**tests): return dict(alpha=.05, draws=500, sha256='0'*64, tests=tests, sets=dict(S=dict(where={'data.name': 'made-up'}, metric='rsum', delta=8., blocks=5)))
 
