@@ -187,7 +187,7 @@ def test_what_is_above_the_frozen_layers_does_not_count(tmp_path):
 def test_a_changed_picture_has_another_file(drawn, tmp_path):
     made = tower(**describe(find(VIT), 'vision', 16, size=16, freeze='all')); f = tmp_path/'a.png'; Image.new('RGB', (20, 20), 'red').save(f)
     keep = lambda **kw: keep_pictures(made, [([f], lambda: Pixels([f], 16))], tmp_path, **kw); keep(); red = made.kept.files.rows(np.array([0])); n = len(files(tmp_path))
-    keep(resize='squash'); assert len(files(tmp_path)) == n + 1
+    keep(frame='squash'); assert len(files(tmp_path)) == n + 1
     Image.new('RGB', (20, 20), 'blue').save(f); os.utime(f, ns=(1, 1)); keep(); assert len(files(tmp_path)) == n + 2 and not same(made.kept.files.rows(np.array([0])), red)
 
 
