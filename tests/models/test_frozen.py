@@ -267,7 +267,7 @@ def test_a_changed_picture_has_another_file(drawn, tmp_path):
     keep()
     red = made.kept.files.rows(np.array([0]))
     n = len(files(tmp_path))
-    keep(resize='squash')
+    keep(frame='squash')
     assert len(files(tmp_path)) == n + 1
     Image.new('RGB', (20, 20), 'blue').save(f)
     os.utime(f, ns=(1, 1))

@@ -25,7 +25,7 @@ from itm_nb.models.pretrained import (
     depths, describe, fill, find, freeze_parts, groups, layers, network, TextTower, tower, VisionTower)
 from itm_nb.models.similarity import Model
 from itm_nb.training.checkpoint import Stopped
-from itm_nb.training.config import config, Config
+from itm_nb.training.config import config, Config, current_names
 from itm_nb.training.corpus import corpus, Corpus
 from itm_nb.training.loop import evaluate, fit, prepare, train_step
 
@@ -429,8 +429,9 @@ def test_committed_records_keep_their_ids():
     assert len(records) > 10
     for r in records:
         name = 'evaluate' if r['kind'] == 'control' else 'train'
-        given = {k: v for k, v in r['config'].items() if k in known[name]}
-        assert set(r['config']) <= set(known[name]) and identity.run_id(name,
+        told = current_names(r['config'])
+        given = {k: v for k, v in told.items() if k in known[name]}
+        assert set(told) <= set(known[name]) and identity.run_id(name,
             parameters.resolve(known[name], given)) == r['id']
 
 
