@@ -46,5 +46,6 @@ def test_the_tiny_profile_from_end_to_end(tmp_path):
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path/'core.yaml'), '--profile', 'tiny', '--runs', str(tmp_path/'runs'), '--jobs', '2',
                            '-p', 'folder', str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    found = {r['method']: r for p in (tmp_path/'runs').rglob('record.json') for r in [json.loads(p.read_text())] if r['kind'] == 'run' and r['metrics'].get('test')}
+    recs = [json.loads(p.read_text()) for p in (tmp_path/'runs').glob('*/records/*.json')]
+    found = {r['method']: r for r in recs if r['kind'] == 'run' and r['metrics'].get('test')}
     assert set(some) <= found.keys() and all(found[k]['search']['tried'] == 2 for k in some)
