@@ -30,7 +30,7 @@ class Corpus:
     models:str = ''          # folder of networks
     workers:int = 0          # threads that load coming batches
     boxes:bool = False       # are the places of regions wanted?
-    states:str = ''          # folder of load_or_make states of frozen networks, see `frozen_cache`; '': networks are run in every step
+    states:str = ''          # folder of kept states of frozen networks, see `frozen_cache`; '': networks are run in every step
     frame:str = 'crop'       # how pictures are cut
     cut_from:'Corpus' = None # of a fold: the data set whose parts it is cut from
 
@@ -57,7 +57,7 @@ def _columns(
 def corpus(
     cfg:Config,
     folder='',       # of a data set that is not embedded
-    cache='',        # where decoded pictures, drawn worlds, states are load_or_make; '': runs/pixels, runs/worlds, runs/states
+    cache='',        # where decoded pictures, drawn worlds, states are kept; '': runs/pixels, runs/worlds, runs/states
     models='',       # folder of networks; '': models
     workers:int=0,   # threads that load coming batches
 )->Corpus:
@@ -82,7 +82,7 @@ def in_fold(
     fold:int,        # which of its folds, from 0
     block:int=800,   # photos in a gallery, about
 )->Corpus:
-    "A data set as one fold sees it; the parts are cut once and load_or_make"
+    "A data set as one fold sees it; the parts are cut once and kept"
     known = Folds.load(file)
     if not 0 <= fold < len(known): raise DataError(file, f'fold {fold} asked for', f'0 to {len(known)-1}', 'Correct -p fold.')
     cut = lru_cache(1)(lambda: fold_split({p: data.split(p) for p in ('train', 'val', 'test')}, known[fold], block))

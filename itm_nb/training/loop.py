@@ -43,7 +43,7 @@ from ..methods.method import losses, fetches
 from ..methods.registry import code_of, in_force, schedule
 from ..methods.samplers import Step
 from .build import (
-    _seen, build, learning_rate, measure, networks, optimiser, remembering, vocabulary)
+    words_seen, build, learning_rate, measure, networks, optimiser, remembering, vocabulary)
 from .checkpoint import whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped
 from .config import Config, current_names
 from .corpus import corpus, Corpus
@@ -231,7 +231,7 @@ def prepare(
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
     change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch, cfg.augment)
-    model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models, _seen(cfg, vocab, train))
+    model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models, words_seen(cfg, vocab, train))
     model = model.to(accelerator.device); data = remembering(model, data, vocab, augment=cfg.augment)
     batches = [data.batches(s, vocab, accelerator.device, change, n) for s, n in ((train, data.workers), (val, 0))]
     measure(model, batches[0])

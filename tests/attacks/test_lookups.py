@@ -42,10 +42,6 @@ SAFE = {
     ('pretrained', '_spelt', 'getattr', 'half'): "'vision_config' or 'text_config' of a configuration of transformers; it is read, not called",
     ('pretrained', '_maker', 'getattr', "type(c).__name__.replace('Config', 'Model')"): 'the class of a configuration that transformers made of a type in CONFIG_MAPPING',
     ('corpus', 'batches', 'getattr', 'missing'): FIELDS,
-    ('build', '_what_is_read', 'getattr', "f'{side}_tower'"): SIDE,
-    ('build', 'measure', 'getattr', "f'{side}_tower'"): SIDE,
-    ('encode', '_is_network', 'getattr', "f'{side}_tower'"): SIDE,
-    ('frozen_cache', 'network_print', 'getattr', 'k'): 'names in a literal tuple beside the call; what is found is hashed, not called',
     ('build', '_described', 'getattr', 'k'): FIELDS, ('loop', 'call_hooks', 'getattr', 'hook'): OURS,
     ('grammar', '__getitem__', 'getattr', 'f.name'): FIELDS, ('grammar', 'join', 'getattr', 'f.name'): FIELDS, ('world', '_columns', 'getattr', 'f.name'): FIELDS,
 }
