@@ -79,8 +79,8 @@ def identity(
     name:str,        # of the template
     values:dict,     # all its parameters
 )->dict:
-    """What determines a result: parameters without places, inputs by what they are, and of later parameters those not at their default. Renamed
-    ones have the name that they had when the first records were made"""
+    """What determines a result: parameters without places, inputs by what they are, and of later parameters those not at their
+    default. Renamed ones have the name that they had when the first records were made"""
     known = parameters(template(name)) if name in FIRST else {}
     values, was = current_names(values, rules(known)), {s.name: s.was for s in rules(known) if s.was}
     what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 is 1.0

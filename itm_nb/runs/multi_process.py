@@ -83,7 +83,7 @@ def several(
         if values['batch'] % n: raise SetupError(f'batch {values["batch"]} cannot be shared by {n} processes')
         file = out/'processes.json'; file.write_text(json.dumps(values))
         command = [*launcher(n, values['device']), '-m', 'itm_nb.runs.multi_process', str(file), str(out),
-                   *(['--allow-code'] if ':' in values['method'] + values.get('warmup_method', '') else [])]     # `itm_run` has looked at it
+                   *(['--allow-code'] if ':' in values['method'] + values.get('warmup_method', '') else [])]
         code = _go(command, out, values.get('threads', 1)); file.unlink()
         if code == RESUMABLE: return code
         if code: return mark_failed(out, why := f'training in {n} processes ended with {code}', f'{why}; see {out/"processes.log"}')

@@ -48,7 +48,8 @@ def vocabulary(
     _, reader = networks(cfg, models); most = longest(_reading(reader)) if reader else 0
     if cfg.tokenizer == 'words':
         made = Vocabulary.build(sentences); n = int(made.encode(sentences)[1].max()) if most else 0
-        if n > most: raise DataError('train', f'a sentence of {n} tokens', f'at most {most}, as the network reads', "Use tokenizer='pieces'.")
+        if n > most: raise DataError('train', f'a sentence of {n} tokens', f'at most {most}, as the network reads',
+                                    "Use tokenizer='pieces'.")
         return made
     cut = min(filter(None, (cfg.max_tokens, most)), default=0)
     if cfg.tokenizer == 'pieces': return tokens.Pieces.build(sentences, cfg.wordpiece_vocab, cut)
