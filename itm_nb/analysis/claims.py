@@ -598,6 +598,12 @@ ARMS |= dict(        # the ladders of AOQ and of TAGS-DC
 _STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'rare_scenes', 'defects_scenes')      # their generator learns no more
 OWN = dict.fromkeys(_STATIC, dict(       # sweeps, and their profiles, in which a name means something else
     tags=('synthetic negatives of a generator that never changes', "vsepp|tags(sharing='static')")))
+_SEARCHED = 'prior=0.002, monotone=True'       # on the strong base: with a prior to search and monotone log-odds
+OWN |= dict.fromkeys(('flickr8k_core', 'flickr8k_aoq', 'flickr8k_fne', 'flickr8k_quality'), {
+    arm: (f'{ARMS[arm][0]}, searched prior', f'{of}({more}{_SEARCHED})') for arm, of, more in (
+        ('fne', 'fne', ''), ('fne_permuted', 'fne', 'permuted=True, '), ('fne_no_cut', 'fne', 'cutdown=False, '),
+        ('fne_tau5', 'fne', 'tau=5.0, '), ('fne_m0', 'fne', ''), ('fne_m16', 'fne', ''), ('fne_m4', 'fne', ''),
+        ('aoq_fne_detached', 'aoq_fne', ''))})
 
 def arm_label(
     arm:str,         # as records call it
