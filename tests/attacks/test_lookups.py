@@ -42,7 +42,7 @@ SAFE = {
     ('pretrained', '_spelt', 'getattr', 'half'): "'vision_config' or 'text_config' of a configuration of transformers; it is read, not called",
     ('pretrained', '_maker', 'getattr', "type(c).__name__.replace('Config', 'Model')"): 'the class of a configuration that transformers made of a type in CONFIG_MAPPING',
     ('corpus', 'batches', 'getattr', 'missing'): FIELDS,
-    ('build', '_described', 'getattr', 'k'): FIELDS, ('loop', 'call_hooks', 'getattr', 'hook'): OURS,
+    ('loop', 'call_hooks', 'getattr', 'hook'): OURS,
     ('grammar', '__getitem__', 'getattr', 'f.name'): FIELDS, ('grammar', 'join', 'getattr', 'f.name'): FIELDS, ('world', '_columns', 'getattr', 'f.name'): FIELDS,
 }
 BY_NAME = {'getattr', 'setattr', 'delattr', 'vars', '__import__', 'eval', 'exec', 'compile', 'operator.attrgetter', 'operator.methodcaller', 'pydoc.locate', 'runpy.run_path', 'runpy.run_module',
