@@ -273,7 +273,7 @@ def test_lists_of_other_data_are_refused_by_a_run(mined, tmp_path):
     for cfg, lists, says in ((replace(TINY, method='aoq(share=0.02)', seed=5), mined[0], 'lists of data'), (replace(TINY, method='aoq()'), '', 'no mined lists'),
                              (replace(TINY, method='aoq(share=0.5)'), mined[0], 'share=0.5')):
         with pytest.raises(DataError, match=says): fit(cfg, tmp_path/says.split()[0], progress=False, lists=str(lists))
-    with pytest.raises(ValueError, match='no captioner'): fit(replace(TINY, method='vsepp|caption()'), tmp_path/'mute', progress=False)
+    with pytest.raises(ValueError, match='needs a captioner'): fit(replace(TINY, method='vsepp|caption()'), tmp_path/'mute', progress=False)
     with pytest.raises(ValueError, match='nothing is mined'): aoq(placebo='random', refresh=1, train=mined[1].train, model=mined[1].core)
 
 

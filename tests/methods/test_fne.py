@@ -219,7 +219,7 @@ def test_only_anchors_learn_and_by_the_formula():
     grads = torch.autograd.grad(sum(losses(m, leaf).values()), (v, t))
     vm, tm = bank.vectors(leaf)
     for side, anchors, new, old, grad in (('i2t', v, tm, memory[1], grads[0]), ('t2i', t, vm, memory[0], grads[1])):
-        view = DirectedStep(leaf, side); c = bank.pool(view); idx = m.sources['bank'].pick(c, view).idx[:,0]; keys = torch.cat([new, old])
+        view = DirectedStep(leaf, side); c = bank.pool(view); idx = m.sources['bank'].selector(c, view).idx[:,0]; keys = torch.cat([new, old])
         assert not bool((torch.cat([leaf.all_img, memory[2]])[idx] == leaf.img).any())
         for i in range(B):
             active = 1. + float(anchors[i].detach() @ keys[idx[i]]) - float(anchors[i].detach() @ new[i]) > 0

@@ -332,7 +332,7 @@ def test_the_order_of_a_batch_does_not_matter(name, kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_order_of_a_batch_does_not_matter_to_a_memory(kind):
     "A draw walks the candidates in their order, so here the hardest is picked; the ring holds the same entries"
-    t = training(kind, 'memory'); m = t.phases[1][1].but(bank=replace(t.phases[1][1].sources['bank'], pick=hardest)); run(t, 2)
+    t = training(kind, 'memory'); m = t.phases[1][1].but(bank=replace(t.phases[1][1].sources['bank'], selector=hardest)); run(t, 2)
     caps = order(len(t.train.lengths), 0, 5)[:16]; before = {k: v.clone() for k, v in t.stateful()[0].state_dict().items()}
     a, ga = priced(t, caps, m); t.stateful()[0].load_state_dict(before); b, gb = priced(t, caps.flip(0), m)
     assert all(abs(a[k]-b[k]) < 1e-9 for k in a)
@@ -452,13 +452,13 @@ def test_a_method_of_ones_own(tmp_path):
     own = tmp_path/'own.py'
     own.write_text('from itm_nb.methods.method import vsepp\n\ndef mine(margin, model, train):\n    assert len(train.lengths) and list(model.parameters())\n    return vsepp(margin)\n')
     cfg = replace(TINY, method=f'{own}:mine', epochs=1); plain = replace(TINY, epochs=1)
-    a, b = fit(cfg, tmp_path/'a', data(), progress=False), fit(plain, tmp_path/'b', data(), progress=False)
+    a, b = fit(cfg, tmp_path/'a', data(), progress=False, allow_code=True), fit(plain, tmp_path/'b', data(), progress=False)
     assert all(torch.equal(x, y) for x, y in zip(a.core.state_dict().values(), b.core.state_dict().values())) and a.code and not b.code
     from itm_nb.runs.identity import source_hash
     assert source_hash(f'{own}:mine') == f'{source_hash("vsepp")}+{a.code}' and len(a.code) == 12
     own.write_text(own.read_text() + '\n')
-    with pytest.raises(DataError, match='source of its method'): fit(cfg, tmp_path/'a', data(), progress=False)
-    with pytest.raises(DataError, match="nothing called 'mime'.*Did you mean 'mine'"): named(f'{own}:mime')
+    with pytest.raises(DataError, match='source of its method'): fit(cfg, tmp_path/'a', data(), progress=False, allow_code=True)
+    with pytest.raises(DataError, match="nothing called 'mime'.*Did you mean 'mine'"): named(f'{own}:mime', allow_code=True)
 
 
 def test_losses_and_picks_alone():

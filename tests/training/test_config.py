@@ -137,10 +137,12 @@ def test_a_sweep_file_in_its_earlier_form_is_the_same_plan(path, untold, capsys,
     old.write_text(text, 'utf-8')
     def plan(at, profile):
         spec = sweep_plan.read_sweep(at, profile); chosen = {a: dict(settings=x[0]) for a, x in sweep_plan.trials(spec).items()}
-        return [*sweep_plan.entries(spec, path.stem, Path('runs'), chosen=chosen), *sweep_plan.searches(spec, path.stem, Path('runs'))]
+        there = spec['search'].get('block') in (None, *spec['blocks'])         # a small profile may lack the block of the search
+        tried = sweep_plan.searches(spec, path.stem, Path('runs')) if there else []
+        return [*sweep_plan.entries(spec, path.stem, Path('runs'), chosen=chosen), *tried]
     for profile in ('', *sweep_plan.read_sweep(path)['profiles']):
         assert [(e.arm, e.values) for e in plan(path, profile)] == [(e.arm, e.values) for e in plan(old, profile)]
-    assert capsys.readouterr().err.count('\n') == (text != path.read_text('utf-8'))
+    assert bool(capsys.readouterr().err) == (text != path.read_text('utf-8'))
 
 
 def test_a_search_in_earlier_names(untold, tmp_path):
