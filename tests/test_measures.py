@@ -17,7 +17,7 @@ COLUMNS = 110
 BOUNDS = {
     'lines > 110, modules': 566,
     'lines > 110, notebooks': 1044,
-    'lines > 110, tests': 2335,
+    'lines > 110, tests': 2342,
     'several statements a line, modules, per mille': 107,
     'several statements a line, notebooks, per mille': 106,
     'README lines': 150,

@@ -20,7 +20,7 @@ WORDS = {        # a setting -> what must stand in the label of an arm that has 
     ('negatives', 'all'): 'statistics of all negatives', ('stage', 'tri'): 'offline triplet', ('stage', 'quin'): 'unanchored pairs', ('placebo', 'random'): 'from anywhere', ('placebo', 'second'): 'second draws',
     ('placebo', 'permuted'): 'permuted at random', ('placebo', 'constant'): 'constant weight', ('placebo', 'detached'): 'no gradient through the weight', ('words', 'random'): 'at random',
     ('sharing', 'static'): ('never changes', 'synthetic', 'three papers'), ('sharing', 'unshared'): 'learns apart', ('discrimination', .5): 'discrimination', ('correction', .5): 'correction',
-    ('misled', 'heads'): 'another image', ('weight', 1.): 'masked-language'}
+    ('misled', 'heads'): 'another image', ('monotone', True): 'searched prior', ('prior', .002): 'searched prior', ('weight', 1.): 'masked-language'}
 
 
 def parts(method):

@@ -1,0 +1,240 @@
+"""On a pretend accelerator (`pretend_device.py`) every kind of method and model does what it does on the
+CPU, and the host seldom waits."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pretend_device as there
+import pytest
+import torch
+from accelerate import Accelerator
+from pretend_device import DEVICE, LEDGER, OnDevice
+
+from itm_nb.methods import memory_bank, offline_mining
+from itm_nb.metrics import ranks as ranks_module
+from itm_nb.models.encode import embed, rank_split
+from itm_nb.models.encoders import GPO, GRUTower
+from itm_nb.methods.memory_bank import Ring
+from itm_nb.training import loop
+from itm_nb.training.config import config
+from itm_nb.training.corpus import corpus, Corpus
+from itm_nb.training.loop import fit
+
+SMALL = dict(preset='tiny', epochs=2, batch=64, dim=16, d_word=16, image_hidden=16, dropout=0., heads=2,
+             layers=1)
+# method or model -> settings that differ, waits and blocking uploads a step may have, operations of a step
+KINDS = dict(
+    vsepp=({}, 0, 0, 350), infonce=(dict(method='infonce'), 0, 0, 320),
+    aoq=(dict(method="aoq(placebo='random')"), 0, 0, 1100),
+    fne=(dict(method='fne(queue=256)'), 0, 0, 750),
+    tags=(dict(method='tags', similarity='two_modes'), 1, 0, 3100))
+MORE = dict(
+    aoq_faithful=(dict(method="aoq(preset='faithful',placebo='random')"), 0, 0, 1100),
+    fne_faithful=(dict(method="fne(preset='faithful',queue=256)"), 0, 0, 750),
+    semihard=(dict(method='semihard'), 0, 0, 350), mean_mean=(dict(image_pool='mean'), 0, 0, 350),
+    topk=(dict(image_pool='topk'), 0, 0, 400),
+    conv_gpo=(dict(text='conv', image_pool='gpo'), 0, 0, 1200), gru=(dict(text='gru'), 0, 0, 1800),
+    gru_last=(dict(text='gru_last'), 0, 0, 1800),
+    vsrn=(dict(image='vsrn', text='gru_last', epochs=1), 0, 0, 2100),
+    captioner=(dict(image='vsrn', captioner=8, method='vsepp|caption()', epochs=1), 0, 0, 4000),
+    scan_t2i=(dict(similarity='scan_t2i', text='gru', epochs=1), 19, 0, 2600),
+    scan_i2t=(dict(similarity='scan_i2t', text='gru', epochs=1), 19, 0, 2600),
+    bfan=(dict(similarity='bfan_equal', text='gru', epochs=1), 26, 0, 3200),
+    two_modes=(dict(similarity='two_modes', epochs=1), 0, 0, 1000),
+    cross=(dict(similarity='cross', method='infonce', batch=16, epochs=1), 0, 0, 2000),
+    chunk=(dict(chunk=32), 0, 0, 700))
+# relative difference of a loss; 1e-6 elsewhere. Their sums are longer, and taken in another order
+NEAR = dict(scan_i2t=1e-4, cross=1e-5)
+ARMS = KINDS | MORE
+FIRST, LAST = 1, 3     # the steps after the first up to the third are counted: none of them is logged
+
+
+class Pretending(Accelerator):
+    "Accelerate has no backend for it: the rest of it works as on the CPU"
+    def __init__(self, cpu=False, **kw):
+        self.far = not cpu
+        super().__init__(cpu=True, **kw)
+
+    @property
+    def device(self): return DEVICE if self.far else torch.device('cpu')
+
+
+@pytest.fixture(autouse=True)
+def pretending(monkeypatch): monkeypatch.setattr(loop, 'Accelerator', Pretending)
+
+
+def few(cfg):
+    "A small part of the world"
+    data = corpus(cfg)
+    cut = {p: data.split(p).subset(np.arange(k)) for p, k in (('train', 80), ('val', 12), ('test', 12))}
+    return Corpus(data.label, cut.__getitem__, world=data.world)
+
+
+def ran(cfg, run, device, every=200, stop=None):
+    "A training's losses, its model, and what it cost a step"
+    costs = {}
+    def look(step):
+        if step == FIRST: LEDGER.clear()
+        if step == LAST:
+            costs.update(waits=LEDGER.waits.copy(), uploads=LEDGER.blocking,
+                         operations=sum(LEDGER.operations.values())/(LAST-FIRST))
+        if step == stop: raise KeyboardInterrupt
+    t = fit(cfg, run, few(cfg), device=device, progress=False, on_step=look, every=every)
+    return [json.loads(line) for line in (run/'log.jsonl').read_text().splitlines()], t, costs
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "name -> results on the CPU and on the device, run when somebody asks"
+    made, folder = {}, tmp_path_factory.mktemp('runs')
+    def get(name):
+        if name not in made:
+            cfg = config(SMALL | ARMS[name][0])
+            made[name] = [ran(cfg, folder/f'{name}-{d}', d) for d in ('cpu', 'auto')]
+        return made[name]
+    get.made = made
+    return get
+
+
+@pytest.mark.parametrize('name', ARMS)
+def test_the_same_numbers_as_on_the_cpu(name, runs):
+    (log, near, _), (log_there, far, _) = runs(name)
+    assert all(p.device.type == 'pretend'
+               for p in far.core.parameters()) and not any(p.device.type == 'pretend'
+                                                           for p in near.core.parameters())
+    assert [x['loss'] for x in log_there if 'loss' in x] == pytest.approx([x['loss']
+        for x in log if 'loss' in x], rel=NEAR.get(name, 1e-6), abs=1e-7)
+    assert [x['val'] for x in log_there if 'val' in x] == [x['val'] for x in log if 'val' in x]
+    assert all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ('i2t', 't2i')
+               for a, b in [[rank_split(t.core, t.val) for t in (near, far)]])
+
+
+@pytest.mark.parametrize('name', ARMS)
+def test_a_step_keeps_to_its_budget(name, runs):
+    costs, n = runs(name)[1][2], LAST - FIRST
+    _, waits, uploads, operations = ARMS[name]
+    assert sum(costs['waits'].values()) <= waits*n, costs['waits']
+    assert sum(costs['uploads'].values()) <= uploads*n, costs['uploads']
+    assert costs['operations'] <= operations
+
+
+def places(t):
+    "On which kind of device every tensor of an owner's state is"
+    keepers = [o for o in t.stateful() if hasattr(o, 'state_dict')]
+    return {(i, k): v.device.type for i, o in enumerate(keepers)
+            for k, v in o.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize('name', [*KINDS, 'fne_faithful'])
+def test_killed_there_and_gone_on_with(name, runs, tmp_path):
+    "The same bytes as without the interruption, and every owner's state where it was"
+    cfg = config(SMALL | ARMS[name][0])
+    log, whole, _ = runs(name)[1]
+    with pytest.raises(KeyboardInterrupt): ran(cfg, tmp_path/'run', 'auto', every=2, stop=5)
+    log_again, again, _ = ran(cfg, tmp_path/'run', 'auto', every=2)
+    assert log_again == log and places(again) == places(whole)
+    assert all(torch.equal(v.cpu(), again.core.state_dict()[k].cpu())
+               for k, v in whole.core.state_dict().items())
+
+
+def test_a_memory_left_on_the_host_is_found(tmp_path, monkeypatch):
+    """As it was until 2026-11: what was loaded stayed where the file was read, and the first resumed step
+    of FNE failed on a GPU"""
+    def load(self, d):
+        self.images, self.texts, self.ids, self.caps = (d[k].clone()
+                                                        for k in ('images', 'texts', 'ids', 'caps'))
+        self.at, self.written = d['place'].tolist()
+    make = Ring.make
+    monkeypatch.setattr(Ring, 'load_state_dict', load)
+    monkeypatch.setattr(Ring, 'make', lambda self, like: self.images is None and make(self, like))
+    cfg = config(SMALL | ARMS['fne'][0])
+    with pytest.raises(KeyboardInterrupt): ran(cfg, tmp_path/'run', 'auto', every=2, stop=5)
+    with pytest.raises(RuntimeError, match='same device'): ran(cfg, tmp_path/'run', 'auto', every=2)
+
+
+@pytest.mark.parametrize('name', ['fne', 'aoq', 'tags'])
+def test_state_is_put_where_it_was(name, runs):
+    "Also into owners that have already worked: a state from the host goes to the device of what it replaces"
+    t = runs(name)[1][1]
+    keepers = [o for o in t.stateful() if hasattr(o, 'state_dict')]
+    before = places(t)
+    assert 'pretend' in before.values()
+    for o in keepers: o.load_state_dict({k: v.cpu() for k, v in o.state_dict().items()})
+    assert places(t) == before
+
+
+# ---- mining and ranking
+
+def vectors(n, seed):
+    return torch.nn.functional.normalize(torch.randn(n, 32, generator=torch.Generator().manual_seed(seed)),
+                                         dim=1)
+
+
+@pytest.mark.parametrize('how', ['torch', 'half'])
+def test_mining_finds_the_same(how):
+    q, k, own_q, own_k = vectors(60, 0), vectors(300, 1), torch.arange(60), torch.arange(300) % 60
+    near, far = (offline_mining.mine(*(f(x) for x in (q, k, own_q, own_k)), 20, how=how)[0]
+                 for f in (lambda x: x, lambda x: x.to(DEVICE)))
+    assert torch.equal(near.idx, far.idx) and torch.allclose(near.score, far.score, atol=1e-6)
+
+
+def test_ranks_are_the_same():
+    q, k, own = vectors(60, 0), vectors(300, 1), torch.arange(300) % 60
+    near, far = ranks_module.ranks(q, k, own), ranks_module.ranks(q.to(DEVICE), k.to(DEVICE), own)
+    assert (near.i2t == far.i2t).all() and (near.t2i == far.t2i).all()
+
+
+# ---- the device itself
+
+def test_tensors_of_two_devices_do_not_mix():
+    a, b = torch.ones(3).to(DEVICE), torch.ones(3)
+    for f in (lambda: a + b, lambda: torch.stack([a, b]), lambda: b[a.long()],
+              lambda: a.index_put((torch.tensor([0], device=DEVICE),), b[:1]), lambda: a @ b):
+        with pytest.raises(RuntimeError, match='same device'): f()
+    # numbers may come along
+    assert (a + 1.).cpu().tolist() == (a + torch.tensor(1.)).cpu().tolist() == [2., 2., 2.]
+    with pytest.raises(TypeError, match="can't convert"): a.numpy()
+
+
+@pytest.mark.parametrize('f,waits,blocking', [
+    (lambda x: x + 1, 0, 0), (lambda x: x.sum().item(), 1, 0), (lambda x: bool((x > 0).all()), 1, 0),
+    (lambda x: x[x > 0], 1, 0), (lambda x: x.nonzero(), 1, 0),
+    (lambda x: x.cpu(), 1, 0), (lambda x: x.tolist(), 1, 0), (lambda x: x[[0, 1]], 0, 1),
+    (lambda x: x[torch.tensor([0])], 0, 1),
+    (lambda x: torch.ones(2).to(DEVICE), 0, 1), (lambda x: torch.ones(2).to(DEVICE, non_blocking=True), 0, 0),
+    (lambda x: torch.tensor(2., device=DEVICE), 0, 1),
+    (lambda x: torch.zeros(2, device=DEVICE), 0, 0),
+    (lambda x: x.repeat_interleave(torch.tensor([1, 2, 1], device=DEVICE)), 1, 1),
+    (lambda x: x.unique(), 1, 0)])
+def test_what_costs_time_is_counted(f, waits, blocking):
+    x = torch.tensor([1., 0., 2.]).to(DEVICE)
+    LEDGER.clear()
+    f(x)
+    assert (sum(LEDGER.waits.values()), sum(LEDGER.blocking.values())) == (waits, blocking)
+
+
+@pytest.mark.parametrize('made', [lambda: GRUTower(9, 6, 5), lambda: GRUTower(9, 6, 5, pool='gpo')])
+def test_recurrent_towers_have_the_same_gradients(made):
+    torch.manual_seed(0)
+    near = made()
+    torch.manual_seed(0)
+    far = made().to(DEVICE)
+    x = torch.randint(1, 9, (5, 4))
+    n = torch.tensor([4, 1, 3, 2, 4])
+    for t, y in ((near, near(x, n)), (far, far(x.to(DEVICE), n.to(DEVICE)))):
+        (y*torch.arange(6., device=y.device)).sum().backward()
+    for (k, p), (_, q) in zip(near.named_parameters(), far.named_parameters()):
+        assert torch.allclose(p.grad, q.grad.cpu(), atol=1e-5), k
+
+
+def test_the_table(runs, capsys):
+    "What was measured: printed for whoever looks"
+    with capsys.disabled():
+        head = ('loss, CPU', 'loss there', 'waits', 'blocking', 'operations')
+        widths = (12, 12, 7, 10, 12)
+        print(f'\n{"model or method":16}' + ''.join(f'{x:>{w}}' for x, w in zip(head, widths)))
+        for name, ((log, *_), (far, _, c)) in runs.made.items():
+            n = LAST - FIRST
+            last, there = ([x['loss'] for x in rows if 'loss' in x][-1] for rows in (log, far))
+            waits, uploads = (sum(c[k].values())/n for k in ('waits', 'uploads'))
+            print(f'{name:16}{last:12.6f}{there:12.6f}{waits:7.1f}{uploads:10.1f}{c["operations"]:12.0f}')
