@@ -6,11 +6,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
-def pytest_runtest_setup(item):
-    "A command that a test before ran in this very process has marked it as driven; the next test is not"
-    os.environ.pop('ITM_DRIVEN', None)
-
-
 def pytest_collection_modifyitems(config, items):
     import pytest
     if 'slow' in (config.option.markexpr or ''): return

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import torch
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_map
@@ -205,6 +206,6 @@ def copied_from(x, to, non_blocking=False): return copied_into(to, x, non_blocki
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
 DEVICE = torch.device(NAME, 0)
-LIBRARY = torch.library.Library('aten', 'IMPL')
+LIBRARY = library.Library('aten', 'IMPL')
 for _name, _op in factories(): LIBRARY.impl(_name, making(_op), 'PrivateUse1')
 LIBRARY.impl('_copy_from', copied_from, 'PrivateUse1')
