@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.commands import check_place, number, Parser
 from ..core.errors_files import DataError, read_json, write_atomic
+from ..core.names import own_file
 from ..data.folds import Judgements, read_judgements
 from ..metrics.ranks import galleries, summary
 from ..metrics.relevance import chance
@@ -96,7 +97,8 @@ def audit_run(
     img, txt, split, data, settings = run_vectors(run, folder, part, device)
     run = Path(run)
     found = Path(folder or '.')/'judgements.npz'
-    file = judgements or (found if folder and part == 'test' and found.is_file() else '')
+    own = folder and part == 'test' and found.is_file()
+    file = judgements or (own_file(found, folder) if own else '')
     images, caps, truth = what_is_known(split, data.world, file, gallery)
     own = np.searchsorted(images, split.img_of[caps])
     rows = audit(img[images], txt[caps], own, samplers or SAMPLERS | BANDS, truth)

@@ -18,6 +18,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..core.errors_files import DataError, read_json
+from ..core.names import own_file
 from ..core.random import order
 from ..methods.fne import PRIOR, merge, observed, posterior, weights
 from .audit import BANDS, FALSE, SAMPLERS, TRUE, Ranked
@@ -260,7 +261,8 @@ def examine(
     "Audit a run with FNE's samplers and their rivals, and judge the posterior"
     img, txt, split, data, settings = run_vectors(run, folder, part, device)
     found = Path(folder or '.')/'judgements.npz'
-    file = judgements or (found if folder and part == 'test' and found.is_file() else '')
+    own = folder and part == 'test' and found.is_file()
+    file = judgements or (own_file(found, folder) if own else '')
     images, caps, truth = what_is_known(split, data.world, file, gallery)
     own = np.searchsorted(images, split.img_of[caps])
     vectors = img[images], txt[caps], own

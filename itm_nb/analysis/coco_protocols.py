@@ -257,7 +257,7 @@ def served(
     **reading            # of `open_layout`: columns, separator, max_captions, captions_of_split
 )->list:                 # of lines
     "Which published rows and which sweeps a data folder can serve"
-    from itm_nb.analysis.tables import published              # a later room, needed by the command alone
+    from itm_nb.analysis.tables import published              # needed by the command alone
     try: side, sizes = holds(folder, layout, **reading)
     except DataError: return []
     name, tables = tables_of(sizes)

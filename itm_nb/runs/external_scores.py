@@ -28,8 +28,8 @@ from ..models.factory import from_pretrained
 from ..models.similarity import are_vectors
 from .identity import about_folder
 from .records import record, write_record
-from .run_folder import done, finish
-from .run_record import about, control, tested_on, under_truth
+from .run_folder import done
+from .run_record import about, control, finish_by_hand, tested_on, under_truth
 
 # %% ../../nbs/7_runs/10_external_scores.ipynb #5d3f2c8b
 def _array(path, what, ok:Callable, wanted:str)->np.ndarray:
@@ -154,13 +154,13 @@ def foreign(
         a = asked(values, *S.shape, data); r = rank_matrix(S, a)
     if path.suffix == '.npz' and a.rows is not None: r = Ranks(r.i2t[a.rows], r.t2i)
     name = values['arm'] or path.stem; img_of, gallery = _of_asked(a)
-    return _write(run, r, record(about(values, 'evaluate', name), a.data, r, img_of, gallery, kind='foreign'))
+    return _write(run, r, record(about(values, 'evaluate', name), a.data, r, img_of, gallery, kind='foreign'), values)
 
-def _write(run, ranks, rec)->dict:
+def _write(run, ranks, rec, values)->dict:
     "Ranks into the run folder, the record beside it"
     run = Path(run); run.mkdir(parents=True, exist_ok=True)
     save_ranks(run/'ranks_test.npz', ranks); write_record(run.parent/'records', rec)
-    if 'ITM_DRIVEN' not in os.environ: finish(run)
+    finish_by_hand(run, 'evaluate', values)
     return rec
 
 # %% ../../nbs/7_runs/10_external_scores.ipynb #66e45348
@@ -186,7 +186,7 @@ def ensemble(
     truth = None if data.world is None else under_truth(data.world, split, scores_of(encoded))
     names = ' + '.join(about_folder(f)['id'] for f in values['scores'].split(','))
     return _write(run, r, record(about(values, 'evaluate', names, device), tested_on(values, split, data.label), r,
-                                 split.img_of, split.gallery, truth, kind='ensemble'))
+                                 split.img_of, split.gallery, truth, kind='ensemble'), values)
 
 def _same_test(folder, split):
     "Refuse a run that was tested on something else"
@@ -223,7 +223,7 @@ def weighed(
     truth = None if data.world is None else under_truth(data.world, split, scores_of(encoded))
     where = tested_on(values, split, data.label)
     return _write(run, r, record(about(values, 'evaluate', folder.name, device), where, r, split.img_of, split.gallery, truth,
-                                 kind='foreign'))
+                                 kind='foreign'), values)
 
 # %% ../../nbs/7_runs/10_external_scores.ipynb #5256bf79
 @torch.no_grad()
@@ -250,7 +250,7 @@ def second_look(
     whole = lambda i, j: blocks.pop(0)(slice(0, len(i)), slice(0, len(j))).cpu()
     truth, where = None if data.world is None else under_truth(data.world, split, whole), tested_on(values, split, data.label)
     what = about(values, 'evaluate', ', then '.join(about_folder(f)['id'] for f in folders), device)
-    return _write(run, r, record(what, where, r, split.img_of, split.gallery, truth, kind='ensemble'))
+    return _write(run, r, record(what, where, r, split.img_of, split.gallery, truth, kind='ensemble'), values)
 
 # %% ../../nbs/7_runs/10_external_scores.ipynb #5cc8f0ac
 def judge(
