@@ -69,18 +69,24 @@ def itm_run(argv=None)->int:
 def _data_parser()->Parser:
     "The arguments of `itm_data info` and `itm_data check`"
     p = Parser(prog='itm_data', description=itm_data.__doc__)
-    p.add_argument('what', choices=('info', 'check'), help='info: sizes and samples; check: everything that is wrong')
-    p.add_argument('path', help='a data folder, or the word scenes'); p.add_argument('--layout', default='', help='default: found out')
+    p.add_argument('what', choices=('info', 'check'),
+                   help='info: sizes and samples; check: everything that is wrong')
+    p.add_argument('path', help='a data folder, or the word scenes')
+    p.add_argument('--layout', default='', help='default: found out')
     p.add_argument('--name', default='', help='flickr8k, flickr30k or coco: sizes are then compared')
     p.add_argument('--columns', default='', help='of a table: file=THEIRS,caption=THEIRS,split=THEIRS')
-    p.add_argument('--separator', default='', help='of a table: one of , ; | tab (default: found in its first line)')
-    p.add_argument('--max-captions', type=number(int, 0), default=0, metavar='N', help='keep the first N captions of an image (0: all)')
-    p.add_argument('--captions-of-split', default='', metavar='PARTS', help='... in these parts only, joined by commas')
+    p.add_argument('--separator', default='',
+                   help='of a table: one of , ; | tab (default: found in its first line)')
+    p.add_argument('--max-captions', type=number(int, 0), default=0, metavar='N',
+                   help='keep the first N captions of an image (0: all)')
+    p.add_argument('--captions-of-split', default='', metavar='PARTS',
+                   help='... in these parts only, joined by commas')
     return p
 
 @command
 def itm_data(argv=None)->int:
-    "Look at a data folder; `itm_data get`: fetch one; `itm_data subset`: cut one; `itm_data audit --help`: what samplers pick from it"
+    """Look at a data folder; `itm_data get`: fetch one; `itm_data subset`: cut one; `itm_data audit
+    --help`: what samplers pick from it"""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['audit']:
         from itm_nb.analysis.audit_runs import audit_command
@@ -95,9 +101,11 @@ def itm_data(argv=None)->int:
     reading = {k: getattr(a, k) for k in ('columns', 'separator', 'max_captions', 'captions_of_split')}
     from itm_nb.data.layouts import KNOWN, LAYOUTS, check_layout, info_layout
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
-        if given and given not in known: raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
+        if given and given not in known:
+            raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes': return _scenes_info()
-    if not Path(a.path).is_dir(): raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
+    if not Path(a.path).is_dir():
+        raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
         for line in info_layout(a.path, a.layout, a.name, **reading): print(line)
         return 0

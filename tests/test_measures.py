@@ -15,16 +15,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COLUMNS = 110
 BOUNDS = {
-    'lines > 110, modules': 566,
-    'lines > 110, notebooks': 1044,
+    'lines > 110, modules': 0,
+    'lines > 110, notebooks': 40,
     'lines > 110, tests': 2342,
-    'several statements a line, modules, per mille': 107,
-    'several statements a line, notebooks, per mille': 106,
-    'README lines': 150,
-    'public names': 963,
+    'several statements a line, modules, per mille': 100,
+    'several statements a line, notebooks, per mille': 97,
+    'README lines': 136,
+    'public names': 967,
     'private imports': 0,
     'circles': 0,
-    'unused or doubtful names (ruff)': 142,
+    'unused or doubtful names (ruff)': 146,
 }
 RATCHET = 'F401,F402,F403,F405,F541,F811,F841'          # of ruff: the rules that are counted, not forbidden
 
@@ -54,9 +54,11 @@ def python(cell):
 
 
 def too_long(text):
-    "Lines that need scrolling; rows of tables and addresses cannot be broken"
-    lines = [x for x in text.splitlines() if len(x) > COLUMNS]
-    return sum(not x.lstrip().startswith('|') and '://' not in x for x in lines)
+    "Lines that need scrolling; rows of tables, addresses, formulas and what nbdev writes cannot be broken"
+    made = text.partition('# %% auto #0')[2].partition('# %% ')[0]     # `__all__` of a module
+    lines = [x for x in text.replace(made, '', 1).splitlines() if len(x) > COLUMNS]
+    whole = lambda x: x.lstrip().startswith(('|', '$$', '\\text')) or '://' in x
+    return sum(not whole(x) for x in lines)
 
 
 def crowded(code):

@@ -21,7 +21,8 @@ from scipy import stats
 from ..core.errors_files import DataError
 from ..core.names import escape_markup
 from ..methods.registry import preset_of
-from .tables import at_path, one_per_replicate, mean_per_photo, test_set_of, collapsed, pick, value
+from .tables import (
+    at_path, one_per_replicate, mean_per_photo, test_set_of, collapsed, pick, value)
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #d8b70e80
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,9 @@ class Estimate:
 
     def over_photos(self, alpha:float=.05)->tuple:
         "Ends of the percentile interval over photos"
-        return tuple(map(float, np.quantile(self.draws, [alpha/2, 1 - alpha/2]))) if len(self.draws) else (math.nan, math.nan)
+        return tuple(map(float, np.quantile(self.draws,
+                                            [alpha/2, 1 - alpha/2]))) if len(self.draws) else (math.nan,
+            math.nan)
 
     def interval(self, alpha:float=.05)->tuple:
         "Lower end, upper end, which: the wider of both; nan without two blocks"
@@ -63,9 +66,11 @@ class Estimate:
 
     @property
     def p_flips(self)->float:
-        "Two-sided, by flipping the signs of blocks: it assumes no law of theirs, and with k of them is never below 2/2**k"
+        """Two-sided, by flipping the signs of blocks: it assumes no law of theirs, and with k of them is
+        never below 2/2**k"""
         if len(self.blocks) < 2: return math.nan
-        flips = stats.permutation_test((self.blocks,), np.mean, permutation_type='samples', n_resamples=9999, rng=0, vectorized=False)
+        flips = stats.permutation_test((self.blocks,), np.mean, permutation_type='samples', n_resamples=9999,
+                                       rng=0, vectorized=False)
         return float(flips.pvalue)
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #03083bf9
@@ -78,9 +83,11 @@ def estimate(
 )->Estimate:
     "An estimate from plain numbers: what every verdict here rests on"
     rng, x = np.random.default_rng(seed), np.asarray([] if photos is None else photos, dtype=float)
-    if not np.isfinite(x).all(): raise DataError('estimate', 'photos without a finite value', 'finite numbers')
+    if not np.isfinite(x).all():
+        raise DataError('estimate', 'photos without a finite value', 'finite numbers')
     size, draws = max(1, 2**21 // max(1, len(x))), draws if len(x) > 1 else 0
-    take = [x[rng.integers(len(x), size=(min(size, draws-a), len(x)), dtype=np.int32)].mean(1) for a in range(0, draws, size)]
+    take = [x[rng.integers(len(x), size=(min(size, draws-a), len(x)), dtype=np.int32)].mean(1)
+            for a in range(0, draws, size)]
     return Estimate(np.asarray(blocks, dtype=float), np.concatenate(take) if take else np.zeros(0), overlap)
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #dab8c890
@@ -94,29 +101,37 @@ class Contrast:
     arms:dict            # arm -> its records in the matched blocks
 
 def _number(rec, metric):
-    "A metric of a run; 'audit:SAMPLER/COLUMN' of the record of an audit, mean of both directions, under the main rule of labels"
+    """A metric of a run; 'audit:SAMPLER/COLUMN' of the record of an audit, mean of both directions, under
+    the main rule of labels"""
     if not metric.startswith('audit:'): return value(rec, metric)
     name, _, column = metric[6:].rpartition('/')
-    main = [row for row in rec.get('audit', []) if row.get('rule', 'main') in ('truth', 'main', '')]      # '': labels have no part in it
+    # '': labels have no part in it
+    main = [row for row in rec.get('audit', []) if row.get('rule', 'main') in ('truth', 'main', '')]
     found = [row[column] for row in main if row['sampler'] == name and column in row]
     return float(np.mean(found)) if found else math.nan
 
 def _matched(arms, metric):
-    "Per arm, in one order, the runs of the blocks of a sweep that have every arm; and how many blocks have not"
+    """Per arm, in one order, the runs of the blocks of a sweep that have every arm; and how many blocks
+    have not"""
     seen = [_by_sweep([r for r in runs if not math.isnan(_number(r, metric))], name) for name, runs in arms]
     every, both = set().union(*seen), sorted(set(seen[0]).intersection(*seen), key=str)
     if len({k for _, k in both}) < len(both):
-        raise DataError(f'arms {", ".join(a for a, _ in arms)}', f'the same blocks in sweeps {", ".join(sorted({s for s, _ in both}))}',
-                        'one sweep', 'Name it in the test, sweeps: [SWEEP], or of an arm, arms: {ARM: {method: ARM, sweep: SWEEP}}.')
+        raise DataError(f'arms {", ".join(a for a, _ in arms)}',
+                        f'the same blocks in sweeps {", ".join(sorted({s for s, _ in both}))}',
+                        'one sweep',
+                        'Name it in the test, sweeps: [SWEEP], or of an arm, arms: {ARM: {method: ARM, '
+                        'sweep: SWEEP}}.')
     sweeps = {s for s, _ in both} or {s for s, _ in every}
     return [[s[k] for k in both] for s in seen], sum(s in sweeps for s, _ in every) - len(both)
 
 def _by_sweep(runs, name)->dict:
     "(sweep, block) -> run"
-    return {(s, k): r for s in {r['sweep'] for r in runs} for k, r in one_per_replicate([r for r in runs if r['sweep'] == s], name).items()}
+    return {(s, k): r for s in {r['sweep'] for r in runs}
+            for k, r in one_per_replicate([r for r in runs if r['sweep'] == s], name).items()}
 
 def _overlap(records, run, folds)->float:
-    "Photos tested for each that is trained on; an audit's record does not know, its run's does, and so does the number of folds"
+    """Photos tested for each that is trained on; an audit's record does not know, its run's does, and so
+    does the number of folds"""
     known = [r['data'] for r in records if r['id'] == run and r['data'].get('train')]
     return known[0]['images']/known[0]['train'] if known else 1/(folds-1)
 
@@ -131,12 +146,14 @@ def contrast(
     "Estimate a weighted sum of arms over matched blocks"
     runs, missing = _matched([(a, pick(records, arms.get(a, a))) for a in of], metric); w = list(of.values())
     d = sum(x*np.array([_number(r, metric) for r in rs]) for x, rs in zip(w, runs)) - minus
-    photos = None if metric.startswith('audit:') or not runs[0] else [mean_per_photo(rs, metric) for rs in runs]
+    photos = None if metric.startswith('audit:') or not runs[0] else [mean_per_photo(rs, metric)
+        for rs in runs]
     known = photos is not None and all(x is not None for x in photos)
     folds = {test_set_of(r) for r in runs[0] if r['block']['fold'] is not None}
     overlap = _overlap(records, runs[0][0]['id'], len(folds)) if len(folds) > 1 else 0.
     e = estimate(d, sum(x*p for x, p in zip(w, photos)) - minus if known else None, overlap, draws)
-    return Contrast(e, tuple(sorted({r['id'] for rs in runs for r in rs})), len(runs[0]), missing, dict(zip(of, runs)))
+    return Contrast(e, tuple(sorted({r['id'] for rs in runs for r in rs})), len(runs[0]), missing,
+                    dict(zip(of, runs)))
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #731b0251
 def verdict(
@@ -186,7 +203,8 @@ def _known(path, at, given, kinds, needed):
         if k not in kinds: raise DataError(path, f'{at}: no part called {k!r}', f'one of {", ".join(kinds)}')
         if not isinstance(v, kinds[k]) or isinstance(v, bool) != (kinds[k] is bool):
             raise DataError(path, f'{at}: {k} is {v!r}', getattr(kinds[k], '__name__', 'a number'))
-    if gone := [k for k in needed if k not in given]: raise DataError(path, f'{at} without {", ".join(gone)}', 'these parts')
+    if gone := [k for k in needed if k not in given]:
+        raise DataError(path, f'{at} without {", ".join(gone)}', 'these parts')
 
 def _known_bases(path, spec):
     "Refuse preconditions that nobody could check"
@@ -221,8 +239,10 @@ def read_tests(
     import yaml
     path = Path(path)
     try: raw = path.read_bytes(); spec = yaml.safe_load(raw)
-    except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'a file of primary tests') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise DataError(path, str(e).splitlines()[0], 'a YAML file') from None
+    except OSError as e:
+        raise DataError(path, f'cannot be read ({e.strerror})', 'a file of primary tests') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise DataError(path, str(e).splitlines()[0], 'a YAML file') from None
     kinds = dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list, preconditions=dict)
     _known(path, 'file', spec, kinds, ('alpha', 'sets', 'tests'))
     for name, s in spec['sets'].items(): _known(path, f'set {name}', s, _SET, ('where', 'metric', 'delta'))
@@ -244,7 +264,8 @@ def _less(records, c, metric, **kw):
     a = contrast(records, c['of'], metric, c.get('minus', 0.), **kw)
     if 'less' not in c: return a
     b = contrast(records, c['less'], c['less_metric'], **kw)
-    if a.n != b.n or a.runs != b.runs: raise DataError('contrast', f'{a.n} and {b.n} blocks', 'both metrics of the same runs')
+    if a.n != b.n or a.runs != b.runs:
+        raise DataError('contrast', f'{a.n} and {b.n} blocks', 'both metrics of the same runs')
     e = estimate(a.estimate.blocks - b.estimate.blocks, None, a.estimate.overlap)
     return Contrast(e, a.runs, a.n, a.missing, a.arms)
 
@@ -253,7 +274,8 @@ def _gate(records, gates)->tuple:
     low = {}
     for g in gates:
         x = [v for r in pick(records, g['of']) if not math.isnan(v := _number(r, g['metric']))]
-        low[f"{g['metric']} {np.mean(x) if x else math.nan:.3g} < {g['at_least']}"] = None if not x else bool(np.mean(x) >= g['at_least'])
+        low[f"{g['metric']} {np.mean(x) if x else math.nan:.3g} < {g['at_least']}"] = (None if not x
+            else bool(np.mean(x) >= g['at_least']))
     failed = [k for k, ok in low.items() if ok is False]
     return (False if failed else None if None in low.values() else True), '; '.join(failed)
 
@@ -262,7 +284,8 @@ def needed(
     delta:float,         # smallest effect of interest
     alpha:float=.05,     # level the test is compared with
 )->float:                # blocks
-    "How many blocks, with new photos, would settle it if the difference stays what it is; inf right at the border"
+    """How many blocks, with new photos, would settle it if the difference stays what it is; inf right at
+    the border"""
     lo, hi, _ = e.interval(alpha if e.d >= delta else .05)
     gap = e.d if e.d >= delta else delta - e.d
     if math.isnan(lo): return math.nan
@@ -273,7 +296,8 @@ def _within(records, s, preset)->list:
     "Records of a set: those of the preset, and those that know no preset"
     found = [r for r in records if all(at_path(r, k) == v for k, v in s['where'].items())]
     known = lambda r: r['preset'] or preset_of(r['config'].get('method', ''))
-    return [r for r in found if known(r) in (preset, None) and (r['block']['fold'] is not None) == s.get('folds', False)]
+    return [r for r in found if known(r) in (preset, None)
+            and (r['block']['fold'] is not None) == s.get('folds', False)]
 
 def _line(c, con, metric, delta, base)->dict:
     "What is known of a contrast before the other tests are looked at"
@@ -281,9 +305,12 @@ def _line(c, con, metric, delta, base)->dict:
     words = ' '.join([f'{w:+g} {a}' for a, w in c['of'].items()]
                      + [f'-{w:g} {a} ({c["less_metric"]})' for a, w in c.get('less', {}).items()])
     fallen = set(collapsed(base, 'vse0')) & set(con.runs)
-    return dict(contrast=words + (f" -{c['minus']:g}" if c.get('minus') else ''), metric=metric, delta=delta, d=e.d,
-                sd=np.std(e.blocks, ddof=1) if con.n > 1 else math.nan, n=con.n, missing=con.missing, collapsed=len(fallen), lo=lo, hi=hi,
-                interval=name, t_lo=t[0], t_hi=t[1], photo_lo=photos[0], photo_hi=photos[1], p=e.p, runs=' '.join(con.runs))
+    return dict(contrast=words + (f" -{c['minus']:g}" if c.get('minus') else ''), metric=metric, delta=delta,
+                d=e.d,
+                sd=np.std(e.blocks, ddof=1) if con.n > 1 else math.nan, n=con.n, missing=con.missing,
+                collapsed=len(fallen), lo=lo, hi=hi,
+                interval=name, t_lo=t[0], t_hi=t[1], photo_lo=photos[0], photo_hi=photos[1], p=e.p,
+                runs=' '.join(con.runs))
 
 def _together(words:list)->str:
     "One word for contrasts that must all hold; the first is the claim itself, the others its placebos"
@@ -296,12 +323,16 @@ def _decide(lines, alpha, level, p_holm, gate, blocks):
     "Words of the contrasts of one test, then of the test"
     (open_, why), enough = gate, all(l['n'] >= blocks for l in lines)
     for l in lines:
-        lo = l['e'].interval(level)[0]; l |= dict(p_holm=p_holm, level=level, lo_adj=lo, needed=needed(l['e'], l['delta'], level))
+        lo = l['e'].interval(level)[0]
+        l |= dict(p_holm=p_holm, level=level, lo_adj=lo, needed=needed(l['e'], l['delta'], level))
         word = verdict(l['d'], lo, l['hi'], l['delta'], l['p'] <= level)
         l['word'] = word if enough or not word else 'unresolved'
-    word = 'not testable' if open_ is False else '' if open_ is None else _together([l['word'] for l in lines])
-    if word == 'confirmed' and p_holm > alpha: word = 'unresolved'          # an earlier test of the procedure had failed
-    few = f"{min(l['n'] for l in lines)} of {blocks} blocks" if not enough and all(l['n'] for l in lines) else ''
+    word = 'not testable' if open_ is False else '' if open_ is None else _together([l['word']
+        for l in lines])
+    # an earlier test of the procedure had failed
+    if word == 'confirmed' and p_holm > alpha: word = 'unresolved'
+    few = f"{min(l['n'] for l in lines)} of {blocks} blocks" if not enough and all(l['n']
+        for l in lines) else ''
     why = why or ('gate not measured' if open_ is None else 'no runs' if word == '' else few)
     return [{k: v for k, v in l.items() if k != 'e'} | dict(verdict=word, why=why) for l in lines]
 
@@ -331,7 +362,8 @@ def _of_records(records, c, base, alone)->tuple:
 def _of_sweep(records, c, sweeps, arms)->tuple:
     "How many runs collapsed, or the size of every arm's search (0 where arms had unequal ones)"
     mine = [r for r in records if r['sweep'] in sweeps and r['kind'] == 'run']
-    if 'collapsed' in c: return (float(len(collapsed(mine))) if mine else math.nan), math.nan, math.nan, len(mine)
+    if 'collapsed' in c:
+        return (float(len(collapsed(mine))) if mine else math.nan), math.nan, math.nan, len(mine)
     tried = {(r.get('search') or {}).get('tried') or 0 for r in mine if r['method'] in arms}
     return (float(min(tried) if len(tried) == 1 else 0) if tried else math.nan), math.nan, math.nan, len(mine)
 
@@ -349,14 +381,16 @@ def _conditions(records, mine, p, b, arms, few):
     own = {r['sweep'] for r in mine} & {*b['sweeps'], b.get('ran')}
     for c in p['conditions'] if own else ():
         if 'of' not in c: found = _of_sweep(mine, c, own, arms)
-        else: found = (_of_records if 'path' in c else _of_contrast)(records if c.get('split') else mine, c, b, b['sweeps'][0])
+        else:
+            found = (_of_records if 'path' in c else _of_contrast)(records if c.get('split') else mine, c, b,
+                b['sweeps'][0])
         yield c, *found, _holds(c, found[0], found[1], found[3], few)
 
 def preconditions(
     records:list,              # from `read_records`
     tests:dict,                # from `read_tests`
     preset:str='corrected',
-)->pd.DataFrame:               # a line per set, base and condition: value, lo, hi, n, ok (None: not measured), sweeps
+)->pd.DataFrame:  # a line per set, base and condition: value, lo, hi, n, ok (None: not measured), sweeps
     "Whether the bases can carry the claims, by the conditions added to the list"
     p, out = tests.get('preconditions') or dict(sets=(), bases={}), []
     cols = ['set', 'base', 'condition', 'says', 'value', 'lo', 'hi', 'n', 'ok', 'sweeps']
@@ -366,7 +400,8 @@ def preconditions(
         for base, b in p['bases'].items():
             arms = named | {a for role, a in b['roles'].items() if role != 'warm'}
             for c, *found, ok in _conditions(records, mine, p, b, arms, few):
-                out.append(dict(zip(cols, (name, base, c['name'], c['says'], *found, ok, ' '.join(b['sweeps'])))))
+                out.append(dict(zip(cols, (name, base, c['name'], c['says'], *found, ok,
+                                           ' '.join(b['sweeps'])))))
     tab = pd.DataFrame(out, columns=cols)
     return tab.assign(ok=pd.Series([r['ok'] for r in out], dtype=object))
 
@@ -381,10 +416,13 @@ def base_table(
     out = ['| base | ' + ' | '.join(names) + ' | |', '|---|' + '---|'*(len(names)+1)]
     for base, rows in tab.groupby('base', sort=False):
         said = [mark[ok] + ('' if math.isnan(v) else f' ({v:.3g})') for ok, v in zip(rows.ok, rows.value)]
-        word = 'fails' if any(x is False for x in rows.ok) else 'carries claims' if all(x is True for x in rows.ok) else 'open'
+        word = 'fails' if any(x is False for x in rows.ok) else 'carries claims' if all(x is True
+            for x in rows.ok) else 'open'
         out.append(f'| {escape_markup(base)} | ' + ' | '.join(said) + f' | {word} |')
     told = [f"- {c['name']}: {c['says']}" for c in p['conditions']]
-    return '\n'.join([*out, '', f"Preconditions of a base, added on {p['date']}, before any run on the strong one:", *told, ''])
+    return '\n'.join([*out, '',
+                      f"Preconditions of a base, added on {p['date']}, before any run on the strong one:",
+                      *told, ''])
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #230b74af
 def verdicts(
@@ -395,15 +433,19 @@ def verdicts(
     "Every primary test on every set"
     out, bases = [], preconditions(records, tests, preset)
     for name, s in tests['sets'].items():
-        mine, todo = _within(records, s, preset), {k: t for k, t in tests['tests'].items() if name in t.get('on', tests['sets'])}
+        mine, todo = (_within(records, s, preset),
+                      {k: t for k, t in tests['tests'].items() if name in t.get('on', tests['sets'])})
         lines = {k: [] for k in todo}
         of = {k: [r for r in mine if r['sweep'] in t.get('sweeps', [r['sweep']])] for k, t in todo.items()}
         for k, t in todo.items():
             for c in t['contrasts']:
-                metric, delta = c.get('metric', s['metric']), float(c.get('delta', t.get('delta', s['delta'])))
+                metric, delta = (c.get('metric', s['metric']),
+                                 float(c.get('delta', t.get('delta', s['delta']))))
                 con = _less(of[k], c, metric, arms=t.get('arms', {}), draws=tests['draws'])
-                lines[k].append(dict(set=name, test=k, preset=preset) | _line(c, con, metric, delta, mine) | dict(e=con.estimate))
-        p = [math.nan if any(math.isnan(l['p']) for l in ls) else max(l['p'] for l in ls) for ls in lines.values()]
+                lines[k].append(dict(set=name, test=k, preset=preset) | _line(c, con, metric, delta, mine)
+                                | dict(e=con.estimate))
+        p = [math.nan if any(math.isnan(l['p']) for l in ls) else max(l['p'] for l in ls)
+             for ls in lines.values()]
         for (k, ls), ph, level in zip(lines.items(), *holm(p, tests['alpha'])):
             gate = _gate(of[k], todo[k].get('gate', []))
             new = _decide(ls, tests['alpha'], level, ph, gate, s.get('blocks', 5))
@@ -430,15 +472,19 @@ def agreed(
     known = {k: w for k, w in words.items() if w}
     if not known: return 'not run'
     if len(set(known.values())) == 1:
-        word = next(iter(known.values())); where = '' if len(known) == len(words) else f" on {' and '.join(known)}"
+        word = next(iter(known.values()))
+        where = '' if len(known) == len(words) else f" on {' and '.join(known)}"
         return word + where + (' only' if where and not word.startswith('not testable') else '')
-    if 'confirmed' in known.values(): return f"holds on {' and '.join(k for k, w in known.items() if w == 'confirmed')} only"
+    if 'confirmed' in known.values():
+        return f"holds on {' and '.join(k for k, w in known.items() if w == 'confirmed')} only"
     return '; '.join(f'{w} on {k}' for k, w in known.items())
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #4681dfd6
 def _verdict_row(r):
     "A contrast for reading"
-    x = lambda k: '' if math.isnan(r[k]) else f'{r[k]:+z.2f}' if abs(r[k]) >= .1 or not r[k] else f'{r[k]:+.2g}'     # skills are small
+    # skills are small
+    x = (lambda k: '' if math.isnan(r[k]) else f'{r[k]:+z.2f}' if abs(r[k]) >= .1 or not r[k]
+         else f'{r[k]:+.2g}')
     ends = f" [{x('lo')}, {x('hi')}]" if x('lo') else ''
     need = f"{r['needed']:.0f}" if r['word'] == 'unresolved' and math.isfinite(r['needed']) else ''
     what = escape_markup(f"{r['contrast']} ({r['metric']}, delta {r['delta']:g})")
@@ -460,14 +506,17 @@ def verdict_table(
 )->str:                   # Markdown: a row per claim with its word on every set, then the numbers
     "Verdicts for reading"
     sets, one = list(tests['sets']), tab.drop_duplicates(['set', 'test']).set_index(['test', 'set'])
-    out = ['| claim | | ' + ' | '.join(map(escape_markup, sets)) + ' | together |', '|---|---|' + '---|'*(len(sets)+1)]
+    out = ['| claim | | ' + ' | '.join(map(escape_markup, sets)) + ' | together |',
+           '|---|---|' + '---|'*(len(sets)+1)]
     for k, t in tests['tests'].items():
         words, why = ({s: one[col].get((k, s), '') for s in sets} for col in ('verdict', 'why'))
         cells = [w + (f' ({why[s]})' if why[s] and w else '') for s, w in words.items()]
         mark = ' (erratum)' if any(e['test'] == k for e in tests.get('errata', [])) else ''
-        out.append(f'| {escape_markup(k)} | {escape_markup(t["claim"])}{mark} | ' + ' | '.join(cells) + f' | {agreed(words)} |')
+        out.append(f'| {escape_markup(k)} | {escape_markup(t["claim"])}{mark} | ' + ' | '.join(cells)
+                   + f' | {agreed(words)} |')
     known = tab[tab.n > 0].to_dict('records')
-    names = ('', 'contrast', 'd [95 %]', 'adjusted lower end', 'p (Holm)', 'blocks', 'needed', 'collapsed', 'word')
+    names = ('', 'contrast', 'd [95 %]', 'adjusted lower end', 'p (Holm)', 'blocks', 'needed', 'collapsed',
+             'word')
     if known: out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
     out += map(_verdict_row, known)
     last = f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run."
@@ -480,24 +529,28 @@ def weights_of(
     "Contrasts of arms that cross factors"
     letters, sets = sorted(set(''.join(arms.values()))), [frozenset(v) for v in arms.values()]
     if len(set(sets)) != len(sets) or len(sets) != 2**len(letters):
-        raise DataError('factorial', f'{len(set(sets))} combinations of {len(letters)} factors', f'every one of {2**len(letters)}, once')
-    who = sorted((''.join(sorted(s)) for s in sets if s), key=lambda s: (len(s), s)); part = 2**(len(letters)-1)
+        raise DataError('factorial', f'{len(set(sets))} combinations of {len(letters)} factors',
+                        f'every one of {2**len(letters)}, once')
+    who = sorted((''.join(sorted(s)) for s in sets if s), key=lambda s: (len(s), s))
+    part = 2**(len(letters)-1)
     return {w: {a: math.prod(1 if f in has else -1 for f in w)/part for a, has in arms.items()} for w in who}
 
 def _effect(name, e, runs)->dict:
     "A line about an estimate"
     lo, hi, _ = e.interval(); n = len(e.blocks); sd = np.std(e.blocks, ddof=1) if n > 1 else math.nan
-    return dict(effect=name, d=e.d, sd=sd, n=n, lo=lo, hi=hi, p=e.p, p_flips=e.p_flips, runs=' '.join(sorted(runs)))
+    return dict(effect=name, d=e.d, sd=sd, n=n, lo=lo, hi=hi, p=e.p, p_flips=e.p_flips,
+                runs=' '.join(sorted(runs)))
 
 def factorial(
     records:list,                # from `read_records`
     arms:dict,                   # as in `weights_of`
     metric:str='truth.map_r',
     draws:int=10_000,            # of photos
-)->pd.DataFrame:                 # a line per effect: effect, d, sd, n, lo, hi, p, p_flips (signs of blocks flipped), runs, p_holm
+)->pd.DataFrame:                 # a line per effect: effect, d, sd, n, lo, hi, p, p_flips, runs, p_holm
     "Main effects and interactions, with intervals over matched blocks (study design, section 6.1)"
     found = {k: contrast(records, w, metric, draws=draws) for k, w in weights_of(arms).items()}
-    tab = pd.DataFrame([_effect(k, c.estimate, c.runs) for k, c in found.items()]); return tab.assign(p_holm=holm(tab.p)[0])
+    tab = pd.DataFrame([_effect(k, c.estimate, c.runs) for k, c in found.items()])
+    return tab.assign(p_holm=holm(tab.p)[0])
 
 def slopes(
     levels:dict,                 # level -> its records
@@ -505,15 +558,19 @@ def slopes(
     metric:str='truth.map_r',
     draws:int=10_000,            # of photos
 )->pd.DataFrame:                 # a line per name, as `factorial`; d: what one step of the level changes
-    "How contrasts change with a level: in each block a line through its values at all levels (study design, sections 6.1 and 6.6)"
+    """How contrasts change with a level: in each block a line through its values at all levels (study
+    design, sections 6.1 and 6.6)"""
     if len(levels) < 2: raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
     x = np.array(list(levels), dtype=float); w = (x - x.mean())/((x - x.mean())**2).sum(); out = []
     for name, weight in of.items():
-        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values() for a in weight))
-        cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws) for rs in levels.values()]
+        ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values()
+                                 for a in weight))
+        cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws)
+              for rs in levels.values()]
         photos = [c.estimate.draws for c in cs]; known = all(len(d) == len(photos[0]) for d in photos)
         line = lambda parts: sum(a*p for a, p in zip(w, parts))
-        e = Estimate(line([c.estimate.blocks for c in cs]), line(photos) if known else np.zeros(0), max(c.estimate.overlap for c in cs))
+        e = Estimate(line([c.estimate.blocks for c in cs]), line(photos) if known else np.zeros(0),
+                     max(c.estimate.overlap for c in cs))
         out.append(_effect(name, e, {i for c in cs for i in c.runs}))
     tab = pd.DataFrame(out); return tab.assign(p_holm=holm(tab.p)[0])
 
@@ -529,8 +586,11 @@ def prices(
     lines = []
     for arm, plain in of.items():
         c = contrast(records, {arm: 1, plain: -1}, metric, draws=draws); lo, hi, _ = c.estimate.interval()
-        word = 'harmless' if -delta < lo and hi < delta else 'harms' if hi < 0 else 'helps' if lo > 0 else 'unresolved'
-        if c.n: lines.append(dict(arm=arm, without=plain, d=c.estimate.d, lo=lo, hi=hi, n=c.n, word=word, runs=' '.join(c.runs)))
+        word = ('harmless' if -delta < lo and hi < delta else 'harms' if hi < 0 else 'helps' if lo > 0
+                else 'unresolved')
+        if c.n:
+            lines.append(dict(arm=arm, without=plain, d=c.estimate.d, lo=lo, hi=hi, n=c.n, word=word,
+                              runs=' '.join(c.runs)))
     return pd.DataFrame(lines, columns=['arm', 'without', 'd', 'lo', 'hi', 'n', 'word', 'runs'])
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #a4b0e002
@@ -595,14 +655,17 @@ ARMS |= dict(        # the ladders of AOQ and of TAGS-DC
         "vsepp|tags(discrimination=0.5, correction=0.5, misled='heads')"),
     longer=('the hardest, twice the epochs', 'vsepp'),
     wide=('the hardest, three times the batch', 'vsepp'))
-_STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'rare_scenes', 'defects_scenes')      # their generator learns no more
+# their generator learns no more
+_STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'rare_scenes', 'defects_scenes')
 OWN = dict.fromkeys(_STATIC, dict(       # sweeps, and their profiles, in which a name means something else
     tags=('synthetic negatives of a generator that never changes', "vsepp|tags(sharing='static')")))
-_SEARCHED = 'prior=0.002, monotone=True'       # on the strong base: with a prior to search and monotone log-odds
+_SEARCHED = 'prior=0.002, monotone=True'  # on the strong base: with a prior to search and monotone log-odds
 OWN |= dict.fromkeys(('flickr8k_core', 'flickr8k_aoq', 'flickr8k_fne', 'flickr8k_quality'), {
     arm: (f'{ARMS[arm][0]}, searched prior', f'{of}({more}{_SEARCHED})') for arm, of, more in (
-        ('fne', 'fne', ''), ('fne_permuted', 'fne', 'permuted=True, '), ('fne_no_cut', 'fne', 'cutdown=False, '),
-        ('fne_tau5', 'fne', 'tau=5.0, '), ('fne_m0', 'fne', ''), ('fne_m16', 'fne', ''), ('fne_m4', 'fne', ''),
+        ('fne', 'fne', ''), ('fne_permuted', 'fne', 'permuted=True, '),
+        ('fne_no_cut', 'fne', 'cutdown=False, '),
+        ('fne_tau5', 'fne', 'tau=5.0, '), ('fne_m0', 'fne', ''), ('fne_m16', 'fne', ''),
+        ('fne_m4', 'fne', ''),
         ('aoq_fne_detached', 'aoq_fne', ''))})
 
 def arm_label(

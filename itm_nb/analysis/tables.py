@@ -153,14 +153,15 @@ def collapsed(
     base:str='vse0',     # the arm that never collapses
 )->list:                 # ids
     "Runs that collapsed, by the rule declared before the runs"
-    last = lambda r: at_path(r, 'last.rsum') if at_path(r,
-                                                        'last.rsum') is not None else at_path(
-                                                            r, 'metrics.val.rsum')
+    def last(r):
+        found = at_path(r, 'last.rsum')
+        return at_path(r, 'metrics.val.rsum') if found is None else found
     # each sweep has its own base: another one trains for another time
     where = lambda r: (r['sweep'], *_block(r))
     bar = {where(r): last(r)/2 for r in pick(records, base) if last(r) is not None}
     def fell(r):
-        if max((r.get('spread') or {}).values(), default=0.) > _ALIKE: return True
+        alike = [v for side, v in (r.get('spread') or {}).items() if side != 'gap']
+        if max(alike, default=0.) > _ALIKE: return True
         if last(r) is None or where(r) not in bar: return bool(r.get('collapsed'))
         return last(r) < bar[where(r)]
     return sorted(r['id'] for r in records if r['kind'] == 'run' and fell(r))

@@ -79,7 +79,8 @@ class Vocabulary:
     ):
         "Count the words of the sentences; a warning where they are no words but whole sentences"
         if (share := run_together(sentences)) > .5:
-            warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each would be '
+            warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each '
+                          f'would be '
                           "one long word; take word pieces instead (tokenizer='pieces')")
         count = Counter(w for s in sentences for w in words(s))
         return cls(SPECIALS + tuple(w for w, n in sorted(count.items(), key=lambda x: (-x[1], x[0]))

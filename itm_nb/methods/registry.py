@@ -86,7 +86,8 @@ def own_code(
 def _part(text, kw, allow_code)->Method:
     "One method of a mixture, with its sources replaced where that is asked for"
     (first, own), *swaps = _call(split_outside(text, ',')[0]), *split_outside(text, ',')[1:]
-    method, new = _made(first, _maker(first, METHODS | PAPERS | RIVALS, 'method', allow_code), Method, kw, own), {}
+    method, new = (_made(first, _maker(first, METHODS | PAPERS | RIVALS, 'method', allow_code), Method, kw,
+                         own), {})
     for name, _, path in (x.partition('=') for x in swaps):
         path, own = _call(path.strip())
         new[name.strip()] = _made(path, _maker(path, SOURCES, 'source', allow_code), Source, kw, own)

@@ -24,7 +24,8 @@ from .samplers import (
 
 # %% ../../nbs/5_methods/08_rivals.ipynb #5b51d4a3
 def with_copies(view:DirectedStep)->Candidates:
-    "The score matrix of the batch with gradient; the own pair is barred, and `same` marks captions of one photo"
+    """The score matrix of the batch with gradient; the own pair is barred, and `same` marks captions of
+    one photo"""
     c, n = everything(view), len(view.anchor)
     at = torch.arange(n, device=c.score.device)
     eligible = torch.ones_like(c.eligible)

@@ -151,7 +151,8 @@ def corrected_t(
     n_test:int,         # photographs it was tested on; 0 gives the plain t-test
     level:float=.95,
 )->Difference:
-    "Mean difference over replicates whose training sets overlap (Nadeau and Bengio's corrected resampled t-test)"
+    """Mean difference over replicates whose training sets overlap (Nadeau and Bengio's corrected resampled
+    t-test)"""
     from scipy import stats
     d = np.asarray(differences, dtype=np.float64)
     k = len(d)

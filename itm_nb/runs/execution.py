@@ -40,11 +40,13 @@ def _reason(e)->str:
     return why + (f' ({at})' if (at := _own_line(e.traceback)) else '')
 
 def _own_line(traceback:list)->str:
-    "The last place of an error's traceback that lies in code which is neither ours nor installed; '' where there is none"
+    """The last place of an error's traceback that lies in code which is neither ours nor installed; ''
+    where there is none"""
     ours = [Path(x).resolve() for x in (itm_nb.__file__, sys.prefix, sys.base_prefix, os.__file__)]
     ours = [p if p.is_dir() else p.parent for p in ours]
     places = re.findall(r'^File (.+?):(\d+)', _ANSI.sub('', '\n'.join(traceback)), re.M)
-    own = [(Path(p).expanduser(), n) for p, n in places if not any(Path(p).expanduser().is_relative_to(o) for o in ours)]
+    own = [(Path(p).expanduser(), n) for p, n in places
+           if not any(Path(p).expanduser().is_relative_to(o) for o in ours)]
     return f'{own[-1][0]}, line {own[-1][1]}' if own else ''
 
 def _no_kernel(e)->str:
@@ -63,7 +65,8 @@ def forward_signal(
     "A signal handler that asks the process training in `out` to save and stop"
     def handler(signum, frame):
         try: os.kill(_trainer(out), signal.SIGTERM)
-        except (OSError, ValueError): raise KeyboardInterrupt from None     # nobody trains yet: there is nothing to save
+        # nobody trains yet: there is nothing to save
+        except (OSError, ValueError): raise KeyboardInterrupt from None
     return handler
 
 def _trainer(out)->int:
@@ -80,7 +83,8 @@ def driving(
     out:Path,         # run folder
     threads:int=1,    # of the kernel
 ):
-    "While a notebook runs, its kernel knows that it is driven, and a signal goes to who trains; then all is as before"
+    """While a notebook runs, its kernel knows that it is driven, and a signal goes to who trains; then all
+    is as before"""
     more = dict(ITM_DRIVEN='1', OMP_NUM_THREADS=str(threads))
     before = {k: os.environ.get(k) for k in more}
     handlers = {s: signal.signal(s, forward_signal(out)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -99,13 +103,16 @@ def execute(
     bar:bool=True,       # papermill's progress bar
 )->int:                  # exit code: 0 finished, 75 stopped and resumable, 1 failed
     "Run a notebook with these parameters; DONE is written last"
-    sys.modules.setdefault('rfc3987_syntax', None)     # two seconds in every process: jsonschema would compile a grammar of web addresses
+    # two seconds in every process: jsonschema would compile a grammar of web addresses
+    sys.modules.setdefault('rfc3987_syntax', None)
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
-    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)   # said below
+    # said below
+    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with driving(out, values.get('threads', 1)):
-            papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3', progress_bar=bar)
+            papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3',
+                                       progress_bar=bar)
             finish(out)
     except papermill.PapermillExecutionError as e:
         if e.ename in ('Stopped', 'KeyboardInterrupt'): return RESUMABLE
@@ -113,7 +120,8 @@ def execute(
         why = _reason(e)
         return mark_failed(out, why, f'{notebook.stem}: {why}; see {out/"run.ipynb"}')
     except KeyboardInterrupt: return RESUMABLE
-    except (OSError, MemoryError, RuntimeError, NoSuchKernel) as e: return mark_failed(out, why := _no_kernel(e), f'{notebook.stem}: {why}')
+    except (OSError, MemoryError, RuntimeError, NoSuchKernel) as e:
+        return mark_failed(out, why := _no_kernel(e), f'{notebook.stem}: {why}')
     return 0
 
 def mark_failed(out, why, said)->int:
@@ -123,7 +131,8 @@ def mark_failed(out, why, said)->int:
     print(printable(said), file=sys.stderr); return 1
 
 # %% ../../nbs/7_runs/04_execution.ipynb #004fe0ac
-_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')    # before run.json
+# before run.json
+_EARLY = ('claim', 'lock', 'worker.log', 'processes.log', 'processes.json', 'params.json', 'FAILED')
 
 def _other(mine, theirs)->str:
     "In words, where an identity differs from another: the first three settings"
@@ -168,7 +177,8 @@ def _begin(out, name, values, me):
     note_run(out, name, values, me, now)
 
 def _empty(out):
-    "Remove what a run has made; run.json stays, so that the folder is known as a run's whenever this is killed"
+    """Remove what a run has made; run.json stays, so that the folder is known as a run's whenever this is
+    killed"""
     for p in out.iterdir():
         if p.name in ('claim', 'worker.log', 'params.json', 'run.json'): continue
         shutil.rmtree(p) if p.is_dir() else p.unlink()
@@ -181,8 +191,9 @@ def start(
     work=execute,        # (notebook, values, run folder, bar) -> exit code: what is done
     typed=None,          # names of parameters that the user wrote, who may name code; None: all of them
 )->tuple:                # (exit code, run folder)
-    "Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is finished"
-    check_text(given, given if typed is None else typed)                    # before anything of it is looked up
+    """Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is
+    finished"""
+    check_text(given, given if typed is None else typed)  # before anything of it is looked up
     nb = template(name); known = parameters(nb); values = resolve(known, given); check_places(known, values)
     if values.get('folds') and known['folds'].rule: fold_file(values['folds'])
     me = run_id(nb.stem, values)
@@ -191,8 +202,9 @@ def start(
     _admit(out, nb.stem, values, me)
     with claim(out) as mine:
         if not mine: return BUSY, out
-        if 'arm' in values and finished(out, values, me): return 0, out     # a row is made once; a study is made anew
-        _admit(out, nb.stem, values, me)                                    # another process may have begun there
+        # a row is made once; a study is made anew
+        if 'arm' in values and finished(out, values, me): return 0, out
+        _admit(out, nb.stem, values, me)  # another process may have begun there
         _begin(out, nb.stem, values, me)
         began = time.perf_counter(); code = work(nb, values, out, bar)
         spent = dict(seconds=round(time.perf_counter()-began, 2), code=code)

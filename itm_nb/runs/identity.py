@@ -24,14 +24,19 @@ from ..training.config import current_names
 from .parameters import parameters, rules
 
 # %% ../../nbs/7_runs/02_identity.ipynb #55b95f61
-PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')   # parameters that do not change a result
-INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds')  # that name a run, a file, or a word
-OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fold', 'test')  # of `train`: no settings of training
+# parameters that do not change a result
+PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')
+# that name a run, a file, or a word
+INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds')
+# of `train`: no settings of training
+OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fold', 'test')
 FIRST = dict(    # parameters that always count: those the templates had when the first records were made
-    train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word dropout method warmup margin '
+    train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word '
+          'dropout method warmup margin '
           'temperature epochs batch lr decay clip precision seed threads arm'.split(),
     evaluate='scores data name preset rho world regions seed arm'.split(),
-    mine='init share honest data name preset rho world dims regions layout vision size resize similarity boxes seed folds fold threads '
+    mine='init share honest data name preset rho world dims regions layout vision size resize similarity '
+         'boxes seed folds fold threads '
          'arm'.split(),
     test_sets='scores test_set seed threads arm'.split())
 
@@ -47,7 +52,8 @@ def about_folder(
         whole = isinstance(found['id'], str) and (early or sealed == over_json(found))
     except (OSError, ValueError, KeyError, TypeError, AttributeError): whole = False
     if whole: return found
-    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or remove that')
+    raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or '
+                     f'remove that')
 
 RUN_ID = re.compile('[0-9a-f]{12}')
 
@@ -65,11 +71,13 @@ def _id_of(out)->str:
 def origin(
     given:str,       # value of an input: a run folder, a file, a word; several runs are joined by commas
 )->str:
-    "What an input is, wherever it lies: the id of a run, the hash of a file or of weights, or the word itself"
+    """What an input is, wherever it lies: the id of a run, the hash of a file or of weights, or the word
+    itself"""
     def one(x):
         p = Path(x)
         if (p/'model.safetensors').is_file():
-            parts = (f'{n} {sha256_of(p/n)}' for n in ('config.json', 'model.safetensors', 'vocab.json') if (p/n).is_file())
+            parts = (f'{n} {sha256_of(p/n)}'
+                     for n in ('config.json', 'model.safetensors', 'vocab.json') if (p/n).is_file())
             return 'sha256:' + hashlib.sha256(' '.join(parts).encode()).hexdigest()
         if p.is_file() and p.suffix: return f'sha256:{sha256_of(p)}'
         return _id_of(p) if (p/'run.json').is_file() or len(p.parts) > 1 else x
@@ -79,11 +87,12 @@ def identity(
     name:str,        # of the template
     values:dict,     # all its parameters
 )->dict:
-    """What determines a result: parameters without places, inputs by what they are, and of later parameters those
-    that are not at their default. Renamed ones have the name that they had when the first records were made"""
+    """What determines a result: parameters without places, inputs by what they are, and of later parameters
+    those that are not at their default. Renamed ones have the name of the first records"""
     known = parameters(template(name)) if name in FIRST else {}
     values, was = current_names(values, rules(known)), {s.name: s.was for s in rules(known) if s.was}
-    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}      # 1 is 1.0
+    # 1 is 1.0
+    what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}
     what = {k: origin(v) if k in INPUTS and v else v for k, v in what.items()}
     def later(k): return k in known and k not in FIRST[name]
     return {was.get(k, k): v for k, v in what.items() if not later(k) or v != known[k].default}
@@ -97,20 +106,23 @@ def run_id(
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/7_runs/02_identity.ipynb #496f1bb6
-NAME_METHODS = ('method', 'warmup_method', 'before')      # parameters that name a method, the last one an earlier name
+# parameters that name a method, the last one an earlier name
+NAME_METHODS = ('method', 'warmup_method', 'before')
 
 def check_text(
     values:dict,     # all parameters
     typed,           # names of those that the user wrote
 ):
-    "Refuse a name that cannot be part of a file name, and a method of one's own that was not named by its user"
+    """Refuse a name that cannot be part of a file name, and a method of one's own that was not named by
+    its user"""
     from itm_nb.core.names import checked_name
     if values.get('sweep'): checked_name(values['sweep'], 'sweep', 'the name')
     for k in NAME_METHODS:
         if k in typed or ':' not in str(values.get(k, '')): continue
         from itm_nb.methods.registry import own_code
         for path in own_code(values[k])[:1]:
-            raise SetupError(f"{k} names {path!r}, code of one's own, in a file that was read; wanted a name of the package. "
+            raise SetupError(f"{k} names {path!r}, code of one's own, in a file that was read; wanted a "
+                             f"name of the package. "
                              f'If you trust it: --allow-code, or -p {k} on the command line')
 
 # %% ../../nbs/7_runs/02_identity.ipynb #31a03f30
@@ -132,7 +144,8 @@ def source_hash(
 
 def _git(*asked)->str:
     "What git says of the package's folder; None where it fails, or is not there"
-    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}      # a hook's would name another repository
+    # a hook's would name another repository
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
     command = ('git', '-C', _package(), *asked)
     try: r = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError): return None

@@ -36,36 +36,45 @@ def train_together(
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
     if values['folds']: data = in_fold(data, fold_file(values['folds']), values['fold'])
     more = {k: values[k] for k in ('lists', 'generator') if k in values}
-    fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'], carry=values['carry'],
+    fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'],
+        carry=values['carry'],
         allow_code=allow_code, **more)
 
 def main(argv=None)->int:
-    "What each process does: `python -m itm_nb.runs.multi_process FILE RUN [--allow-code]`, started by `accelerate launch`"
+    """What each process does: `python -m itm_nb.runs.multi_process FILE RUN [--allow-code]`, started by
+    `accelerate launch`"""
     file, run, *code = sys.argv[1:] if argv is None else argv
     try: train_together(json.loads(Path(file).read_text('utf-8')), Path(run), code == ['--allow-code'])
-    except Stopped: pass                       # the one that asked knows; the launcher would take any other code than 0 for a crash
+    # the one that asked knows; the launcher would take any other code than 0 for a crash
+    except Stopped: pass
     return 0
 
 def launcher(
     n:int,               # processes
     device:str='cpu',    # 'cpu', or 'auto' for accelerators
 )->list:                 # the beginning of a command
-    "`accelerate launch` for accelerators; for the CPU what it calls itself: accelerate starts several processes there only through MPI"
+    """`accelerate launch` for accelerators; for the CPU what it calls itself: accelerate starts several
+    processes there only through MPI"""
     if device == 'auto':
         import torch
         have = torch.cuda.device_count()
-        if have < n: raise SetupError(f'--accelerate {n}: {have} accelerators here; -p device cpu runs {n} processes on cores')
-        return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1',
+        if have < n:
+            raise SetupError(f'--accelerate {n}: {have} accelerators here; -p device cpu runs {n} processes '
+                             f'on cores')
+        return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n),
+                '--num_machines', '1',
                 '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n)]
 
 # %% ../../nbs/7_runs/08_multi_process.ipynb #1f80c4aa
 def _go(command, out, threads)->int:
-    "Run a command with its output in the run folder; on SIGTERM ask the process that trains to save. -> exit code, 75 if it was asked"
+    """Run a command with its output in the run folder; on SIGTERM ask the process that trains to save. ->
+    exit code, 75 if it was asked"""
     asked, tell = [], forward_signal(out)
     def stop(*a): asked.append(True); tell(*a)
     for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, stop)
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), ACCELERATE_USE_CPU=str('torch.distributed.run' in command).lower())
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads),
+                            ACCELERATE_USE_CPU=str('torch.distributed.run' in command).lower())
     with open(out/'processes.log', 'ab') as log:
         p = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         while True:
@@ -79,7 +88,8 @@ def several(
     "Train in several processes, then execute the notebook, which finds its training finished"
     def work(notebook, values, out, bar=True):
         known = parameters(notebook)
-        if n < 2 or not {'method', 'epochs', 'batch', 'init'} <= known.keys(): return execute(notebook, values, out, bar)
+        if n < 2 or not {'method', 'epochs', 'batch', 'init'} <= known.keys():
+            return execute(notebook, values, out, bar)
         if values['batch'] % n: raise SetupError(f'batch {values["batch"]} cannot be shared by {n} processes')
         file = out/'processes.json'; file.write_text(json.dumps(values))
         own_code = ':' in values['method'] + values.get('warmup_method', '')      # `itm_run` has looked at it
@@ -87,7 +97,9 @@ def several(
                    *(['--allow-code'] if own_code else [])]
         code = _go(command, out, values.get('threads', 1)); file.unlink()
         if code == RESUMABLE: return code
-        if code: return mark_failed(out, why := f'training in {n} processes ended with {code}', f'{why}; see {out/"processes.log"}')
+        if code:
+            return mark_failed(out, why := f'training in {n} processes ended with {code}',
+                               f'{why}; see {out/"processes.log"}')
         return execute(notebook, values, out, bar)
     return work
 

@@ -30,13 +30,14 @@ class Parameter:
         "The value, of the default's type, allowed by its declaration; SetupError names what is possible"
         kind = type(self.default)
         if kind is bool and str(given).lower() in ('true', 'false'): return str(given).lower() == 'true'
-        if isinstance(given, Integral) and not isinstance(given, bool): given = int(given)      # of numpy, too
+        if isinstance(given, Integral) and not isinstance(given, bool): given = int(given)  # of numpy, too
         try:
             if not isinstance(given, (str, int, float)) or isinstance(given, bool): raise TypeError
             if kind is bool or (kind is int and isinstance(given, float)): raise ValueError
             value = kind(given) + 0. if kind is float else kind(given)      # -0.0 is 0.0
         except (TypeError, ValueError):
-            raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. {self.default!r}') from None
+            raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. '
+                             f'{self.default!r}') from None
         if kind is str: check_text(value, self.name)
         return check(self.rule, value) if self.rule else value
 
@@ -45,18 +46,26 @@ def _tagged(notebook)->str:
     "The source of the cell tagged `parameters`"
     name = Path(notebook).name
     try: cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
-    except OSError as e: raise SetupError(f'{name}: cannot be read ({e.strerror}); give the path of a notebook') from None
-    except (ValueError, TypeError, KeyError): raise SetupError(f'{name}: no notebook (JSON with cells); save it in JupyterLab') from None
-    try: tagged = [''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])]
-    except (AttributeError, TypeError, KeyError): raise SetupError(f'{name}: cells that are none; save it in JupyterLab') from None
+    except OSError as e:
+        raise SetupError(f'{name}: cannot be read ({e.strerror}); give the path of a notebook') from None
+    except (ValueError, TypeError, KeyError):
+        raise SetupError(f'{name}: no notebook (JSON with cells); save it in JupyterLab') from None
+    try:
+        tagged = [''.join(c['source']) for c in cells
+                  if 'parameters' in c.get('metadata', {}).get('tags', [])]
+    except (AttributeError, TypeError, KeyError):
+        raise SetupError(f'{name}: cells that are none; save it in JupyterLab') from None
     if len(tagged) != 1: raise SetupError(f'{name}: {len(tagged)} cells tagged "parameters"; wanted one')
     return tagged[0]
 
 def _assigned(node, name)->tuple:
     "Name and value of an assignment"
-    try: return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id, ast.literal_eval(node.value)
+    try:
+        return ((node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id,
+                ast.literal_eval(node.value))
     except (AttributeError, ValueError, TypeError):
-        raise SetupError(f'{name}: line {node.lineno} of its cell of parameters is no `name = value` with a plain value; '
+        raise SetupError(f'{name}: line {node.lineno} of its cell of parameters is no `name = value` with a '
+                         f'plain value; '
                          'move it to another cell') from None
 
 def parameters(
@@ -65,10 +74,13 @@ def parameters(
     "What can be set in a notebook: the assignments of its cell tagged `parameters`"
     source, rules, out, name = _tagged(notebook), declared(Path(notebook).stem), {}, Path(notebook).name
     try: body, lines = ast.parse(source).body, source.splitlines()
-    except SyntaxError as e: raise SetupError(f'{name}: its cell of parameters is not Python (line {e.lineno}); correct it') from None
+    except SyntaxError as e:
+        raise SetupError(
+            f'{name}: its cell of parameters is not Python (line {e.lineno}); correct it') from None
     for node in body:
         k, v = _assigned(node, name); rule = rules.get(k)
-        if rule and type(rule.default) is not type(v): rule = None             # of a notebook of the same name, with another meaning
+        # of a notebook of the same name, with another meaning
+        if rule and type(rule.default) is not type(v): rule = None
         out[k] = Parameter(k, v, lines[node.end_lineno-1][node.end_col_offset:].strip(' #'), rule)
     return out
 
@@ -84,10 +96,12 @@ def example_notebook(
     "Write a notebook of few cells"
     def cell(text, tags=()):
         name = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return dict(cell_type='code', execution_count=None, metadata=dict(tags=list(tags)) if tags else {}, outputs=[],
+        return dict(cell_type='code', execution_count=None, metadata=dict(tags=list(tags)) if tags else {},
+                    outputs=[],
                     source=text, id=name)
     kernel = dict(name='python3', display_name='python3', language='python')
-    book = dict(cells=[cell(source, tags), *map(cell, more)], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    book = dict(cells=[cell(source, tags), *map(cell, more)], metadata=dict(kernelspec=kernel), nbformat=4,
+                nbformat_minor=5)
     Path(path).write_text(json.dumps(book))
     return Path(path)
 
@@ -105,7 +119,8 @@ def resolve(
     "The values a notebook will run with; SetupError where a name is unknown, or a value cannot be"
     given = current_names(given, rules(known), told=True)
     for k in given:
-        if k not in known: raise SetupError(f'no parameter called {k!r}{suggest(k, known)}; there are {", ".join(known)}')
+        if k not in known:
+            raise SetupError(f'no parameter called {k!r}{suggest(k, known)}; there are {", ".join(known)}')
     values = {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
     ruled = {k: v for k, v in values.items() if known[k].rule}
     for k in ('method', 'warmup_method'):
@@ -133,6 +148,9 @@ def _check_there(name, path, kind):
     if kind == 'scores': kind = 'file' if path.suffix in ('.npy', '.npz') else 'runs'
     try: there = path.is_file() if kind == 'file' else path.is_dir()
     except OSError: there = False
-    if not there: raise SetupError(f'{name} {str(path)!r}: no such {"file" if kind == "file" else "folder"}; correct the path')
+    if not there:
+        raise SetupError(f'{name} {str(path)!r}: no such {"file" if kind == "file" else "folder"}; correct '
+                         f'the path')
     if kind in ('run', 'runs') and not (path/'DONE').is_file():
-        raise SetupError(f'{name} {str(path)!r}: no finished run (without DONE); finish it first, or name another')
+        raise SetupError(f'{name} {str(path)!r}: no finished run (without DONE); finish it first, or name '
+                         f'another')

@@ -59,7 +59,8 @@ def finish(
 def _stands(folder)->bool:
     "Is a run finished, with its parents as they are now, and theirs?"
     def same(p, made):
-        at = Path(p) if Path(p).is_dir() else Path(folder).parent/Path(p).name          # the folder of runs may have been moved
+        # the folder of runs may have been moved
+        at = Path(p) if Path(p).is_dir() else Path(folder).parent/Path(p).name
         return done(at) and result(at) == made and _stands(at)
     there = reported(folder)
     return there is not None and done(folder) and all(same(*x) for x in there.get('parents', {}).items())
@@ -68,8 +69,10 @@ def parents(
     values:dict,      # all parameters
 )->dict:              # run folder -> what its DONE says; '' where it is not finished
     "The runs that a run needs, and what they have made"
-    named = [x for k in INPUTS if k != 'weights' for x in str(values.get(k) or '').split(',')]      # weights need not come from a run
-    folders = [x for x in named if (Path(x)/'run.json').is_file() or len(Path(x).parts) > 1 and not Path(x).suffix]
+    # weights need not come from a run
+    named = [x for k in INPUTS if k != 'weights' for x in str(values.get(k) or '').split(',')]
+    folders = [x for x in named if (Path(x)/'run.json').is_file() or len(Path(x).parts) > 1
+               and not Path(x).suffix]
     return {x: result(x) if _stands(x) else '' for x in folders}
 
 def finished(
@@ -88,6 +91,7 @@ def finished(
 # %% ../../nbs/7_runs/03_run_folder.ipynb #1a073aea
 def note_run(out, name, values, me='', now=None):
     "Write run.json: which run this is, by what source, with which parents"
-    told = dict(id=me or run_id(name, values), template=name, source=source_hash(), identity=identity(name, values),
+    told = dict(id=me or run_id(name, values), template=name, source=source_hash(),
+                identity=identity(name, values),
                 parents=parents(values) if now is None else now)
     write_synced(out/'run.json', json.dumps(told | dict(seal=over_json(told)), indent=1).encode())

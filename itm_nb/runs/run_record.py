@@ -38,8 +38,10 @@ def about(
     cfg = {k: origin(v) if k in INPUTS and v else v for k, v in values.items() if k not in PLACES}
     fold = values['fold'] if values.get('folds') else None
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=numpy.__version__)
-    return dict(id=run_id(name, values), sweep=values['sweep'], method=values['arm'] or method, preset=None, seed=values['seed'],
-                block=dict(fold=fold, seed=values['seed']), config=cfg, commit=commit(), source=source_hash(values.get('method', '')),
+    return dict(id=run_id(name, values), sweep=values['sweep'], method=values['arm'] or method, preset=None,
+                seed=values['seed'],
+                block=dict(fold=fold, seed=values['seed']), config=cfg, commit=commit(),
+                source=source_hash(values.get('method', '')),
                 device=str(device), threads=values.get('threads', 1), versions=versions)
 
 def under_truth(
@@ -47,7 +49,8 @@ def under_truth(
     split,            # a Split of it
     scores,           # (images, sentences) -> what `many_positives` takes; see `train.scores_of`
 )->list:              # per gallery, what `many_positives` found
-    "Where many sentences are true of an image: ranks of all that are true, inside each gallery; half-true pairs are left out"
+    """Where many sentences are true of an image: ranks of all that are true, inside each gallery;
+    half-true pairs are left out"""
     import numpy as np
     from itm_nb.metrics.relevance import many_positives
     out = []
@@ -61,33 +64,40 @@ def under_truth(
 def curves(
     run:Path,      # run folder
 )->dict:           # name -> a value per epoch
-    "Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum, and what owners of state tell"
+    """Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum,
+    and what owners of state tell"""
     try: lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text('utf-8').splitlines()]
     except (OSError, ValueError):
-        raise SetupError(f'{run}: log.jsonl cannot be read; run it again: what cannot be trusted is made anew') from None
+        raise SetupError(
+            f'{run}: log.jsonl cannot be read; run it again: what cannot be trusted is made anew') from None
     vals = {l['epoch']: l['val']['rsum'] for l in lines if 'val' in l}
     steps = {e: [l for l in lines if l['epoch'] == e and 'loss' in l] for e in vals}
     mean = lambda e, k: sum(l[k] for l in steps[e])/len(steps[e])
-    told = {l['epoch']: l['monitor'] for l in lines if 'monitor' in l}; names = dict.fromkeys(k for m in told.values() for k in m)
-    return dict(epoch=list(vals), val_rsum=list(vals.values()), **{k: [mean(e, k) for e in vals] for k in ('loss', 'clipped')},
+    told = {l['epoch']: l['monitor'] for l in lines if 'monitor' in l}
+    names = dict.fromkeys(k for m in told.values() for k in m)
+    return dict(epoch=list(vals), val_rsum=list(vals.values()),
+                **{k: [mean(e, k) for e in vals] for k in ('loss', 'clipped')},
                 **{k: [told.get(e, {}).get(k) for e in vals] for k in names})
 
 def picks(
     run:Path,
     split,            # the training split
     world=None,       # the drawn world, where truth is known
-)->dict:              # source -> side -> epoch, n, score, gap (positive minus pick), and on the drawn world `false`; a value per epoch
+)->dict:              # source -> side -> per epoch: n, score, gap (positive minus pick), false (scenes)
     "What the sources of a run picked, from its sampled log: how hard, and how often false"
     import numpy as np
     from itm_nb.training.loop import load_picks
     rows, out = load_picks(Path(run)/'picks.bin'), {}
     false = None if world is None else _false(rows, split, world)
     for source, side in sorted(set(zip(rows['source'].tolist(), rows['side'].tolist()))):
-        at = (rows['source'] == source) & (rows['side'] == side); epochs, which = np.unique(rows['epoch'][at], return_inverse=True)
-        mean = lambda v: [None if np.isnan(x) else float(f'{x:.4g}') for x in _mean_by(v[at].astype(float), which, len(epochs))]
+        at = (rows['source'] == source) & (rows['side'] == side)
+        epochs, which = np.unique(rows['epoch'][at], return_inverse=True)
+        mean = lambda v: [None if np.isnan(x) else float(f'{x:.4g}')
+                          for x in _mean_by(v[at].astype(float), which, len(epochs))]
         found = dict(epoch=epochs.tolist(), n=np.bincount(which).tolist(), score=mean(rows['score']))
         found['gap'] = mean(rows['positive'] - rows['score'])
-        out.setdefault(source.decode(), {})[side.decode()] = found | ({} if false is None else dict(false=mean(false)))
+        out.setdefault(source.decode(), {})[side.decode()] = found | ({} if false is None
+            else dict(false=mean(false)))
     return out
 
 def _mean_by(v, which, n):
@@ -117,7 +127,8 @@ def cost(
     if not lines or upto < lines[-1]['steps']:
         warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
     seconds, pairs = (sum(l[k] for l in lines) for k in ('seconds', 'pairs'))
-    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(pairs/seconds, 1), peak_mib=max(l['peak_mib'] for l in lines))
+    return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(pairs/seconds, 1),
+                peak_mib=max(l['peak_mib'] for l in lines))
 
 def tested_on(
     values:dict,      # all parameters of the template
@@ -128,8 +139,10 @@ def tested_on(
     "The data part of a record"
     import numpy as np
     from itm_nb.data.splits import fingerprint
-    sizes = [len(split)] if split.gallery is None else np.unique(split.gallery, return_counts=True)[1].tolist()
-    return dict(name=values['data'], label=label, fingerprint=fingerprint(split), split=split.name, train=train,
+    sizes = [len(split)] if split.gallery is None else np.unique(split.gallery,
+        return_counts=True)[1].tolist()
+    return dict(name=values['data'], label=label, fingerprint=fingerprint(split), split=split.name,
+                train=train,
                 images=len(split), captions=len(split.captions), gallery=sizes)
 
 COLLAPSED = 2.    # a run whose validation rSum at the end is below so many times chance has collapsed
@@ -138,7 +151,8 @@ def collapsed(
     last:dict,         # validation metrics of the last epoch
     split,             # the validation split
 )->bool:
-    "The rule, fixed beforehand, by which a run counts as collapsed; it is said in its record, and the run is kept in every mean"
+    """The rule, fixed beforehand, by which a run counts as collapsed; it is said in its record, and the
+    run is kept in every mean"""
     import numpy as np
     from itm_nb.metrics.relevance import chance
     gallery = np.zeros(len(split), int) if split.gallery is None else split.gallery
@@ -154,18 +168,21 @@ def conclude(
     "Open the test split, rank it with the best model, write the record"
     from itm_nb.metrics.statistics import spread
     from itm_nb.models.encode import embed, scores_of
-    from itm_nb.training.loop import evaluate
+    from itm_nb.training.loop import evaluate, gap_to_hardest
     from itm_nb.runs.records import record, write_record
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
     if values['search']: more |= dict(search=json.loads(values['search']))
     if not values['test']: return _searched(values, run, t, more)
     ranks, split, batches = evaluate(run, data, 'test', device)
-    vectors = embed(t.core, batches); more |= spread(*vectors)
+    vectors = embed(t.core, batches)
+    more['spread'] = spread(*vectors).get('spread', {}) | dict(gap=gap_to_hardest(t))
     truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *vectors)]))
     if seen := picks(run, t.train.split, data.world): more |= dict(picks=seen)
     if spent := cost(run): more |= dict(cost=spent)
-    rec = record(about(values, 'train', values['method'], device), tested_on(values, split, data.label, len(t.train.split)),
-                 ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1], last=t.history[-1],
+    rec = record(about(values, 'train', values['method'], device),
+                 tested_on(values, split, data.label, len(t.train.split)),
+                 ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1],
+                 last=t.history[-1],
                  curves=curves(run), **more)
     write_record(run.parent/'records', rec)
     finish_by_hand(run, 'train', values)
@@ -174,7 +191,8 @@ def conclude(
 def _searched(values, run, t, more)->dict:
     "What is kept of a run that only tries settings: its validation; the test split stays closed"
     from itm_nb.core.errors_files import write_atomic
-    found = dict(metrics=dict(val=t.history[t.best[1]], test={}), best_epoch=t.best[1], last=t.history[-1], **more)
+    found = dict(metrics=dict(val=t.history[t.best[1]], test={}), best_epoch=t.best[1], last=t.history[-1],
+                 **more)
     write_atomic(run/'val.json', json.dumps(found, sort_keys=True).encode())
     finish_by_hand(run, 'train', values)
     return found
@@ -192,7 +210,9 @@ def _expected(
     row = oracle(own, true) if scores == 'oracle' else chance(n, m, np.bincount(own))
     if not many: return row
     if scores == 'oracle': found = match_summary(many_positives(true.astype('float32'), true))
-    else: found = {d: chance_many(R[R > 0], k) for d, R, k in (('i2t', true.sum(1), m), ('t2i', true.sum(0), n))}
+    else:
+        found = {d: chance_many(R[R > 0], k)
+                 for d, R, k in (('i2t', true.sum(1), m), ('t2i', true.sum(0), n))}
     return row | dict(truth={d: {k: found[d][k] for k in ('map_r', 'rp')} for d in ('i2t', 't2i')}
                       | dict(map_r=(found['i2t']['map_r'] + found['t2i']['map_r'])/2))
 
@@ -205,14 +225,17 @@ def control(
     import numpy as np
     from itm_nb.metrics.ranks import mean_summary
     from itm_nb.runs.records import record, write_record
-    split = data.split('test'); gallery = np.zeros(len(split), int) if split.gallery is None else split.gallery; rows = []
+    split = data.split('test')
+    gallery = np.zeros(len(split), int) if split.gallery is None else split.gallery
+    rows = []
     for g in np.unique(gallery):
         images, caps = np.flatnonzero(gallery == g), np.flatnonzero(gallery[split.img_of] == g)
         own = np.searchsorted(images, split.img_of[caps]); true = np.zeros((len(images), len(caps)), bool)
         true[own, np.arange(len(caps))] = True
         if data.world is not None: true = data.world.matrix('test', g) == 2
         rows.append(_expected(values['scores'], true, own, data.world is not None))
-    rec = record(about(values, 'evaluate', values['scores']), tested_on(values, split, data.label), test=mean_summary(rows), kind='control')
+    rec = record(about(values, 'evaluate', values['scores']), tested_on(values, split, data.label),
+                 test=mean_summary(rows), kind='control')
     run.mkdir(parents=True, exist_ok=True); write_record(run.parent/'records', rec)
     finish_by_hand(run, 'evaluate', values)
     return rec

@@ -34,10 +34,11 @@ def launch(
     "Start one run in its own session; what it prints goes to worker.log in its folder"
     e.out.mkdir(parents=True, exist_ok=True)
     tmp = e.out/f'.params.{os.getpid()}.tmp'; tmp.write_text(json.dumps(e.values, indent=1))
-    os.replace(tmp, e.out/'params.json')               # whole at every moment: another driver's worker may be reading it
+    os.replace(tmp, e.out/'params.json')  # whole at every moment: another driver's worker may be reading it
     code = 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
     with open(e.out/'worker.log', 'ab') as log:
-        return subprocess.Popen([sys.executable, '-c', code, e.template, '-f', str(e.out/'params.json'), '--quiet', *more],
+        return subprocess.Popen([sys.executable, '-c', code, e.template, '-f', str(e.out/'params.json'),
+                                 '--quiet', *more],
                                 stdout=log, stderr=log, start_new_session=True,
                                 env=os.environ | dict(OMP_NUM_THREADS=str(e.values.get('threads', 1))))
 
@@ -56,11 +57,13 @@ class Plan:
         room = dict(mib=self.memory, gpu_mib=self.gpu_memory)
         return all(v is None or sum(need(x, k) for x in (e, *others)) <= v for k, v in room.items())
 
-    def fits_time(self, e, rest, jobs, begun, left)->bool:     # rest: waiting Entries of its block; begun: was the block? left: seconds
+    # rest: waiting Entries of its block; begun: was the block? left: seconds
+    def fits_time(self, e, rest, jobs, begun, left)->bool:
         "Will it end in time, and if its block is new, the whole block?"
         if left is None: return True
         seconds = [self.cost(x).seconds or 0 for x in rest]
-        return (self.cost(e).seconds or 0) <= left and left > 0 and (begun or max(sum(seconds)/jobs, *seconds) <= left)
+        return (self.cost(e).seconds or 0) <= left and left > 0 and (begun
+            or max(sum(seconds)/jobs, *seconds) <= left)
 
 class _Driver:
     "Which runs wait, live, have failed"
@@ -68,15 +71,18 @@ class _Driver:
         self.todo, self.jobs, self.start, self.plan, self.began = todo, jobs, start, plan, time.monotonic()
         self.waiting = [i for i, e in enumerate(todo) if not finished(e.out, e.values)]
         self.live, self.failed, self.later, self.late = {}, {}, {}, set()
-        self.home, self.first = {str(e.out): i for i, e in enumerate(todo)}, min((todo[i].block for i in self.waiting), default=0)
+        self.home, self.first = ({str(e.out): i for i, e in enumerate(todo)},
+                                 min((todo[i].block for i in self.waiting), default=0))
 
-    def left(self): return None if self.plan.budget is None else self.plan.budget - (time.monotonic() - self.began)
+    def left(self):
+        return None if self.plan.budget is None else self.plan.budget - (time.monotonic() - self.began)
 
     def verdict(self, i)->str:
         "What is to be done about a waiting run: 'go', 'wait', 'late', 'done', 'blocked'"
         e = self.todo[i]; kin = [self.home.get(p) for p in e.needs]
         if any(k in self.failed or k is None and not done(p) for k, p in zip(kin, e.needs)): return 'blocked'
-        if self.later.get(i, 0) > time.monotonic() or any(k in self.live or k in self.waiting for k in kin): return 'wait'
+        if self.later.get(i, 0) > time.monotonic() or any(k in self.live or k in self.waiting for k in kin):
+            return 'wait'
         if finished(e.out, e.values): return 'done'
         rest = [self.todo[j] for j in self.waiting if self.todo[j].block == e.block]
         size, running = sum(x.block == e.block for x in self.todo), [self.todo[j] for j in self.live]
@@ -105,7 +111,8 @@ class _Driver:
         for i, p in list(self.live.items()):
             if p.poll() is None: continue
             del self.live[i]
-            if p.returncode == BUSY: self.waiting.insert(0, i); self.later[i] = time.monotonic() + 1     # another driver has it: look again
+            # another driver has it: look again
+            if p.returncode == BUSY: self.waiting.insert(0, i); self.later[i] = time.monotonic() + 1
             elif p.returncode: self.failed[i] = RESUMABLE if stopping else p.returncode
 
 # %% ../../nbs/7_runs/07_sweep_driver.ipynb #890a7915
@@ -136,8 +143,9 @@ def drive(
     plan:Plan=None,     # budget of time and memory
     start:Callable=launch,   # Entry -> a process: how a run is started
     pause:float=.3,     # seconds between two looks
-)->dict:                # Entry index -> exit code, for those that did not finish: 75 resumable, 77 blocked by a failed parent
-    "Run what is not finished; on SIGTERM, Ctrl-C or the end of the budget ask all running ones to save and wait for them"
+)->dict:                # Entry index -> exit code of those not finished: 75 resumable, 77 a parent failed
+    """Run what is not finished; on SIGTERM, Ctrl-C or the end of the budget ask all running ones to save
+    and wait for them"""
     d, stop, told = _Driver(todo, jobs, start, plan or Plan()), [], False
     before = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -159,7 +167,8 @@ def state(
 )->str:              # 'done', 'failed: why', 'blocked: by whom', 'waiting' or how far it is
     "Where a run stands"
     if finished(e.out, e.values): return 'done'
-    if (e.out/'FAILED').is_file(): return 'failed: ' + (e.out/'FAILED').read_text('utf-8').splitlines()[0][:100]
+    if (e.out/'FAILED').is_file():
+        return 'failed: ' + (e.out/'FAILED').read_text('utf-8').splitlines()[0][:100]
     kin = [x for x in todo if str(x.out) in e.needs]; theirs = [state(x, todo) for x in kin]
     for x, s in zip(kin, theirs):
         if s.startswith('failed'): return f'blocked: {x.arm} ({x.out.name}) {s}'
@@ -173,9 +182,11 @@ def stale(
     "Finished runs and records that were made by other source than the present one"
     now, out = source_hash(), []
     for e in todo:
-        if finished(e.out, e.values) and (made := about_folder(e.out).get('source', 'unknown')) != now: out.append((e, str(e.out), made))
+        if finished(e.out, e.values) and (made := about_folder(e.out).get('source', 'unknown')) != now:
+            out.append((e, str(e.out), made))
         p = Path(records or '')/f'{e.out.name}.json'
-        if records and p.is_file() and (made := json.loads(p.read_text('utf-8'))['source']) != now: out.append((e, str(p), made))
+        if records and p.is_file() and (made := json.loads(p.read_text('utf-8'))['source']) != now:
+            out.append((e, str(p), made))
     return out
 
 # %% ../../nbs/7_runs/07_sweep_driver.ipynb #518aa678
@@ -187,16 +198,19 @@ def gather(
 ):
     "Copy the records of finished runs; those of other runs of this sweep are removed"
     into.mkdir(parents=True, exist_ok=True)
-    keep = {e.out.name: e.out.parent/'records'/f'{e.out.name}.json' for e in todo if finished(e.out, e.values)}
+    keep = {e.out.name: e.out.parent/'records'/f'{e.out.name}.json'
+            for e in todo if finished(e.out, e.values)}
     for p in sorted((Path(runs)/name/'records').glob('*.json')) if runs else ():
         if json.loads(p.read_text('utf-8'))['kind'] == 'foreign': keep[p.stem] = p
     for p in into.glob('*.json'):
-        if p.name.split('.')[0] not in keep and json.loads(p.read_text('utf-8')).get('sweep') == name: p.unlink()
+        if p.name.split('.')[0] not in keep and json.loads(p.read_text('utf-8')).get('sweep') == name:
+            p.unlink()
     for n, p in keep.items():
-        if not p.is_file(): continue                                  # a run that makes no row of a table leaves no record
+        if not p.is_file(): continue  # a run that makes no row of a table leaves no record
         at = into/f'{n}.json'; other = at.is_file() and json.loads(at.read_text('utf-8'))['sweep'] != name
         if not other: (into/f'{n}.{name}.json').unlink(missing_ok=True)
-        shutil.copyfile(p, into/f'{n}.{name}.json' if other else at)  # one run may be a row of two sweeps: a control, for example
+        # one run may be a row of two sweeps: a control, for example
+        shutil.copyfile(p, into/f'{n}.{name}.json' if other else at)
 
 def report(
     name:str,            # of the sweep; '' for all
@@ -208,5 +222,6 @@ def report(
 )->int:                  # exit code
     "Run a notebook on a folder of records, in a process of its own"
     shutil.rmtree(work, ignore_errors=True); known = parameters(template(kind))
-    given = dict(sweep=name, records=str(records), figures=str(figures), out=str(work)) | {k: str(v) for k, v in more.items() if k in known}
+    given = dict(sweep=name, records=str(records), figures=str(figures),
+                 out=str(work)) | {k: str(v) for k, v in more.items() if k in known}
     return launch(Entry(kind, kind, resolve(known, given), work)).wait()

@@ -26,10 +26,13 @@ from .parameters import parameters, resolve, rules
 from .run_folder import finished
 
 # %% ../../nbs/7_runs/06_sweep_plan.ipynb #73faa89a
-PARTS = dict(runs='train', arms='train', controls='evaluate')      # where runs are named, and their template if they name none
-COSTS = ('start', 'epoch', 'mib', 'gpu_mib')     # what may be declared: seconds, seconds an epoch, MiB, MiB of the accelerator
+# where runs are named, and their template if they name none
+PARTS = dict(runs='train', arms='train', controls='evaluate')
+# what may be declared: seconds, seconds an epoch, MiB, MiB of the accelerator
+COSTS = ('start', 'epoch', 'mib', 'gpu_mib')
 WORDS = ('oracle', 'chance')         # scores that are words, even where a run is called so
-_KINDS = dict(title=str, about=str, base=dict, profiles=dict, blocks=list, runs=dict, arms=dict, controls=dict, search=dict, cost=dict,
+_KINDS = dict(title=str, about=str, base=dict, profiles=dict, blocks=list, runs=dict, arms=dict,
+              controls=dict, search=dict, cost=dict,
               report=str)
 
 def sweep_file(
@@ -44,17 +47,19 @@ def sweep_file(
 
 def must_be(path, what, x, kind):
     "Refuse a part of a sweep file of the wrong kind"
-    if not isinstance(x, kind): raise SetupError(f'{path.name}: {what} is {type(x).__name__}; wanted {kind.__name__}')
+    if not isinstance(x, kind):
+        raise SetupError(f'{path.name}: {what} is {type(x).__name__}; wanted {kind.__name__}')
 
 def read_sweep(
     path:Path,
     profile:str='',  # one of its profiles
-    allow_code:bool=False,   # may it name methods and notebooks of one's own? They are run: only for files that are trusted
+    allow_code:bool=False,   # may it name code of one's own? It is run: only for files that are trusted
 )->dict:             # its parts; those it lacks are empty
     "A sweep file, checked: only known keys, every part of the right kind, only names of the package"
     spec = read_yaml(path)
     for k, v in spec.items():
-        if k not in _KINDS: raise SetupError(f'{path.name}: no part called {k!r}; there are {", ".join(_KINDS)}')
+        if k not in _KINDS:
+            raise SetupError(f'{path.name}: no part called {k!r}; there are {", ".join(_KINDS)}')
         must_be(path, k, v, _KINDS[k])
     missing = [k for k in ('title', 'blocks', 'arms') if not spec.get(k)]
     if missing: raise SetupError(f'{path.name}: without {", ".join(missing)}; wanted title, blocks and arms')
@@ -65,10 +70,12 @@ def read_sweep(
         must_be(path, 'blocks', bs, list)
         for b in bs: must_be(path, 'a block', b, dict)
     if profile and profile not in spec['profiles']:
-        raise SetupError(f'{path.name}: no profile called {profile!r}; there are {", ".join(spec["profiles"]) or "none"}')
+        raise SetupError(f'{path.name}: no profile called {profile!r}; there are '
+                         f'{", ".join(spec["profiles"]) or "none"}')
     if profile: spec = _with_profile(path, spec, dict(spec['profiles'][profile] or {}))
     check_parts_of(path, spec)
-    if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)): raise SetupError(f'{path.name}: two runs of one name')
+    if len(names := [n for k in PARTS for n in spec[k]]) > len(set(names)):
+        raise SetupError(f'{path.name}: two runs of one name')
     for n in (*names, *spec['profiles']): checked_entry(n, path.name, 'the run', blanks=True)
     if not allow_code: only_registered(path, spec)
     return spec
@@ -79,20 +86,27 @@ def checked_entry(*given, **how):
     return checked_name(*given, **how)
 
 def only_registered(path, spec):
-    "Refuse methods and notebooks that are not the package's, and places: a file that was read may not choose them"
+    """Refuse methods and notebooks that are not the package's, and places: a file that was read may not
+    choose them"""
     tried = spec['search'].get('arms', {}); tried = tried.values() if isinstance(tried, dict) else ()
     grids = [x if isinstance(x, dict) else dict(each=x) for x in tried]
-    said = [spec['base'], *spec['blocks'], *(own or {} for k in PARTS for own in spec[k].values()), dict(report=spec['report']), *grids]
+    said = [spec['base'], *spec['blocks'], *(own or {} for k in PARTS for own in spec[k].values()),
+            dict(report=spec['report']), *grids]
     for k, v in ((k, v) for x in said for k, v in _flat(x)):
-        code = k in NAME_METHODS and ':' in str(v) and _foreign(str(v)) or k in ('template', 'report') and str(v).endswith('.ipynb')
-        if code: raise SetupError(f"{path.name}: {k} names {str(v)[:80]!r}, code of one's own; wanted a name of the package. "
+        code = k in NAME_METHODS and ':' in str(v) and _foreign(str(v)) or k in ('template',
+            'report') and str(v).endswith('.ipynb')
+        if code:
+            raise SetupError(f"{path.name}: {k} names {str(v)[:80]!r}, code of one's own; wanted a name of "
+                             f"the package. "
                                   'If you trust this file: itm_sweep --allow-code')
-        if k in ('out', 'cache', 'sweep'): raise SetupError(f'{path.name}: {k} is a place, which no sweep chooses; places are given by -p')
+        if k in ('out', 'cache', 'sweep'):
+            raise SetupError(f'{path.name}: {k} is a place, which no sweep chooses; places are given by -p')
 
 def _flat(x):
     "(name, value) of settings, lists of values taken apart"
     for k, v in x.items():
-        for one in v if isinstance(v, list) else [v]: yield from (_flat(one) if isinstance(one, dict) else [(k, one)])
+        for one in v if isinstance(v, list) else [v]:
+            yield from (_flat(one) if isinstance(one, dict) else [(k, one)])
 
 def _foreign(method)->list:
     from itm_nb.methods.registry import own_code
@@ -100,31 +114,43 @@ def _foreign(method)->list:
 
 def check_parts_of(path, spec):
     "Refuse costs that are no numbers, templates and reports that there are not, a search that is none"
-    costs = {**spec['cost'], **{n: (own or {}).get('cost') or {} for k in PARTS for n, own in spec[k].items()}}
+    costs = {**spec['cost'], **{n: (own or {}).get('cost') or {} for k in PARTS
+                                for n, own in spec[k].items()}}
     for n, cost in costs.items():
         for k, x in cost.items() if isinstance(cost, dict) else [('', cost)]:
-            if k not in COSTS or isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x < math.inf:
-                raise SetupError(f'{path.name}: cost of {n} is {k}: {x!r}; wanted numbers from 0: {", ".join(COSTS)}')
-    for n, own in named_inputs(spec).items(): must_be(path, f'the template of {n}', own['template'], str); template(own['template'])
+            if k not in COSTS or isinstance(x, bool) or not isinstance(x,
+                (int, float)) or not 0 <= x < math.inf:
+                raise SetupError(f'{path.name}: cost of {n} is {k}: {x!r}; wanted numbers from 0: '
+                                 f'{", ".join(COSTS)}')
+    for n, own in named_inputs(spec).items():
+        must_be(path, f'the template of {n}', own['template'], str)
+        template(own['template'])
     if spec['report'] and 'records' not in parameters(template(spec['report'])):
-        raise SetupError(f'{path.name}: report {spec["report"]!r} reads no records; wanted the name of a report, e.g. study')
+        raise SetupError(f'{path.name}: report {spec["report"]!r} reads no records; wanted the name of a '
+                         f'report, e.g. study')
     must_be(path, 'search: arms', spec['search'].get('arms') or {}, dict)
     for n, x in (spec['search'].get('arms') or {}).items():
         whole = isinstance(x, list) and x and all(isinstance(s, dict) for s in x)
-        if not whole and not (isinstance(x, dict) and x and all(isinstance(v, list) and v for v in x.values())):
-            raise SetupError(f'{path.name}: search of {n} is {x!r}; wanted a list of settings, or names with lists of values')
+        if not whole and not (isinstance(x, dict) and x
+                              and all(isinstance(v, list) and v for v in x.values())):
+            raise SetupError(f'{path.name}: search of {n} is {x!r}; wanted a list of settings, or names '
+                             f'with lists of values')
 
 def _with_profile(path, spec, own)->dict:
-    "A profile's settings over the base, its runs over those of the file; its own blocks, or its own cost, replace what the file has"
-    cost, blocks = own.pop('cost', None), own.pop('blocks', spec['blocks']); parts = {k: own.pop(k, {}) for k in PARTS}
+    """A profile's settings over the base, its runs over those of the file; its own blocks, or its own
+    cost, replace what the file has"""
+    cost, blocks = own.pop('cost', None), own.pop('blocks', spec['blocks'])
+    parts = {k: own.pop(k, {}) for k in PARTS}
     for k, named in parts.items():
         must_be(path, f"a profile's {k}", named, dict)
         for n, x in named.items(): must_be(path, f"a profile's {k}: {n}", x or {}, dict)
     spec = spec | dict(base=spec['base'] | own, blocks=blocks)
     if cost is not None:
-        bare = lambda part: {n: {k: v for k, v in (x or {}).items() if k != 'cost'} for n, x in spec[part].items()}
+        bare = lambda part: {n: {k: v for k, v in (x or {}).items() if k != 'cost'}
+                             for n, x in spec[part].items()}
         spec = spec | dict(cost=cost) | {part: bare(part) for part in PARTS}
-    return spec | {k: spec[k] | {n: (spec[k].get(n) or {}) | (x or {}) for n, x in named.items()} for k, named in parts.items()}
+    return spec | {k: spec[k] | {n: (spec[k].get(n) or {}) | (x or {}) for n, x in named.items()}
+                   for k, named in parts.items()}
 
 # %% ../../nbs/7_runs/06_sweep_plan.ipynb #246e73a5
 @dataclass(frozen=True)
@@ -140,7 +166,8 @@ class Entry:
 
 def named_inputs(spec)->dict:
     "Every run of a block: name -> its own settings, with `template`"
-    return {n: dict(template=kind) | (own or {}) for part, kind in PARTS.items() for n, own in spec[part].items()}
+    return {n: dict(template=kind) | (own or {}) for part, kind in PARTS.items()
+            for n, own in spec[part].items()}
 
 def _block_of(spec, block, change):
     "Number of the block that differs from `block` in these values"
@@ -154,14 +181,16 @@ def _links(own, names, spec, b)->dict:
     for k in INPUTS:
         given = own.get(k); given = given if isinstance(given, list) else [given]
         known = [x if isinstance(x, dict) else dict(run=x) for x in given if x and x not in WORDS]
-        free = k not in ('init', 'lists', 'generator') and not isinstance(own.get(k), list)        # may be a file or a word
+        # may be a file or a word
+        free = k not in ('init', 'lists', 'generator') and not isinstance(own.get(k), list)
         if not known or free and known[0].get('run') not in names: continue
         for x in known:
             if x.get('run') not in names:
                 near = difflib.get_close_matches(str(x.get('run')), names, 1)
                 hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(names)}'
                 raise SetupError(f'{k} names {x.get("run")!r}, which is no run of this sweep; {hint}')
-        out[k] = [(x['run'], _block_of(spec, spec['blocks'][b], {a: v for a, v in x.items() if a != 'run'})) for x in known]
+        out[k] = [(x['run'], _block_of(spec, spec['blocks'][b], {a: v for a, v in x.items() if a != 'run'}))
+                  for x in known]
     return out
 
 # %% ../../nbs/7_runs/06_sweep_plan.ipynb #97d0571c
@@ -173,7 +202,8 @@ class _Maker:
         self.known = {t: parameters(template(t)) for t in {o['template'] for o in self.own.values()}}
         every = self.names()
         for given in (spec['base'], *spec['blocks']):
-            for k in given.keys() - every: resolve(next(iter(self.known.values())), {k: given[k]})       # says what is near
+            # says what is near
+            for k in given.keys() - every: resolve(next(iter(self.known.values())), {k: given[k]})
 
     def names(self)->set:
         "Every name a setting may have; which of those in use are earlier ones is said in one line"
@@ -190,19 +220,22 @@ class _Maker:
         "The entry of a run in a block, or None where it waits for a search"
         if arm in path: raise SetupError(f'{self.name}: {" <- ".join([*path, arm])}: a run that needs itself')
         if arm in self.open: return None
-        if (arm, b) not in self.made: self.made[arm, b] = self.new(arm, b, self.own[arm], (*path, arm), self.chosen.get(arm))
+        if (arm, b) not in self.made:
+            self.made[arm, b] = self.new(arm, b, self.own[arm], (*path, arm), self.chosen.get(arm))
         return self.made[arm, b]
 
     def new(self, arm, b, own, path=(), found=None, number=None):
         "Join the settings, link the inputs, name the run"
-        links = {k: [self.entry(n, c, path) for n, c in x] for k, x in _links(own, self.own, self.spec, b).items()}
+        links = {k: [self.entry(n, c, path) for n, c in x]
+                 for k, x in _links(own, self.own, self.spec, b).items()}
         if any(e is None for es in links.values() for e in es): return None
         kind = own['template']; known = self.known[kind]
         common = self.today(kind, self.spec['base']) | self.today(kind, self.spec['blocks'][b])
         given = {k: v for k, v in common.items() if k in known}
         given |= {k: v for k, v in self.today(kind, own).items() if k not in ('template', 'cost')}
         if found: given |= self.today(kind, found['settings'])
-        given |= {k: ','.join(str(e.out) for e in es) for k, es in links.items()} | dict(arm=arm, sweep=self.name)
+        given |= {k: ','.join(str(e.out) for e in es) for k, es in links.items()} | dict(arm=arm,
+            sweep=self.name)
         if found and 'search' in known: given['search'] = json.dumps(found, sort_keys=True)
         values = resolve(known, given | {k: v for k, v in self.places.items() if k in known})
         at = self.runs/self.name/run_id(template(kind).stem, values)
@@ -222,7 +255,8 @@ def entries(
     for b in range(len(spec['blocks'])):
         for arm in make.own: make.entry(arm, b)
     out = sorted((e for e in make.made.values() if e), key=lambda e: e.block)
-    if len({e.out.name for e in out}) < len(out): raise SetupError(f'{name}: two entries are one and the same run')
+    if len({e.out.name for e in out}) < len(out):
+        raise SetupError(f'{name}: two entries are one and the same run')
     return out
 
 # %% ../../nbs/7_runs/06_sweep_plan.ipynb #e3193a91
@@ -230,11 +264,13 @@ def trials(
     spec:dict,        # from `read_sweep`
 )->dict:              # arm -> list of settings to try
     "The trials of a search: a list of settings as it is, names with lists of values as a grid"
-    def each(x): return x if isinstance(x, list) else [dict(zip(x, v)) for v in itertools.product(*x.values())]
+    def each(x):
+        return x if isinstance(x, list) else [dict(zip(x, v)) for v in itertools.product(*x.values())]
     wrong = spec['search'].keys() - {'block', 'arms'}
     if wrong: raise SetupError(f'search: no part called {wrong.pop()!r}; there are block, arms')
     out = {arm: each(x) for arm, x in spec['search'].get('arms', {}).items()}
-    if missing := out.keys() - named_inputs(spec).keys(): raise SetupError(f'search: no run called {missing.pop()!r}')
+    if missing := out.keys() - named_inputs(spec).keys():
+        raise SetupError(f'search: no run called {missing.pop()!r}')
     if len({len(x) for x in out.values()}) > 1:
         raise SetupError('search: unequal budgets: ' + ', '.join(f'{a} {len(x)}' for a, x in out.items()))
     return out
@@ -259,7 +295,8 @@ def searches(
 def best_of(
     vals:list,        # validation rSum of n trials; None where one failed
 )->list:              # n numbers
-    "The best that k trials, drawn without order, would have found on average, k = 1 ... n; a failed trial counts as 0"
+    """The best that k trials, drawn without order, would have found on average, k = 1 ... n; a failed
+    trial counts as 0"""
     from math import comb
     x, n = sorted(v or 0. for v in vals), len(vals)
     return [sum(comb(i, k-1)*v for i, v in enumerate(x))/comb(n, k) for k in range(1, n+1)]
@@ -275,16 +312,21 @@ def choose(
     for arm, settings in trials(spec).items():
         es = [at[f'{arm}~{i}'] for i in range(len(settings))]; ok = [finished(e.out, e.values) for e in es]
         if not any(ok) or not all(o or e.arm in fell for o, e in zip(ok, es)): continue
-        vals = [json.loads((e.out/'val.json').read_text('utf-8'))['metrics']['val']['rsum'] if o else None for o, e in zip(ok, es)]
+        vals = [json.loads((e.out/'val.json').read_text('utf-8'))['metrics']['val']['rsum'] if o else None
+                for o, e in zip(ok, es)]
         i = max(range(len(vals)), key=lambda i: (-1. if vals[i] is None else vals[i], -i))
         block = spec['search'].get('block') or spec['blocks'][0]
-        out[arm] = dict(settings=settings[i], tried=len(es), failed=ok.count(False), block=block, val=vals, best_of=best_of(vals))
+        out[arm] = dict(settings=settings[i], tried=len(es), failed=ok.count(False), block=block, val=vals,
+                        best_of=best_of(vals))
     return out
 
 # %% ../../nbs/7_runs/06_sweep_plan.ipynb #7b0c6c3e
 _BLOCK = ('seed', 'fold', 'world', 'arm', 'name', *INPUTS)                # what makes no run longer
-_TUNED = ('method', 'warmup', 'margin', 'temperature', 'lr', 'decay', 'clip', 'epochs', 'batch', 'carry', 'test')   # or only by the epoch
-_PLAIN = ('vse0', 'vsepp', 'semihard', 'infonce')                         # methods of the batch alone: a step of each takes the same time
+# or only by the epoch
+_TUNED = ('method', 'warmup', 'margin', 'temperature', 'lr', 'decay', 'clip', 'epochs', 'batch', 'carry',
+          'test')
+# methods of the batch alone: a step of each takes the same time
+_PLAIN = ('vse0', 'vsepp', 'semihard', 'infonce')
 
 @dataclass
 class Estimate:
@@ -320,7 +362,8 @@ def measured(
     for p in sorted(Path(records).glob('*.json')) if records else ():
         r = json.loads(p.read_text('utf-8'))
         if r.get('kind') == 'run' and r.get('cost'):
-            out.append((*_alike('train', r['config']), r['config']['epochs'], r['cost']['seconds'], r['cost']['peak_mib'], 'records'))
+            out.append((*_alike('train', r['config']), r['config']['epochs'], r['cost']['seconds'],
+                        r['cost']['peak_mib'], 'records'))
     return out
 
 def estimate(
@@ -329,11 +372,15 @@ def estimate(
 )->Estimate:
     "The median of like runs, else what is declared"
     same, loose = _alike(template(e.template).stem, e.values); epochs = e.values.get('epochs', 1)
-    for at, want, each, how in ((0, same, lambda x: x[3], 'measured'), (1, loose, lambda x: x[3]/x[2]*epochs, 'by the epoch')):
-        for source, extra, said in (('', 0, how), ('records', e.cost.get('start', 0), f'{how}, from records')):   # training alone
+    for at, want, each, how in ((0, same, lambda x: x[3], 'measured'),
+                                (1, loose, lambda x: x[3]/x[2]*epochs, 'by the epoch')):
+        # training alone
+        for source, extra, said in (('', 0, how),
+                                    ('records', e.cost.get('start', 0), f'{how}, from records')):
             xs = [x for x in known if x[at] == want and x[5] == source]
             if not xs: continue
             mib = max((x[4] for x in xs if x[4]), default=e.cost.get('mib'))
             return Estimate(statistics.median(map(each, xs)) + extra, mib, said)
-    if 'start' not in e.cost or 'epochs' in e.values and 'epoch' not in e.cost: return Estimate(None, e.cost.get('mib'))
+    if 'start' not in e.cost or 'epochs' in e.values and 'epoch' not in e.cost:
+        return Estimate(None, e.cost.get('mib'))
     return Estimate(e.cost.get('start', 0) + e.cost.get('epoch', 0)*epochs, e.cost.get('mib'), 'declared')

@@ -37,7 +37,8 @@ def networks(
     sides = (('vision', cfg.vision), ('text', cfg.text_model))
     return tuple(suited(find(name, models), side) if name else None for side, name in sides)
 
-def _reading(source)->dict: return source.config.get('text_config', source.config)     # of a pair, the half that reads
+# of a pair, the half that reads
+def _reading(source)->dict: return source.config.get('text_config', source.config)
 
 def vocabulary(
     cfg:Config,
@@ -54,7 +55,8 @@ def vocabulary(
         return made
     cut = min(filter(None, (cfg.max_tokens, most)), default=0)
     if cfg.tokenizer == 'pieces': return tokens.Pieces.build(sentences, cfg.wordpiece_vocab, cut)
-    if reader is None or reader.folder is None: raise ValueError("tokenizer='own' needs a text_model that comes with weights")
+    if reader is None or reader.folder is None:
+        raise ValueError("tokenizer='own' needs a text_model that comes with weights")
     return tokens.open_pieces(reader.folder, cut)
 
 def build(
@@ -87,7 +89,8 @@ def _described(cfg, d_in, n_words, eye, reader, n_rows=0)->dict:
     if kind in SCORES:
         asked = dict(sharp=cfg.attention_scale, lse=cfg.lse_scale, agg=cfg.agg, norm=cfg.norm)
         config['attention'] = {k: v for k, v in asked.items() if v}
-    if cfg.captioner: config['captioner'] = dict(n_words=n_words, d_region=cfg.dim, dim=cfg.captioner, d_word=cfg.d_word)
+    if cfg.captioner:
+        config['captioner'] = dict(n_words=n_words, d_region=cfg.dim, dim=cfg.captioner, d_word=cfg.d_word)
     return config
 
 def _image_side(cfg, d_in, eye)->dict:
@@ -102,24 +105,32 @@ def _image_side(cfg, d_in, eye)->dict:
 
 def _stream_side(cfg, d_in, n_words, eye, reader)->dict:
     "Arguments of the transformer that reads words beside an image: our own sizes, or those of a BERT"
-    sizes = dict(dim=cfg.dim if cfg.similarity == 'cross' else cfg.d_word, layers=cfg.layers, heads=cfg.heads, longest=cfg.max_tokens or 96)
+    sizes = dict(dim=cfg.dim if cfg.similarity == 'cross' else cfg.d_word, layers=cfg.layers, heads=cfg.heads,
+                 longest=cfg.max_tokens or 96)
     if reader:
         from transformers import BertConfig
-        kind, c = reader.config['model_type'], BertConfig(**{k: v for k, v in reader.config.items() if k != 'model_type'})
+        kind, c = (reader.config['model_type'],
+                   BertConfig(**{k: v for k, v in reader.config.items() if k != 'model_type'}))
         if reader.folder and cfg.tokenizer != 'own':
             raise ValueError(f"{cfg.text_model} knows its own tokens: set tokenizer='own'")
-        if kind != 'bert': raise DataError('text_model', f'a network of type {kind}', f'bert, for similarity={cfg.similarity}')
-        sizes = dict(dim=c.hidden_size, layers=c.num_hidden_layers, heads=c.num_attention_heads, ffn=c.intermediate_size,
+        if kind != 'bert':
+            raise DataError('text_model', f'a network of type {kind}',
+                            f'bert, for similarity={cfg.similarity}')
+        sizes = dict(dim=c.hidden_size, layers=c.num_hidden_layers, heads=c.num_attention_heads,
+                     ffn=c.intermediate_size,
                      longest=c.max_position_embeddings)
-    more = dict(n_words=n_words+1, d_in=cfg.dim if eye else d_in, d_box=7*cfg.boxes, dropout=cfg.dropout)       # one word more: the mask
+    # one word more: the mask
+    more = dict(n_words=n_words+1, d_in=cfg.dim if eye else d_in, d_box=7*cfg.boxes, dropout=cfg.dropout)
     return sizes | more
 
 def _text_side(cfg, n_words, reader, n_rows)->dict:
     "Kind and arguments of the text tower"
     sets = cfg.similarity in SCORES
     if cfg.text_parts:
-        return describe_text(cfg.text_parts, cfg.dim, reader, n_words, n_rows, cfg.d_word, cfg.dropout, cfg.text_freeze, sets)
-    if reader: return describe(reader, 'text', cfg.dim, cfg.text_pool, n_words=n_words, freeze=cfg.text_freeze)
+        return describe_text(cfg.text_parts, cfg.dim, reader, n_words, n_rows, cfg.d_word, cfg.dropout,
+                             cfg.text_freeze, sets)
+    if reader:
+        return describe(reader, 'text', cfg.dim, cfg.text_pool, n_words=n_words, freeze=cfg.text_freeze)
     pool = {} if cfg.text == 'gru_last' else dict(pool=cfg.text_pool)
     return dict(kind=cfg.text, n_words=n_words, dim=cfg.dim, d_word=cfg.d_word, dropout=cfg.dropout, **pool)
 
@@ -129,7 +140,8 @@ def optimiser(
 )->torch.optim.Optimizer:
     "Adam, decoupled from weight decay where there is one, with a rate for every depth of a network"
     kind = torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
-    return kind(groups(model, cfg.lr, cfg.layer_decay, cfg.pretrained_lr_scale, cfg.weight_decay), lr=cfg.lr, fused=True)
+    return kind(groups(model, cfg.lr, cfg.layer_decay, cfg.pretrained_lr_scale, cfg.weight_decay), lr=cfg.lr,
+                fused=True)
 
 def learning_rate(
     cfg:Config,
@@ -191,5 +203,6 @@ def measure(
         def raw(i):
             inputs = image_inputs(train.images(i))[:2] if side == 'image' else tuple(train.texts(i).values())
             x = made.raw(*inputs); keep = real(inputs[1], x.shape[1]) if x.ndim == 3 else None
-            return x if keep is None else x.flatten(0, 1) if isinstance(network_of(made), VisionTower) else x[keep]
+            return x if keep is None else x.flatten(0, 1) if isinstance(network_of(made),
+                VisionTower) else x[keep]
         made.blocks.measure(lambda: map(raw, torch.arange(n).split(block)))

@@ -36,7 +36,8 @@ def save_checkpoint(
     shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new/'tensors.safetensors')
     sync(new/'tensors.safetensors')
-    write_atomic(new/'state.json', json.dumps(dict(seal=_seal(state, new/'tensors.safetensors'), state=state), sort_keys=True).encode())
+    write_atomic(new/'state.json', json.dumps(dict(seal=_seal(state, new/'tensors.safetensors'), state=state),
+                                              sort_keys=True).encode())
     if folder.exists(): shutil.rmtree(old, ignore_errors=True); os.replace(folder, old)
     os.replace(new, folder); sync(folder.parent)
 
@@ -64,7 +65,8 @@ def load_checkpoint(
 # %% ../../nbs/6_training/03_checkpoint.ipynb #490b1f1b
 class Busy(RuntimeError): "Another process is training in this run folder"
 
-class Stopped(RuntimeError): "Training was asked to stop; the checkpoint is written and the run can be resumed"
+class Stopped(RuntimeError):
+    "Training was asked to stop; the checkpoint is written and the run can be resumed"
 
 @contextmanager
 def locked(

@@ -26,13 +26,16 @@ class Setting:
     "One thing that can be set"
     name:str
     default:object      # its type is the type of the setting
-    help:str=''         # what it is; without the sign of equality, on which papermill's own reading of a cell would stumble
+    # what it is; without the sign of equality, on which papermill's own reading of a cell would stumble
+    help:str=''
     choices:object=()   # what there is: a tuple of values, or a mapping from each to what it means
     within:str=''       # the interval of a number, e.g. '[0, 1)': 0 is in it, 1 is not
     unit:str=''
     form:tuple=()       # of a text: a pattern, and the same in words
     words:tuple=()      # further values, of another type, e.g. 'known' for a number
-    place:str=''        # what must be there where a path is given: 'folder', 'file', finished 'run', 'runs' or 'scores'; 'out': is written
+    # what must be there where a path is given: 'folder', 'file', finished 'run', 'runs' or 'scores'; 'out':
+    # is written
+    place:str=''
     was:str=''          # its earlier name: still read, and what ids are hashed with
 
     @property
@@ -65,12 +68,17 @@ def check(
     kind = type(s.default)
     if isinstance(value, str) and value in s.words: return value
     if kind is float and type(value) is int: value = float(value)
-    if type(value) is not kind: raise SetupError(f'{s.name} is {value!r}; wanted {kind.__name__}, e.g. {s.default!r}')
+    if type(value) is not kind:
+        raise SetupError(f'{s.name} is {value!r}; wanted {kind.__name__}, e.g. {s.default!r}')
     if s.choices and value not in s.choices:
-        raise SetupError(f'{s.name} is {value!r}{suggest(value, [c for c in s.choices if c])}; there are {tuple(s.choices)}')
-    if s.within and not _inside(value, s.within): raise SetupError(f'{s.name} is {value!r}; wanted {s.bounds}')
-    if kind is float and not math.isfinite(value): raise SetupError(f'{s.name} is {value!r}; wanted a finite number')
-    if s.form and not re.fullmatch(s.form[0], value): raise SetupError(f'{s.name} is {value!r}; wanted {s.form[1]}')
+        raise SetupError(f'{s.name} is {value!r}{suggest(value, [c for c in s.choices if c])}; there are '
+                         f'{tuple(s.choices)}')
+    if s.within and not _inside(value, s.within):
+        raise SetupError(f'{s.name} is {value!r}; wanted {s.bounds}')
+    if kind is float and not math.isfinite(value):
+        raise SetupError(f'{s.name} is {value!r}; wanted a finite number')
+    if s.form and not re.fullmatch(s.form[0], value):
+        raise SetupError(f'{s.name} is {value!r}; wanted {s.form[1]}')
     return value
 
 def _inside(x, within)->bool:
@@ -79,28 +87,34 @@ def _inside(x, within)->bool:
     return (low < x if within[0] == '(' else low <= x) and (x < high if within[-1] == ')' else x <= high)
 
 # %% ../../nbs/6_training/00_config.ipynb #14054a0e
-VSRN = dict(vsrn={}, vsrn_coco=dict(final_norm=False, early_norm=True))     # as published for Flickr30K, for COCO
+# as published for Flickr30K, for COCO
+VSRN = dict(vsrn={}, vsrn_coco=dict(final_norm=False, early_norm=True))
 _POOLS, _OWN_POOLS = ('mean', 'max', 'topk', 'gpo'), ('cls', 'pooler', 'all')     # ours; of a network
-_OF_SETS = ('scan_t2i', 'scan_i2t', 'bfan_equal', 'bfan_prob')     # kinds of score that compare every region with every word
+# kinds of score that compare every region with every word
+_OF_SETS = ('scan_t2i', 'scan_i2t', 'bfan_equal', 'bfan_prob')
 _NAT, _POS, _NOT_NEGATIVE = '[0, inf)', '[1, inf)', '[0, inf)'
 _FROZEN = (r'((all|embeddings|stats|\d+)(\+(all|embeddings|stats|\d+))*)?',
            "'all', 'embeddings', a number of layers, 'stats', joined by +")
 
 DATA = (
-    Setting('data', 'scenes', 'kind of data', dict(scenes='the drawn world', scan='a folder in the SCAN layout',
+    Setting('data', 'scenes', 'kind of data',
+            dict(scenes='the drawn world', scan='a folder in the SCAN layout',
                                                    images='a folder of image files')),
     Setting('name', '', "of the data set, for tables; '': the data's own"),
     Setting('preset', 'small', 'scenes: size of the world', ('tiny', 'small', 'full')),
     Setting('rho', .25, 'scenes: share of cross pairs that are true', within='(0, 100)', unit='percent'),
     Setting('world', -1, "scenes: which world; -1: the seed's own", within='[-1, inf)'),
     Setting('dims', 0, 'SCAN layout: keep the first so many feature dimensions; 0: all', within=_NAT),
-    Setting('regions', 'all', "SCAN layout: which regions to keep: 'all', 'first:last' or numbers ('16', '5,6,16')",
+    Setting('regions', 'all',
+            "SCAN layout: which regions to keep: 'all', 'first:last' or numbers ('16', '5,6,16')",
             form=(r'all|\d+|\d+:\d*|\d+(,\d+)+', "'all', 'first:last' or numbers like '5,6,16'")))
 TOWERS = (
     Setting('image_hidden', 512, "width of the image tower's MLP; 0: linear", within=_NAT),
-    Setting('image_pool', 'max', 'pooling over regions; the last three: of a network', (*_POOLS, *_OWN_POOLS)),
+    Setting('image_pool', 'max', 'pooling over regions; the last three: of a network',
+            (*_POOLS, *_OWN_POOLS)),
     Setting('text', 'mean', 'text tower', ('mean', 'conv', 'gru', 'gru_last')),
-    Setting('text_pool', 'mean', 'pooling over words; the last four: of a network', (*_POOLS, *_OWN_POOLS, 'last')),
+    Setting('text_pool', 'mean', 'pooling over words; the last four: of a network',
+            (*_POOLS, *_OWN_POOLS, 'last')),
     Setting('dim', 256, 'length of the joint vectors', within=_POS),
     Setting('d_word', 128, 'length of word vectors', within=_POS),
     Setting('dropout', .1, 'of region features and word vectors', within='[0, 1)'))
@@ -108,64 +122,87 @@ TOWERS = (
 # %% ../../nbs/6_training/00_config.ipynb #03267203
 TRAINING = (
     Setting('method', 'vsepp',
-            "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the brackets, see 5_methods/02_method",
+            "name, e.g. 'vse0', 'infonce', 'fne()|tags()', or a path; its own settings go into the "
+            "brackets, see 5_methods/02_method",
             form=(r'.*\S.*', 'the name of a method')),
     Setting('warmup', 0, 'epochs of `warmup_method` before this one takes over; fewer than all', within=_NAT),
     Setting('margin', .2, 'of the hinges', within=_NOT_NEGATIVE),
-    Setting('temperature', .05, 'of InfoNCE; 0: what the pair of networks was trained to', within=_NOT_NEGATIVE),
+    Setting('temperature', .05, 'of InfoNCE; 0: what the pair of networks was trained to',
+            within=_NOT_NEGATIVE),
     Setting('epochs', 12, 'passes over the training sentences', within=_POS),
     Setting('batch', 128, 'pairs in a step', within=_POS),
     Setting('lr', .003, 'learning rate of Adam', within='(0, 1]'),
-    Setting('decay', 'cosine', 'of the learning rate', dict(cosine='to zero', step='a tenth after two thirds', none='')),
+    Setting('decay', 'cosine', 'of the learning rate',
+            dict(cosine='to zero', step='a tenth after two thirds', none='')),
     Setting('clip', 2., 'largest gradient norm; 0: no clipping', within=_NOT_NEGATIVE),
-    Setting('precision', 'fp32', 'of the towers; scores, losses and metrics are fp32 always', ('fp32', 'bf16')),
+    Setting('precision', 'fp32', 'of the towers; scores, losses and metrics are fp32 always',
+            ('fp32', 'bf16')),
     Setting('seed', 0, 'init, order, dropout, draws', within=_NAT),
     Setting('threads', 1, 'results are bit-equal for equal threads', within='[1, 1024]'))
 NETWORKS = (
     Setting('layout', '', "images: which layout the folder has; '': found out"),
     Setting('vision', '', "network that sees pixels: name, folder or JSON description; '': region features"),
-    Setting('text_model', '', "network that reads, likewise; the same pair as `vision` gives its other half; '': the text tower above"),
+    Setting('text_model', '',
+            "network that reads, likewise; the same pair as `vision` gives its other half; '': the text "
+            "tower above"),
     Setting('tokenizer', 'words', 'what sentences are cut into',
-            dict(words='', pieces='WordPiece trained on the training captions', own="the text network's"), was='tokens'),
+            dict(words='', pieces='WordPiece trained on the training captions', own="the text network's"),
+            was='tokens'),
     Setting('wordpiece_vocab', 4000, 'size of the trained WordPiece vocabulary', within=_POS, was='pieces'),
-    Setting('max_tokens', 0, 'cut sentences to so many tokens; 0: to what the text network can read', within=_NAT, was='longest'),
+    Setting('max_tokens', 0, 'cut sentences to so many tokens; 0: to what the text network can read',
+            within=_NAT, was='longest'),
     Setting('size', 128, 'side of the pictures', within=_POS, unit='pixels'),
-    Setting('resize', 'crop', 'how pictures become square', dict(crop='the central square', squash=''), was='frame'),
+    Setting('resize', 'crop', 'how pictures become square', dict(crop='the central square', squash=''),
+            was='frame'),
     Setting('augment', 'none', 'what training does to pictures', ('none', 'crop', 'rand')),
     Setting('freeze', '', f'what does not learn in the vision network: {_FROZEN[1]}', form=_FROZEN),
     Setting('text_freeze', '', 'and in the text network', form=_FROZEN),
-    Setting('pretrained_lr_scale', 1., 'learning rate of pretrained networks, as a multiple of `lr`', within=_NOT_NEGATIVE,
+    Setting('pretrained_lr_scale', 1., 'learning rate of pretrained networks, as a multiple of `lr`',
+            within=_NOT_NEGATIVE,
             was='net_rate'),
-    Setting('layer_decay', 1., 'factor of the learning rate from layer to layer towards the input', within='(0, 1]'),
+    Setting('layer_decay', 1., 'factor of the learning rate from layer to layer towards the input',
+            within='(0, 1]'),
     Setting('weight_decay', 0., 'of matrices, decoupled (AdamW)', within='[0, 10]'),
     Setting('chunk', 0, 'pairs encoded at a time, to save memory; 0: all of a step', within=_NAT))
 
 # %% ../../nbs/6_training/00_config.ipynb #0685bcf7
 SIMILARITY = (
     Setting('similarity', 'cosine', 'kind of score', ('cosine', 'two_modes', 'cross', *_OF_SETS)),
-    Setting('image', 'region', 'image tower', dict(region='', vsrn='as published for Flickr30K', vsrn_coco='as published for COCO')),
+    Setting('image', 'region', 'image tower',
+            dict(region='', vsrn='as published for Flickr30K', vsrn_coco='as published for COCO')),
     Setting('captioner', 0, "width of VSRN's captioner; 0: none", within=_NAT),
-    Setting('attention_scale', 0., 'attention: factor inside the softmax; 0: as published', within=_NOT_NEGATIVE, was='sharp'),
-    Setting('lse_scale', 0., 'attention: factor inside LogSumExp; 0: as published', within=_NOT_NEGATIVE, was='lse'),
-    Setting('agg', '', "attention: how cosines are joined; '': as published", ('', 'LogSumExp', 'Mean', 'Sum', 'Max')),
+    Setting('attention_scale', 0., 'attention: factor inside the softmax; 0: as published',
+            within=_NOT_NEGATIVE, was='sharp'),
+    Setting('lse_scale', 0., 'attention: factor inside LogSumExp; 0: as published', within=_NOT_NEGATIVE,
+            was='lse'),
+    Setting('agg', '', "attention: how cosines are joined; '': as published",
+            ('', 'LogSumExp', 'Mean', 'Sum', 'Max')),
     Setting('norm', '', "attention: what is done to the products first; '': as published",
             ('', 'l2norm', 'clipped_l2norm', 'l1norm', 'clipped_l1norm', 'softmax', 'clipped', 'no_norm')),
-    Setting('layers', 2, "of the transformer of 'two_modes' (width d_word) and 'cross' (width dim)", within=_POS),
+    Setting('layers', 2, "of the transformer of 'two_modes' (width d_word) and 'cross' (width dim)",
+            within=_POS),
     Setting('heads', 4, 'of its attention', within=_POS),
     Setting('boxes', False, 'does it see where regions are?'),
-    Setting('warmup_method', 'vse0', 'method of the warm-up epochs', form=(r'.*\S.*', 'the name of a method'), was='before'))
+    Setting('warmup_method', 'vse0', 'method of the warm-up epochs', form=(r'.*\S.*', 'the name of a method'),
+            was='before'))
 PARTS = (
-    Setting('image_parts', '', "image tower out of parts, see 4_models/04_parts: 'vector', 'whole_windows' or e.g. 'regions:16:mean'; "
+    Setting('image_parts', '',
+            "image tower out of parts, see 4_models/04_parts: 'vector', 'whole_windows' or e.g. "
+            "'regions:16:mean'; "
                                "'': the tower above"),
     Setting('text_parts', '', "text tower out of parts: 'heads', 'heads_words' or e.g. 'net:-1:mean+bag'; "
                               "'': the tower above"))
 READERS = (
-    Setting('columns', '', "tables of captions: which column is which, e.g. 'file:image,caption:comment'; '': by their names",
-            form=(r'(\w+:[^,:]+(,\w+:[^,:]+)*)?', "pairs of our name and the table's, 'file:image,caption:comment'")),
+    Setting('columns', '',
+            "tables of captions: which column is which, e.g. 'file:image,caption:comment'; '': by "
+            "their names",
+            form=(r'(\w+:[^,:]+(,\w+:[^,:]+)*)?',
+                  "pairs of our name and the table's, 'file:image,caption:comment'")),
     Setting('separator', '', "tables of captions: what stands between two columns, e.g. '|'; '': found out"),
     Setting('max_captions', 0, 'keep the first so many sentences of an image; 0: all', within=_NAT),
     Setting('captions_of_split', '', "max_captions counts in these parts only, joined by commas; '': in all",
-            form=('((train|val|test|testall)(,(train|val|test|testall))*)?', "parts joined by commas, e.g. 'val,test'")))
+            form=('((train|val|test|testall)(,(train|val|test|testall))*)?',
+                  "parts joined by commas, e.g. 'val,test'")))
 OF_CONFIG = (*DATA, *TOWERS, *TRAINING, *NETWORKS, *SIMILARITY, *PARTS, *READERS)
 CHOICES = {s.name: tuple(s.choices) for s in OF_CONFIG if s.choices}
 
@@ -174,19 +211,23 @@ _AUTO = dict(cpu='', auto='the accelerator where there is one')
 OF_RUNS = (
     Setting('folds', '', "file of folds, by name or path; '': the official split"),
     Setting('fold', -1, 'which fold, from 0', within='[-1, inf)'),
-    Setting('init', '', "folder of a finished run whose weights this one starts from; '': fresh ones", place='run'),
+    Setting('init', '', "folder of a finished run whose weights this one starts from; '': fresh ones",
+            place='run'),
     Setting('carry', False, 'with init: its last weights and its optimiser too, else its best weights alone'),
     Setting('lists', '', 'folder of mined lists (experiment mine), for methods that use them', place='run'),
-    Setting('generator', '', 'folder of the finished run whose model writes sentences, likewise', place='run'),
+    Setting('generator', '', 'folder of the finished run whose model writes sentences, likewise',
+            place='run'),
     Setting('test', True, 'rank the test split; False: validation only, as a search for settings does'),
     Setting('arm', '', "name in tables; '': the method's"),
-    Setting('sweep', 'manual', 'which sweep this run belongs to', form=(r'\w[\w.-]*', 'a name of letters, digits, . _ and -')),
+    Setting('sweep', 'manual', 'which sweep this run belongs to',
+            form=(r'\w[\w.-]*', 'a name of letters, digits, . _ and -')),
     Setting('out', '', "run folder; '': runs/<sweep>/<id>", place='out'),
     Setting('folder', '', 'of the data', place='folder'),
     Setting('cache', '', "where decoded pictures, drawn worlds, states of frozen networks are kept; "
                          "'': runs/pixels, runs/worlds, runs/states", place='out'),
     Setting('models', '', "folder of networks; '': models", place='folder'),
-    Setting('workers', 0, 'threads that load coming batches; results are equal for any number', within='[0, 256]'),
+    Setting('workers', 0, 'threads that load coming batches; results are equal for any number',
+            within='[0, 256]'),
     Setting('device', 'cpu', 'where it is computed', _AUTO),
     Setting('search', '', 'how the settings were found, written by a sweep'),
     Setting('progress', True, 'show a bar'))
@@ -203,39 +244,55 @@ def _switches(text)->tuple: return tuple(Setting(n, False, 'a switch of the pres
 METHOD_SETTINGS = dict(
     vse0=(_MARGIN,), vsepp=(_MARGIN, _HONEST), semihard=(_MARGIN,), fne_warmup=(_MARGIN,),
     infonce=(Setting('temperature', .05, 'without it that of the run', within='(0, inf)'),),
-    aoq=(Setting('stage', 'adap', 'how far on the way to the paper', ('online', 'tri', 'quin', 'adap')), _PRESET,
-         Setting('share', 300/145000, 'how much of the lists is used, as a share of the sentences', within='(0, 1]'),
+    aoq=(Setting('stage', 'adap', 'how far on the way to the paper', ('online', 'tri', 'quin', 'adap')),
+         _PRESET,
+         Setting('share', 300/145000, 'how much of the lists is used, as a share of the sentences',
+                 within='(0, 1]'),
          Setting('on', 'hardest', 'the online negative', ('hardest', 'semi_hard', 'uniform')),
          Setting('lists', '', 'folder of a finished run of mine; without it that of the run'), _MARGIN,
-         Setting('placebo', '', 'weights that know nothing', ('', 'random', 'second', 'permuted', 'constant', 'detached')),
+         Setting('placebo', '', 'weights that know nothing',
+                 ('', 'random', 'second', 'permuted', 'constant', 'detached')),
          Setting('refresh', 0, 'the model mines anew every so many epochs; 0: never', within=_NAT),
-         Setting('m_off', 0., 'margin against the offline negatives'), Setting('alpha', .3, 'of the adaptive weight', within=_NOT_NEGATIVE),
-         Setting('beta', 1.5, 'of the adaptive weight', within=_NOT_NEGATIVE), *_switches('clamp detach true_pairs same_image tied'),
+         Setting('m_off', 0., 'margin against the offline negatives'),
+         Setting('alpha', .3, 'of the adaptive weight', within=_NOT_NEGATIVE),
+         Setting('beta', 1.5, 'of the adaptive weight', within=_NOT_NEGATIVE),
+         *_switches('clamp detach true_pairs same_image tied'),
          Setting('reduce', 'mean', 'over the anchors', ('sum', 'mean'))),
     caption=(_PRESET, Setting('weight', 0., "0: the preset's", within=_NOT_NEGATIVE),
              Setting('max_len', 60, 'a longer sentence is cut', within=_POS)))
 
 # %% ../../nbs/6_training/00_config.ipynb #d4e21ce1
 METHOD_SETTINGS |= dict(
-    fne=(_PRESET, _MARGIN, Setting('pick', 'draw', 'how a negative is chosen', ('draw', 'uniform', 'hardest')),
-         Setting('queue', 8224, 'places of the memory', within=_NAT), Setting('momentum', .995, 'of the slow copy', within='[0, 1]'),
+    fne=(_PRESET, _MARGIN, Setting('pick', 'draw', 'how a negative is chosen',
+                                   ('draw', 'uniform', 'hardest')),
+         Setting('queue', 8224, 'places of the memory', within=_NAT),
+         Setting('momentum', .995, 'of the slow copy', within='[0, 1]'),
          Setting('prior', 1e-4, 'share of matches among the candidates', within='(0, 1)', words=('known',)),
-         Setting('start', -1, "epoch from which memory and statistics fill; -1: the preset's", within='[-1, inf)'),
+         Setting('start', -1, "epoch from which memory and statistics fill; -1: the preset's",
+                 within='[-1, inf)'),
          Setting('negatives', '', "whose scores are observed; '': the preset's", ('', 'hardest', 'all')),
          Setting('window', '', "how long is observed; '': the preset's", ('', 'epoch', 'run')),
-         Setting('first', '', "what the memory holds at first; '': the preset's", ('', 'empty', 'random')), _HONEST, _SEED,
+         Setting('first', '', "what the memory holds at first; '': the preset's", ('', 'empty', 'random')),
+         _HONEST, _SEED,
          Setting('tau', .5, 'weight of a sure false negative is exp(-tau)', within=_NOT_NEGATIVE),
-         Setting('threshold', 1e-3, 'suspected above this posterior; 1 or more: nobody is', within=_NOT_NEGATIVE),
-         Setting('min_count', 200, 'nobody is suspected before more pairs than this were accepted', within=_NAT),
+         Setting('threshold', 1e-3, 'suspected above this posterior; 1 or more: nobody is',
+                 within=_NOT_NEGATIVE),
+         Setting('min_count', 200, 'nobody is suspected before more pairs than this were accepted',
+                 within=_NAT),
          Setting('floor', 'global', 'below it nothing is drawn', ('global', 'per_anchor', 'none')),
-         Setting('fallback', 'hardest', 'the negative of an anchor all of whose weights are 0', ('hardest', 'hinge', 'none')),
-         Setting('space', 'log', 'of the posterior', ('log', 'linear')), Setting('least', 0., 'lower limit of an observed negative'),
+         Setting('fallback', 'hardest', 'the negative of an anchor all of whose weights are 0',
+                 ('hardest', 'hinge', 'none')),
+         Setting('space', 'log', 'of the posterior', ('log', 'linear')),
+         Setting('least', 0., 'lower limit of an observed negative'),
          Setting('variance', 'exact', 'of the scores', ('exact', 'drift')),
          *_switches('cutdown permuted monotone mask_same compact')),
-    mlm_warmup=(Setting('weight', 1., 'of the lesson', within='(0, inf)'), Setting('copies', 1, 'masked copies of a caption', within=_POS),
+    mlm_warmup=(Setting('weight', 1., 'of the lesson', within='(0, inf)'),
+                Setting('copies', 1, 'masked copies of a caption', within=_POS),
                 Setting('share', .6, 'of its places to mask', within='(0, 1]'), _UNITS),
-    tags=(_PRESET, Setting('copies', 4, 'masked copies of a caption', within=_POS), Setting('draws', 4, 'refills of each', within=_POS),
-          Setting('hard', 4, 'how many of them are kept', within=_POS), Setting('tau', 1.5, 'temperature of the refill', within='(0, inf)'),
+    tags=(_PRESET, Setting('copies', 4, 'masked copies of a caption', within=_POS),
+          Setting('draws', 4, 'refills of each', within=_POS),
+          Setting('hard', 4, 'how many of them are kept', within=_POS),
+          Setting('tau', 1.5, 'temperature of the refill', within='(0, inf)'),
           _UNITS, Setting('sharing', 'shared', 'who writes', ('shared', 'unshared', 'static')),
           Setting('generator', '', 'folder of the finished run that writes; without it that of the run'),
           Setting('words', 'model', 'what is written; random: any word (a placebo)', ('model', 'random')),
@@ -255,10 +312,13 @@ _TEMPERATURE = METHOD_SETTINGS['infonce'][0]
 METHOD_SETTINGS |= dict(      # rivals, see 5_methods/08_rivals
     multi_positive=(_TEMPERATURE, Setting('copies', 'sum', 'what other captions of the photo are',
                                           ('negatives', 'masked', 'out', 'sum'))),
-    sigmoid=(Setting('scale', 10., 'of the scores, at first', within='(0, inf)'), Setting('bias', -10., 'of the logits, at first'),
+    sigmoid=(Setting('scale', 10., 'of the scores, at first', within='(0, inf)'),
+             Setting('bias', -10., 'of the logits, at first'),
              Setting('rate', 1e-3, 'step size of both; 0: they stay', within='[0, 1]'),
-             Setting('copies', 'masked', 'what other captions of the photo are', ('negatives', 'masked', 'positives'))),
-    margin_filter=(_MARGIN, Setting('relative', .05, 'margin of the filter, as a share; 0: none', within=_NOT_NEGATIVE),
+             Setting('copies', 'masked', 'what other captions of the photo are',
+                     ('negatives', 'masked', 'positives'))),
+    margin_filter=(_MARGIN, Setting('relative', .05, 'margin of the filter, as a share; 0: none',
+                                    within=_NOT_NEGATIVE),
                    Setting('absolute', 0., 'margin of the filter; 0: none', within=_NOT_NEGATIVE),
                    Setting('pool', 'memory', 'where is mined', ('memory', 'batch')),
                    Setting('queue', 2048, 'places of the memory', within=_NAT),
@@ -269,19 +329,22 @@ METHOD_SETTINGS |= dict(      # rivals, see 5_methods/08_rivals
           Setting('within', False, 'are both own sides candidates too?'),
           Setting('copies', False, 'may other captions of the photo be negatives?'),
           Setting('start', 0, 'epoch from which the guide is there', within=_NAT)),
-    glofnd=(_TEMPERATURE, Setting('alpha', .01, 'share of the data set that counts as false', within='[0, 1)'),
+    glofnd=(_TEMPERATURE, Setting('alpha', .01, 'share of the data set that counts as false',
+                                  within='[0, 1)'),
             Setting('rate', .05, 'step size of the thresholds', within='(0, 1]'),
             Setting('start', 0, 'epoch from which they learn and filter', within=_NAT),
-            Setting('first', 'quantile', 'where a threshold starts', dict(quantile='of the first batch', one='as released')),
+            Setting('first', 'quantile', 'where a threshold starts',
+                    dict(quantile='of the first batch', one='as released')),
             Setting('count', 'visits', "what corrects Adam", dict(visits='', epoch='as released'))))
 
 # %% ../../nbs/6_training/00_config.ipynb #b16a0f99
 _ARGS = r"""\((?:[^()'"]|'[^']*'|"[^"]*"|\([^()]*\))*\)"""
-_METHOD = rf"\s*([\w.]+)\s*({_ARGS})?((?:\s*,\s*\w+\s*=\s*[^|,()]+(?:{_ARGS})?)*)\s*"     # name, own settings, replaced sources
+# name, own settings, replaced sources
+_METHOD = rf"\s*([\w.]+)\s*({_ARGS})?((?:\s*,\s*\w+\s*=\s*[^|,()]+(?:{_ARGS})?)*)\s*"
 
 def method_parts(
     text:str,       # e.g. 'fne(tau=5.0)|tags()'
-)->list:            # of (name, settings of its own); empty where a path is in it, which only `5_methods/02_method` can follow
+)->list:            # of (name, settings of its own); empty where a path is in it
     "The methods of a mixture"
     if not re.fullmatch(rf'{_METHOD}(\|{_METHOD})*', text):
         if ':' in text: return []
@@ -311,10 +374,13 @@ def _check_parts(text, strict):
     for name, own in method_parts(text):
         if name not in METHOD_SETTINGS:
             if not strict: continue
-            raise SetupError(f'no method called {name!r}{suggest(name, METHOD_SETTINGS)}; there are {", ".join(METHOD_SETTINGS)}')
+            raise SetupError(f'no method called {name!r}{suggest(name, METHOD_SETTINGS)}; there are '
+                             f'{", ".join(METHOD_SETTINGS)}')
         known = {s.name: s for s in METHOD_SETTINGS[name]}
         for k, v in own.items():
-            if k not in known: raise SetupError(f'{name} has no setting {k!r}{suggest(k, known)}; there are {", ".join(known)}')
+            if k not in known:
+                raise SetupError(f'{name} has no setting {k!r}{suggest(k, known)}; there are '
+                                 f'{", ".join(known)}')
             try: check(known[k], v)
             except SetupError as e: raise SetupError(f'{name}: {e}') from None
 
@@ -324,11 +390,13 @@ def _of_training(v)->tuple:
     return (
         (v.warmup and v.warmup >= v.epochs,
          f'warmup {v.warmup} of {v.epochs} epochs: {v.method} would never start; wanted fewer than epochs'),
-        (v.batch == 1 and _in_batch(v), 'batch 1: negatives come from the batch, so the loss would be 0 throughout; wanted 2 or more'),
+        (v.batch == 1 and _in_batch(v),
+         'batch 1: negatives come from the batch, so the loss would be 0 throughout; wanted 2 or more'),
         (v.temperature == 0 and not v.vision,
          'temperature 0 means the one of a pair with weights, such as CLIP; there is none here: name one '
          'with vision, or give a temperature'),
-        (v.lr*v.weight_decay >= 1, f'lr {v.lr:g} x weight_decay {v.weight_decay:g} is 1 or more: every step would undo the weights'),
+        (v.lr*v.weight_decay >= 1,
+         f'lr {v.lr:g} x weight_decay {v.weight_decay:g} is 1 or more: every step would undo the weights'),
         (v.carry and not v.init, 'carry goes on with the optimiser of another run: name it with init'),
         (v.folds and v.fold < 0, f'folds {v.folds!r} without a fold; say which with fold, from 0'),
         (v.fold >= 0 and not v.folds, f'fold {v.fold} of what? name the file with folds'))
@@ -343,11 +411,13 @@ def _of_model(v)->tuple:
     "What cannot be built so"
     streams = v.similarity in ('two_modes', 'cross'); width = v.dim if v.similarity == 'cross' else v.d_word
     return (
-        (streams and v.text_freeze, f'{v.similarity} trains all of its transformer: text_freeze is for text towers'),
+        (streams and v.text_freeze,
+         f'{v.similarity} trains all of its transformer: text_freeze is for text towers'),
         (v.boxes and v.vision, 'boxes with vision: patches of pictures have no boxes'),
         (v.similarity in ('cross', *_OF_SETS) and v.image in VSRN,
          f'image {v.image}: VSRN makes one vector; similarity {v.similarity} wants regions'),
-        (v.captioner and v.image not in VSRN, 'the captioner reads the regions of VSRN: set image to vsrn, or captioner to 0'),
+        (v.captioner and v.image not in VSRN,
+         'the captioner reads the regions of VSRN: set image to vsrn, or captioner to 0'),
         (v.boxes and not streams, f'boxes: similarity {v.similarity} does not see where regions are'),
         ((v.image_parts or v.text_parts) and streams,
          f'{v.similarity} has no towers for both: image_parts and text_parts are for towers'),
@@ -355,15 +425,22 @@ def _of_model(v)->tuple:
         (re.search(r'net|heads|token_states', v.text_parts) and not v.text_model,
          'text_parts ask for a network that reads: name a text_model'),
         (v.similarity.startswith('bfan') and v.agg, 'agg: BFAN takes the mean over the queries'),
-        (streams and not v.text_model and width % v.heads, f'{v.heads} heads cannot share a width of {width}'),
-        (':' in v.regions and _backwards(v.regions), f'regions {v.regions} are none: the first is not before the last'),
-        (v.tokenizer == 'own' and not v.text_model, "tokenizer='own' needs a text_model that comes with weights"),
-        (v.image_pool in _OWN_POOLS and not v.vision, f'image_pool {v.image_pool} is of a network that sees pixels'),
-        (v.text_pool in (*_OWN_POOLS, 'last') and not v.text_model, f'text_pool {v.text_pool} is of a network that reads'),
-        (v.captions_of_split and not v.max_captions, 'captions_of_split says where max_captions counts, and that is 0'),
+        (streams and not v.text_model and width % v.heads,
+         f'{v.heads} heads cannot share a width of {width}'),
+        (':' in v.regions and _backwards(v.regions),
+         f'regions {v.regions} are none: the first is not before the last'),
+        (v.tokenizer == 'own' and not v.text_model,
+         "tokenizer='own' needs a text_model that comes with weights"),
+        (v.image_pool in _OWN_POOLS and not v.vision,
+         f'image_pool {v.image_pool} is of a network that sees pixels'),
+        (v.text_pool in (*_OWN_POOLS, 'last') and not v.text_model,
+         f'text_pool {v.text_pool} is of a network that reads'),
+        (v.captions_of_split and not v.max_captions,
+         'captions_of_split says where max_captions counts, and that is 0'),
         (v.data == 'scenes' and (v.columns or v.separator or v.max_captions),
          'scenes are drawn: columns, separator and max_captions are for folders'),
-        (v.data == 'scan' and (v.columns or v.separator), 'the SCAN layout has no tables: columns and separator are for data=images'))
+        (v.data == 'scan' and (v.columns or v.separator),
+         'the SCAN layout has no tables: columns and separator are for data=images'))
 
 def _backwards(regions)->bool:
     "Does first:last name no region?"
@@ -374,20 +451,27 @@ def _of_methods(v, run)->list:
     "What a method needs of the other settings; `run`: are the inputs of a run among them?"
     out, streams = [], v.similarity in ('two_modes', 'cross')
     for name, own in method_parts(v.method) + (method_parts(v.warmup_method) if v.warmup else []):
-        mined = own.get('lists') or v.lists or own.get('refresh') or own.get('placebo') == 'random' or own.get('stage') == 'online'
+        mined = (own.get('lists') or v.lists or own.get('refresh') or own.get('placebo') == 'random'
+                 or own.get('stage') == 'online')
         writes, random = own.get('generator') or v.generator, own.get('words') == 'random'
         out += [
-            (name == 'aoq' and run and not mined, 'method aoq draws from mined lists: name the run of mine with lists'),
+            (name == 'aoq' and run and not mined,
+             'method aoq draws from mined lists: name the run of mine with lists'),
             (name == 'mlm_warmup' and not streams,
-             'method mlm_warmup needs a model that reads words beside an image: similarity two_modes or cross'),
-            (name == 'tags' and own.get('sharing', 'shared') != 'static' and not (streams or random or writes),
-             'method tags needs a model that writes: similarity two_modes or cross, or sharing static with the generator of a run'),
+             'method mlm_warmup needs a model that reads words beside an image: similarity two_modes '
+             'or cross'),
+            (name == 'tags' and own.get('sharing', 'shared') != 'static'
+             and not (streams or random or writes),
+             'method tags needs a model that writes: similarity two_modes or cross, or sharing static with '
+             'the generator of a run'),
             (name == 'tags' and run and own.get('sharing') == 'static' and not (writes or random),
              'method tags with sharing static needs a finished run that writes: name it with generator'),
-            (name == 'caption' and not v.captioner, 'method caption needs a captioner: set image to vsrn, and captioner to its width'),
+            (name == 'caption' and not v.captioner,
+             'method caption needs a captioner: set image to vsrn, and captioner to its width'),
             (run and own.get('honest') and v.data != 'scenes',
              f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
-            (run and own.get('prior') == 'known' and v.data != 'scenes', f'method {name}: prior known is for data scenes; give a number')]
+            (run and own.get('prior') == 'known' and v.data != 'scenes',
+             f'method {name}: prior known is for data scenes; give a number')]
     return out
 
 def check_together(
@@ -409,7 +493,8 @@ def _some(text)->tuple: return tuple(KNOWN[n] for n in text.split())
 
 _RESULTS = "; '': figures/results of the clone"
 _RECORDS = Setting('records', '', 'folder of records' + _RESULTS, place='folder')
-_AUDITS = Setting('audits', '', "folder of records of audits; '': figures/audits of the clone", place='folder')
+_AUDITS = Setting('audits', '', "folder of records of audits; '': figures/audits of the clone",
+                  place='folder')
 _BESIDE = replace(_AUDITS, help="folder of records of audits; '': audits beside the figures")
 _FIGURES = Setting('figures', '', "where tables and figures go; '': figures of the clone", place='out')
 _TESTS = Setting('tests', '', "file of primary tests; '': primary_tests.yaml of the clone", place='file')
@@ -420,106 +505,145 @@ _THIS = replace(_ONLY, help='this sweep, and its profiles')
 _METRIC = Setting('metric', '', "'': mAP@R under the truth where it is known, else rSum")
 _DELTA = Setting('delta', 0., 'smallest effect of interest; 0: 0.5 of mAP@R, 1 of rSum', within='[0, inf)')
 _PART = Setting('part', 'test', 'which part of the data', ('train', 'val', 'test'))
-_IDS = dict(img_of="npy: row of each sentence's photo, for scores that do not belong to `data`", img_ids="npy: id of each row's photo",
+_IDS = dict(img_of="npy: row of each sentence's photo, for scores that do not belong to `data`",
+            img_ids="npy: id of each row's photo",
             gallery="npy: gallery of each row's photo")
 
 # %% ../../nbs/6_training/00_config.ipynb #350e923e
 RUNS = dict(      # templates whose runs are rows of a table, or what such runs need
     train=(*OF_CONFIG[:-len(READERS)], *OF_RUNS[:-2], *READERS, *OF_RUNS[-2:]),
     evaluate=(
-        Setting('scores', 'oracle', 'folders of finished runs joined by commas, an npy file of scores, an npz file of ranks, or a word: '
+        Setting('scores', 'oracle',
+                'folders of finished runs joined by commas, an npy file of scores, an npz file of ranks, or '
+                'a word: '
                                     "'oracle', 'chance'", form=(r'.*\S.*', 'scores'), place='scores'),
-        Setting('rerank', 0, "of two folders: the second scores the first one's best again, so many per query; 0: scores are averaged",
+        Setting('rerank', 0,
+                "of two folders: the second scores the first one's best again, so many per query; 0: scores "
+                "are averaged",
                 within=_NAT),
-        Setting('weights', '', 'folder with config.json, model.safetensors and vocab.json: ranks the test split, and `scores` is not read',
+        Setting('weights', '',
+                'folder with config.json, model.safetensors and vocab.json: ranks the test split, and '
+                '`scores` is not read',
                 place='folder'),
         *(Setting(k, '', v, place='file') for k, v in _IDS.items()),
         *DATA, KNOWN['layout'], _like('seed', 'scenes: of the world'), *_some('folds fold'),
         _like('arm', "name in tables; '': that of the scores"), *_some('sweep out folder device'), *READERS),
     mine=(
         _like('init', 'folder of a finished run whose model mines'),
-        Setting('share', 0., "length of the lists, as a share of the sentences (and of the images); 0: the paper's 300 of 145,000",
+        Setting('share', 0.,
+                "length of the lists, as a share of the sentences (and of the images); 0: the paper's 300 "
+                "of 145,000",
                 within='[0, 1]'),
-        Setting('honest', False, 'scenes: leave out the pairs that are true, to tell hard negatives from false ones'),
-        *DATA, KNOWN['layout'], _like('vision', 'network that sees pixels, as the run has it'), *_some('size resize'),
-        _like('similarity', 'kind of score, as the run has it'), _like('boxes', 'as the run has it: does it see where regions are?'),
-        _like('seed', 'scenes: of the world'), *_some('folds fold'), _like('threads', 'lists are equal for any number'),
-        _like('arm', 'name of this run in a sweep'), *_some('sweep out folder cache models device progress'), *READERS),
+        Setting('honest', False,
+                'scenes: leave out the pairs that are true, to tell hard negatives from false ones'),
+        *DATA, KNOWN['layout'], _like('vision', 'network that sees pixels, as the run has it'),
+        *_some('size resize'),
+        _like('similarity', 'kind of score, as the run has it'),
+        _like('boxes', 'as the run has it: does it see where regions are?'),
+        _like('seed', 'scenes: of the world'), *_some('folds fold'),
+        _like('threads', 'lists are equal for any number'),
+        _like('arm', 'name of this run in a sweep'), *_some('sweep out folder cache models device progress'),
+        *READERS),
     test_sets=(
         Setting('scores', '', 'folders of finished runs, joined by commas', place='runs'),
         Setting('test_set', 'coco_5k', 'how they are tested', ('coco_1k', 'coco_5k', 'eccv', 'cxc')),
-        _like('seed', 'of the runs, for tables'), KNOWN['threads'], _like('arm', "name in tables; '': that of the test set"),
+        _like('seed', 'of the runs, for tables'), KNOWN['threads'],
+        _like('arm', "name in tables; '': that of the test set"),
         *_some('sweep out folder cache models workers device')))
 
 # %% ../../nbs/6_training/00_config.ipynb #5c5f4a61
 REPORTS = dict(    # templates that read records, and those that stand alone
-    study=(_RECORDS, _FIGURES, _ONLY, Setting('base', 'vse0', 'row that is subtracted in tables of differences'),
+    study=(_RECORDS, _FIGURES, _ONLY, Setting('base', 'vse0',
+                                              'row that is subtracted in tables of differences'),
            _like('out', "where this notebook goes when run by itm_run; '': runs/<sweep>/<id>")),
     verdicts=(_RECORDS, _AUDITS, _FIGURES, _TESTS, Setting('base', 'vse0', 'arm of the controls'),
               Setting('other', 'vsepp', 'arm it is compared with for the noise floor'), _OUT),
     aoq=(_RECORDS, _AUDITS, _FIGURES, _TESTS, _ONLY, _OUT),
     fne=(replace(_ONLY, help="only this sweep; '': all whose name begins with fne"), _RECORDS, _FIGURES,
-         Setting('runs', '', "folder of the run folders; '': beside the records, if they are there", place='folder'), _FOLDER, _BESIDE,
+         Setting('runs', '', "folder of the run folders; '': beside the records, if they are there",
+                 place='folder'), _FOLDER, _BESIDE,
          Setting('audited', 'fne', 'arms that are examined, with commas between'),
-         Setting('base', '', "arm that is subtracted; '': the hardest of the batch, where there is one"), _OUT),
+         Setting('base', '', "arm that is subtracted; '': the hardest of the batch, where there is one"),
+         _OUT),
     tags_dc=(replace(_ONLY, default='tags_scenes', help='only this sweep'), _RECORDS, _FIGURES,
-             Setting('runs', '', "folder of the run folders; '': nobody is asked", place='folder'), _FOLDER, _BESIDE,
+             Setting('runs', '', "folder of the run folders; '': nobody is asked", place='folder'), _FOLDER,
+             _BESIDE,
              Setting('base', 'vsepp_two', 'arm that is subtracted'),
              Setting('captions', 192, 'captions every run is asked about', within=_POS),
              Setting('attempts', 16, 'most sentences of an attack', within=_POS),
-             Setting('allow_code', False, 'may methods of these runs be code of your own? Only for runs of yours'), _OUT),
+             Setting('allow_code', False,
+                     'may methods of these runs be code of your own? Only for runs of yours'), _OUT),
     defects=(replace(_THIS, default='defects_scenes'),
-             Setting('methods', 'aoq,fne,tags', 'arms without a defect; an arm is theirs if its name begins with theirs'),
+             Setting('methods', 'aoq,fne,tags',
+                     'arms without a defect; an arm is theirs if its name begins with theirs'),
              _METRIC, _DELTA, _RECORDS, _FIGURES, _OUT),
-    dose=(replace(_THIS, default='dose_flickr8k'), Setting('base', 'vsepp', 'arm that is subtracted, and whose quality is the dose'),
+    dose=(replace(_THIS, default='dose_flickr8k'),
+          Setting('base', 'vsepp', 'arm that is subtracted, and whose quality is the dose'),
           _METRIC, _RECORDS, _FIGURES, _OUT),
     factorial=(
         replace(_THIS, default='factorial_scenes'),
-        Setting('factors', 'vsepp:,aoq:A,fne:F,tags:G,aoq_fne:AF,aoq_tags:AG,fne_tags:FG,union:AFG', 'arm:the factors it has'),
-        Setting('oracles', 'vsepp_honest:vsepp,aoq_honest:aoq,fne_honest:fne,tags_honest:tags,memory_honest:memory',
+        Setting('factors', 'vsepp:,aoq:A,fne:F,tags:G,aoq_fne:AF,aoq_tags:AG,fne_tags:FG,union:AFG',
+                'arm:the factors it has'),
+        Setting('oracles',
+                'vsepp_honest:vsepp,aoq_honest:aoq,fne_honest:fne,tags_honest:tags,memory_honest:memory',
                 'arm that knows the truth:the same arm without'), _DELTA, _METRIC, _RECORDS, _FIGURES, _OUT))
 
 # %% ../../nbs/6_training/00_config.ipynb #e2048d17
 _N = '[1, inf)'
 REPORTS |= dict(
-    first_look=(replace(_THIS, default='factorial_scenes_many'), Setting('base', 'vsepp', 'the arm at the line'),
-                _METRIC, _RECORDS, replace(_FIGURES, help="where the figure goes; '': figures of the clone"), _OUT),
-    audit=(Setting('run', '', "folder of a finished run; '': only build the tables", place='run'), _FOLDER, _PART,
+    first_look=(replace(_THIS, default='factorial_scenes_many'),
+                Setting('base', 'vsepp', 'the arm at the line'),
+                _METRIC, _RECORDS, replace(_FIGURES, help="where the figure goes; '': figures of the clone"),
+                _OUT),
+    audit=(Setting('run', '', "folder of a finished run; '': only build the tables", place='run'), _FOLDER,
+           _PART,
            Setting('gallery', 0, 'scenes: which gallery', within=_NAT),
            Setting('judgements', '', "file of judgements; '': judgements.npz of the folder", place='file'),
            Setting('photos', '',
-                   'folder with the photographs in a layout that has pictures, to look at the first suspects; scenes are drawn',
-                   place='folder'), _AUDITS, replace(_FIGURES, help="where the tables go; '': figures of the clone"), _OUT),
+                   'folder with the photographs in a layout that has pictures, to look at the first '
+                   'suspects; scenes are drawn',
+                   place='folder'), _AUDITS, replace(_FIGURES,
+                                                     help="where the tables go; '': figures of the clone"),
+           _OUT),
     run_report=(
         Setting('record', '',
-                "a finished run: its folder, its record's file, or its id; '': the first committed record of a run on scenes"),
+                "a finished run: its folder, its record's file, or its id; '': the first committed record "
+                "of a run on scenes"),
         _like('folder', "of the data, where they are not embedded; '': without sentences"),
         Setting('top', 10, 'queries to show at each end', within=_N), _OUT,
         Setting('against', '', "another finished run on the same test, likewise; '': none")),
     search=(
-        Setting('query', 'a yellow moon and a heart', 'what to look for, in words', form=(r'.*\S.*', 'some words')),
-        Setting('image', -1, 'index of the picture to find sentences for; -1: the best answer to the query', within='[-1, inf)'),
+        Setting('query', 'a yellow moon and a heart', 'what to look for, in words',
+                form=(r'.*\S.*', 'some words')),
+        Setting('image', -1, 'index of the picture to find sentences for; -1: the best answer to the query',
+                within='[-1, inf)'),
         Setting('top', 8, 'answers to show', within=_N),
-        Setting('run', '', "folder of a finished run; '': a small model is trained on the drawn world", place='run'),
+        Setting('run', '', "folder of a finished run; '': a small model is trained on the drawn world",
+                place='run'),
         _like('folder', "data, pictures or features to search; '': the drawn world"), _PART,
         _like('preset', 'of the drawn world'), _like('epochs', 'of the small model', default=6),
-        _like('seed', 'of the small model and its world'), KNOWN['models'], _like('device', choices=('cpu', 'cuda')),
+        _like('seed', 'of the small model and its world'), KNOWN['models'],
+        _like('device', choices=('cpu', 'cuda')),
         _like('out', "where this notebook and the small model go; '': runs/manual/<id>")),
     acceptance=(
         _like('preset', 'size of the world'), _like('rho', 'share of cross pairs that are true'),
         _like('seed', 'of the world and the models'),
         Setting('settings', 'rare_scenes', 'the sweep whose settings the models are trained with'),
-        _like('epochs', 'but for so many epochs: the bounds were fixed for models trained this long, the sweep is shorter to be quick',
+        _like('epochs',
+              'but for so many epochs: the bounds were fixed for models trained this long, the sweep is '
+              'shorter to be quick',
               default=9),
         replace(_FIGURES, help="where the table goes; '': figures of the clone"),
         _like('out', "run folder; '': runs/acceptance"), _like('progress', 'show bars')),
     benchmark=(
-        _like('threads', 'threads of torch'), Setting('images', 5000, 'images of the large gallery', within='[5, inf)'),
+        _like('threads', 'threads of torch'),
+        Setting('images', 5000, 'images of the large gallery', within='[5, inf)'),
         Setting('captions', 25000, 'sentences of the large gallery, a multiple of the images', within=_N),
         Setting('dim', 1024, 'length of an embedding', within=_N),
         Setting('rounds', 3, 'rounds in which the contenders take turns; the best one counts', within=_N),
         *(Setting(n, v, h, form=(r'\d+(,\d+)*', 'numbers with commas between')) for n, v, h in (
-            ('batches', '128,512,2048', 'batch sizes of the losses'), ('mining', '29000,145000', 'images and sentences to mine from'))),
+            ('batches', '128,512,2048', 'batch sizes of the losses'),
+            ('mining', '29000,145000', 'images and sentences to mine from'))),
         Setting('queries', 10, 'one in so many of them asks', within=_N),
         Setting('depth', '300,60', 'sentences in the list of an image, images in that of a sentence',
                 form=(r'\d+,\d+', "two numbers, e.g. '300,60'")),
@@ -570,7 +694,8 @@ def current_names(
     settings=OF_CONFIG,      # those that are meant
     told:bool=False,         # say which names are earlier ones
 )->dict:
-    "Settings, e.g. of an old record, under the names of today; SetupError where one is given under both of its names"
+    """Settings, e.g. of an old record, under the names of today; SetupError where one is given under both
+    of its names"""
     names = {s.was: s.name for s in settings if s.was and s.was in given}
     for old, now in names.items():
         if now in given: raise SetupError(f'{old} and {now} are one setting; give {now} only')
@@ -581,11 +706,13 @@ def current_names(
 def _check_all(cfg):
     "Every value by its setting, then all together"
     for s in OF_CONFIG: object.__setattr__(cfg, s.name, check(s, getattr(cfg, s.name)))
-    for k in ('method', 'warmup_method'): check_method(getattr(cfg, k), False, k)     # a notebook may have methods of its own
+    # a notebook may have methods of its own
+    for k in ('method', 'warmup_method'): check_method(getattr(cfg, k), False, k)
     check_together(asdict(cfg))
 
 _FIELDS = [(s.name, type(s.default), field(default=s.default)) for s in OF_CONFIG]
-_MORE = dict(__doc__="All that determines a run's result: a field for every setting of `OF_CONFIG`", __module__=__name__,
+_MORE = dict(__doc__="All that determines a run's result: a field for every setting of `OF_CONFIG`",
+             __module__=__name__,
              __post_init__=_check_all)
 Config = make_dataclass('Config', _FIELDS, frozen=True, namespace=_MORE)
 

@@ -30,7 +30,8 @@ class Corpus:
     models:str = ''          # folder of networks
     workers:int = 0          # threads that load coming batches
     boxes:bool = False       # are the places of regions wanted?
-    states:str = ''          # folder of kept states of frozen networks, see `frozen_cache`; '': networks are run in every step
+    # folder of kept states of frozen networks, see `frozen_cache`; '': networks are run in every step
+    states:str = ''
     frame:str = 'crop'       # how pictures are cut
     cut_from:'Corpus' = None # of a fold: the data set whose parts it is cut from
 
@@ -39,8 +40,10 @@ class Corpus:
         missing = 'feats' if self.pixels is None else 'files'
         if getattr(split, missing) is None:
             raise DataError(split.source, f'no {dict(feats="region features", files="image files")[missing]}',
-                            'what the settings ask for', 'Pictures need a network that sees them (vision); features need none.')
-        return Batches(split, vocab, device, pixels=self.pixels and self.pixels(split), change=change, workers=workers,
+                            'what the settings ask for',
+                            'Pictures need a network that sees them (vision); features need none.')
+        return Batches(split, vocab, device, pixels=self.pixels and self.pixels(split), change=change,
+                       workers=workers,
                        boxes=self.boxes)
 
 def _columns(
@@ -52,27 +55,38 @@ def _columns(
         if ',' in regions: return [int(x) for x in regions.split(',')]
         a, _, b = regions.partition(':')
         return slice(int(a), int(b) if b else int(a)+1)
-    except ValueError: raise ValueError(f"regions is 'all', 'first:last' or numbers like '5,6,16', not {regions!r}") from None
+    except ValueError:
+        raise ValueError(
+            f"regions is 'all', 'first:last' or numbers like '5,6,16', not {regions!r}") from None
 
 def corpus(
     cfg:Config,
     folder='',       # of a data set that is not embedded
-    cache='',        # where decoded pictures, drawn worlds, states are kept; '': runs/pixels, runs/worlds, runs/states
+    cache='',        # of decoded pictures, drawn worlds, states; '': runs/pixels, runs/worlds, runs/states
     models='',       # folder of networks; '': models
     workers:int=0,   # threads that load coming batches
 )->Corpus:
     "Open the data a configuration names"
-    places = dict(models=models, workers=workers, boxes=cfg.boxes, states=str(cache or Path('runs')/'states'), frame=cfg.resize)
-    if cfg.vision: places |= dict(pixels=lambda s: Pixels(s.files, cfg.size, cfg.resize, cache or Path('runs')/'pixels', workers))
+    places = dict(models=models, workers=workers, boxes=cfg.boxes, states=str(cache or Path('runs')/'states'),
+                  frame=cfg.resize)
+    if cfg.vision:
+        places |= dict(pixels=lambda s: Pixels(s.files, cfg.size, cfg.resize, cache or Path('runs')/'pixels',
+                                               workers))
     if cfg.data == 'scenes':
-        world = load_or_make(cache or Path('runs')/'worlds', cfg.preset, cfg.rho, cfg.seed if cfg.world < 0 else cfg.world)
+        world = load_or_make(cache or Path('runs')/'worlds', cfg.preset, cfg.rho,
+                             cfg.seed if cfg.world < 0 else cfg.world)
         return Corpus(cfg.name or f'scenes {cfg.preset}, rho {cfg.rho:g} %', world.split, world, **places)
-    if not folder: raise DataError('folder', 'no data folder', 'the folder of a data set', 'Give one: -p folder PATH.')
-    more = {k: v for k in ('columns', 'separator', 'max_captions', 'captions_of_split') if (v := getattr(cfg, k))}     # of the readers
+    if not folder:
+        raise DataError('folder', 'no data folder', 'the folder of a data set', 'Give one: -p folder PATH.')
+    # of the readers
+    more = {k: v for k in ('columns', 'separator', 'max_captions', 'captions_of_split')
+            if (v := getattr(cfg, k))}
     if cfg.data == 'images':
         from itm_nb.data.layouts import open_layout
         read = lambda part: open_layout(folder, part, cfg.layout, **more)
-    else: read = lambda part: read_scan(folder, part, dims=cfg.dims or None, regions=_columns(cfg.regions), **more)
+    else:
+        read = lambda part: read_scan(folder, part, dims=cfg.dims or None, regions=_columns(cfg.regions),
+                                      **more)
     return Corpus(cfg.name or Path(folder).name, read, **places)
 
 # %% ../../nbs/6_training/01_corpus.ipynb #c5be07f1
@@ -84,6 +98,9 @@ def in_fold(
 )->Corpus:
     "A data set as one fold sees it; the parts are cut once and kept"
     known = Folds.load(file)
-    if not 0 <= fold < len(known): raise DataError(file, f'fold {fold} asked for', f'0 to {len(known)-1}', 'Correct -p fold.')
-    cut = lru_cache(1)(lambda: fold_split({p: data.split(p) for p in ('train', 'val', 'test')}, known[fold], block))
-    return replace(data, label=f'{data.label}, {len(known)} folds', split=lambda part: cut()[part], world=None, cut_from=data)
+    if not 0 <= fold < len(known):
+        raise DataError(file, f'fold {fold} asked for', f'0 to {len(known)-1}', 'Correct -p fold.')
+    cut = lru_cache(1)(lambda: fold_split({p: data.split(p) for p in ('train', 'val', 'test')}, known[fold],
+                                          block))
+    return replace(data, label=f'{data.label}, {len(known)} folds', split=lambda part: cut()[part],
+                   world=None, cut_from=data)

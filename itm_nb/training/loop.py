@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'PICK', 'Training', 'call_hooks', 'share', 'Encoder', 'train_step', 'NotFinite', 'refuse_nan', 'prepare',
-           'resume', 'check_run', 'warm_start', 'load_picks', 'fit', 'evaluate']
+           'resume', 'check_run', 'warm_start', 'load_picks', 'fit', 'evaluate', 'gap_to_hardest']
 
 # %% ../../nbs/6_training/04_loop.ipynb #7cc86fba
 import hashlib
@@ -44,7 +44,8 @@ from ..methods.registry import code_of, in_force, schedule
 from ..methods.samplers import Step
 from .build import (
     words_seen, build, learning_rate, measure, networks, optimiser, remembering, vocabulary)
-from .checkpoint import whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped
+from .checkpoint import (
+    whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped)
 from .config import Config, current_names
 from .corpus import corpus, Corpus
 from ..data import tokenizers as tokens
@@ -65,10 +66,12 @@ class Training:
     step:int = 0                     # steps done
     best:tuple = (-1., -1)           # (val rSum, epoch) of the best epoch
     history:list = field(default_factory=list)    # val metrics by epoch
-    meter:Tensor = None              # sums of loss, gradient norm, clipped steps, and their number since the last log line
+    # sums of loss, gradient norm, clipped steps, and their number since the last log line
+    meter:Tensor = None
     log_bytes:int = 0
     pick_bytes:int = 0
-    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))    # hashes so far
+    # hashes so far
+    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     code:str = ''                    # hash of the method's source where it is not the package's own
     recent:list = field(default_factory=list)    # (step, rate, losses, gradient norm) since `refuse_nan`
@@ -103,7 +106,9 @@ def share(
 )->Tensor:            # (B/world,)
     "This device's part of a batch"
     rank, world = devices()
-    if len(caps) % world: raise ValueError(f'a batch of {len(caps)} cannot be shared by {world} devices: wanted a multiple of {world}')
+    if len(caps) % world:
+        raise ValueError(f'a batch of {len(caps)} cannot be shared by {world} devices: wanted a multiple of '
+                         f'{world}')
     return caps.chunk(world)[rank]
 
 class Encoder:
@@ -111,13 +116,15 @@ class Encoder:
     def __init__(self, t:Training):
         self.t, self.size, self.twice = t, t.cfg.chunk, []
         if self.size and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in t.core.modules()):
-            raise ValueError('chunk: the model has batch normalisation, so the parts of a batch are not the batch; set chunk=0')
+            raise ValueError('chunk: the model has batch normalisation, so the parts of a batch are not the '
+                             'batch; set chunk=0')
 
     def __call__(self, encode:Callable, *inputs):   # tensors with a row per item -> encoding
         "Encode"
         with self.t.accelerator.autocast():
             if not self.size or not torch.is_grad_enabled(): return encode(*inputs)
-            with torch.no_grad(): out = join([self._part(len(self.twice), i, encode, x) for i, x in self._cut(inputs)])
+            with torch.no_grad():
+                out = join([self._part(len(self.twice), i, encode, x) for i, x in self._cut(inputs)])
         vectors = out if isinstance(out, Tensor) else out.x
         if vectors.is_floating_point(): self.twice.append((encode, inputs, vectors.requires_grad_()))
         return out
@@ -137,7 +144,8 @@ class Encoder:
 def _dropout(t:Training, *part):
     "Dropout of a step is a stream of its own; every device, and every part of a batch, has another"
     rank = devices()[0]
-    torch.manual_seed(purpose_key('dropout', t.cfg.seed, t.step, *((rank,) if rank or part else ()), *part) % 2**63)
+    torch.manual_seed(purpose_key('dropout', t.cfg.seed, t.step, *((rank,) if rank or part else ()),
+                                  *part) % 2**63)
 
 def _sum_devices(t:Training, parts:dict)->dict:
     "Gradients and losses of all devices, summed; returns the losses"
@@ -146,7 +154,8 @@ def _sum_devices(t:Training, parts:dict)->dict:
         if p.grad is None: p.grad = torch.zeros_like(p)
     parts = {k: v.detach() for k, v in parts.items()}
     if devices()[1] == 1: return parts
-    flat = torch.cat([p.grad.flatten() for p in params] + [torch.stack(list(parts.values()))]); dist.all_reduce(flat)
+    flat = torch.cat([p.grad.flatten() for p in params] + [torch.stack(list(parts.values()))])
+    dist.all_reduce(flat)
     *grads, total = flat.split([p.numel() for p in params] + [len(parts)])
     for p, g in zip(params, grads): p.grad.copy_(g.view_as(p))
     return dict(zip(parts, total))
@@ -165,10 +174,12 @@ def train_step(
     epoch:int,
     seen:list=None,   # what every source proposed and picked is put here
 )->dict:              # {'term/side': cost} of the whole batch, detached
-    "One step of training; the loss, gradient norm and clipping go to the meter without waiting for the device"
+    """One step of training; the loss, gradient norm and clipping go to the meter without waiting for the
+    device"""
     cfg, method, encode, caps = t.cfg, in_force(t.phases, epoch), Encoder(t), share(caps)
     _dropout(t)
-    for group in t.opt.param_groups: group['lr'] = learning_rate(cfg, t.step, t.steps) * group.get('scale', 1.)
+    for group in t.opt.param_groups:
+        group['lr'] = learning_rate(cfg, t.step, t.steps) * group.get('scale', 1.)
     t.core.train()
     extra = fetches(method, torch.as_tensor(t.train.split.cap_ids[caps.numpy()]), cfg.seed, epoch)
     b = t.train.take(caps, extra, epoch, t.ahead())
@@ -182,7 +193,8 @@ def train_step(
     t.opt.step()
     call_hooks(t.stateful(), 'after_step', step)
     t.recent.append((t.step, learning_rate(cfg, t.step, t.steps), parts, norm))
-    t.meter += torch.stack([sum(parts.values()), norm, (norm > (cfg.clip or torch.inf)).float(), torch.ones_like(norm)])
+    t.meter += torch.stack([sum(parts.values()), norm, (norm > (cfg.clip or torch.inf)).float(),
+                            torch.ones_like(norm)])
     return parts
 
 # %% ../../nbs/6_training/04_loop.ipynb #1699cf37
@@ -191,14 +203,17 @@ class NotFinite(ArithmeticError): "A loss or a gradient that is not a finite num
 def refuse_nan(
     t:Training,
 ):
-    "Raise `NotFinite` for the first step since the last call whose losses or gradient are not finite: step, method, term, learning rate"
+    """Raise `NotFinite` for the first step since the last call whose losses or gradient are not finite:
+    step, method, term, learning rate"""
     recent, t.recent = t.recent, []
     for step, rate, parts, norm in recent:
         odd = [k for k, v in (parts | {'the gradient': norm}).items() if not v.isfinite()]
         if not odd: continue
-        epoch = step//t.per_epoch; name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.warmup_method
+        epoch = step//t.per_epoch
+        name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.warmup_method
         said = ', '.join(f'{k} is {float((parts | {"the gradient": norm})[k])}' for k in odd)
-        raise NotFinite(f'step {step+1} of {t.steps} (epoch {epoch+1}), method {name}: {said}, at learning rate {rate:.3g}; '
+        raise NotFinite(f'step {step+1} of {t.steps} (epoch {epoch+1}), method {name}: {said}, at learning '
+                        f'rate {rate:.3g}; '
                         'give a lower lr, a clip, or look at the data and the method')
 
 def _waits(t:Training, *there)->bool:
@@ -209,12 +224,15 @@ def _waits(t:Training, *there)->bool:
 def _own_temperature(cfg, models)->float:
     "The temperature that comes with a pair of networks"
     eye, _ = networks(cfg, models); own = temperature(eye) if eye else None
-    if own is None: raise ValueError('temperature 0 means the one of a pair with weights, such as CLIP; there is none here')
+    if own is None:
+        raise ValueError('temperature 0 means the one of a pair with weights, such as CLIP; there is none '
+                         'here')
     return own
 
 def _prints(cfg, data, splits)->dict:
     "Fingerprints of the data and of the networks' weights: a run is only gone on with if they are the same"
-    nets = {k: weights_print(n) for k, n in zip(('vision', 'text_model'), networks(cfg, data.models)) if n and n.folder}
+    nets = {k: weights_print(n) for k, n in zip(('vision', 'text_model'), networks(cfg, data.models)) if n
+            and n.folder}
     return {s.name: fingerprint(s) for s in splits} | nets
 
 def prepare(
@@ -226,18 +244,26 @@ def prepare(
     allow_code:bool=False,   # may the method be one's own code? Never where its name was read from a file
 )->Training:
     "Data on the device, a fresh model, its optimiser and the schedule of methods"
-    torch.set_num_threads(cfg.threads); networks(cfg, data.models)       # an impossible network is refused before data are opened
-    accelerator = Accelerator(cpu=device == 'cpu', mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
+    # an impossible network is refused before data are opened
+    torch.set_num_threads(cfg.threads); networks(cfg, data.models)
+    accelerator = Accelerator(cpu=device == 'cpu',
+                              mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
-    change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch, cfg.augment)
-    model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models, words_seen(cfg, vocab, train))
+    change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch,
+        cfg.augment)
+    model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models,
+                  words_seen(cfg, vocab, train))
     model = model.to(accelerator.device); data = remembering(model, data, vocab, augment=cfg.augment)
-    batches = [data.batches(s, vocab, accelerator.device, change, n) for s, n in ((train, data.workers), (val, 0))]
+    batches = [data.batches(s, vocab, accelerator.device, change, n)
+               for s, n in ((train, data.workers), (val, 0))]
     measure(model, batches[0])
-    opt = accelerator.prepare(optimiser(cfg, model))      # not the model: `_sum_devices` does what a wrapper would, for all heads
-    settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models), model=model, train=batches[0],
-                    vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists), generator=str(generator))
+    # not the model: `_sum_devices` does what a wrapper would, for all heads
+    opt = accelerator.prepare(optimiser(cfg, model))
+    settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models),
+                    model=model, train=batches[0],
+                    vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists),
+                    generator=str(generator))
     phases = schedule(cfg.method, cfg.warmup, cfg.warmup_method, allow_code, **settings)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
@@ -248,7 +274,8 @@ def _pack(t:Training)->tuple:   # (tensors, state)
     tensors = {f'model.{k}': v for k, v in t.core.state_dict().items()} | {'meter': t.meter}
     for i, s in t.opt.state_dict()['state'].items(): tensors |= {f'opt.{i}.{k}': v for k, v in s.items()}
     for i, o in enumerate(_keepers(t)): tensors |= {f'owner.{i}.{k}': v for k, v in o.state_dict().items()}
-    return tensors, dict(step=t.step, best=list(t.best), history=t.history, log_bytes=t.log_bytes, pick_bytes=t.pick_bytes,
+    return tensors, dict(step=t.step, best=list(t.best), history=t.history, log_bytes=t.log_bytes,
+                         pick_bytes=t.pick_bytes,
                          sealed={k: h.hexdigest() for k, h in t.running.items()} | dict(best=t.best_files),
                          config=asdict(t.cfg), prints=t.prints, code=t.code)
 
@@ -262,7 +289,9 @@ def _unpack(t:Training, tensors:dict, state:dict):
     "Put a checkpoint into a fresh training"
     t.core.load_state_dict(_under(tensors, 'model.'))
     moments = {}
-    for k, v in _under(tensors, 'opt.').items(): i, name = k.split('.', 1); moments.setdefault(int(i), {})[name] = v
+    for k, v in _under(tensors, 'opt.').items():
+        i, name = k.split('.', 1)
+        moments.setdefault(int(i), {})[name] = v
     t.opt.load_state_dict(t.opt.state_dict() | dict(state=moments))
     for i, o in enumerate(_keepers(t)): o.load_state_dict(_under(tensors, f'owner.{i}.'))
     t.meter = tensors['meter'].to(t.meter.device)
@@ -298,8 +327,9 @@ def _beside(
     state:dict,    # of a whole checkpoint
 )->dict:           # running hashes of the log and the picks
     "Does the rest of a run folder stand as a checkpoint knows it? ValueError with the file's name where not"
-    sealed = state.get('sealed', {}); out = {}           # {} in checkpoints of earlier versions: lengths must do
-    if not {'step', 'best', 'history', 'log_bytes', 'pick_bytes'} <= state.keys(): raise ValueError('it is no state of a training')
+    sealed = state.get('sealed', {}); out = {}  # {} in checkpoints of earlier versions: lengths must do
+    if not {'step', 'best', 'history', 'log_bytes', 'pick_bytes'} <= state.keys():
+        raise ValueError('it is no state of a training')
     lengths = dict(log=state['log_bytes'], picks=state['pick_bytes'])
     for key, name in (('log', 'log.jsonl'), ('picks', 'picks.bin')):
         try: out[key] = _prefix(run/name, lengths[key])
@@ -318,7 +348,8 @@ def _same(t:Training, run, state):
             (('data', 'prints', t.prints), ('source of its method', 'code', t.code))]
     for name, have, want in same:
         if have == want: continue
-        raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}', 'Use another run folder, or remove this one.')
+        raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}',
+                        'Use another run folder, or remove this one.')
 
 def _trusted(t:Training, run:Path)->tuple:    # (folder, tensors, state, running hashes), or None
     "The newest checkpoint that can be gone on from; nothing is changed"
@@ -378,7 +409,7 @@ def resume(
 )->bool:           # was there anything to go on from?
     "Go on from the newest checkpoint that can be trusted; the rest is made what it was then"
     at, tensors, state, running = _trusted(t, run) or (None,)*4
-    t.accelerator.wait_for_everyone()          # all processes have looked before the first one changes anything
+    t.accelerator.wait_for_everyone()  # all processes have looked before the first one changes anything
     if leads(): _settle(run, at, state)
     t.accelerator.wait_for_everyone()
     if at is None: return False
@@ -388,7 +419,8 @@ def resume(
 def check_run(
     run,           # run folder, finished or not
 ):
-    "Refuse a run whose files are not what it left: by its list where it is finished, else by its last checkpoint"
+    """Refuse a run whose files are not what it left: by its list where it is finished, else by its last
+    checkpoint"""
     run = Path(run); why = broken(run) if (run/'DONE').is_file() else ''
     if not (run/'DONE').is_file() and (run/'last').is_dir():
         try: _beside(run, whole_checkpoint(run/'last')[1])
@@ -399,8 +431,10 @@ def check_run(
 # %% ../../nbs/6_training/04_loop.ipynb #45f03227
 def _same_words(a, b)->bool:
     "Do two vocabularies give the same numbers?"
-    if isinstance(a, Vocabulary) or isinstance(b, Vocabulary): return getattr(a, 'words', 0) == getattr(b, 'words', 1)
-    rules = lambda v: json.loads(v.made.to_str()) | dict(truncation=None)       # cutting is switched with every encoding
+    if isinstance(a, Vocabulary) or isinstance(b, Vocabulary):
+        return getattr(a, 'words', 0) == getattr(b, 'words', 1)
+    # cutting is switched with every encoding
+    rules = lambda v: json.loads(v.made.to_str()) | dict(truncation=None)
     return a.longest == b.longest and rules(a) == rules(b)
 
 def warm_start(
@@ -414,21 +448,27 @@ def warm_start(
     if not _same_words(tokens.load(folder/'best'/'vocab.json'), t.vocab):
         raise DataError(folder, 'a run with another vocabulary', 'the words of this training split', remedy)
     found = load_checkpoint(folder/'last') if carry else None
-    if carry and found is None: raise DataError(folder, 'no whole checkpoint', 'one, to carry its optimiser on', 'Set carry to False.')
+    if carry and found is None:
+        raise DataError(folder, 'no whole checkpoint', 'one, to carry its optimiser on',
+                        'Set carry to False.')
     weights = _under(found[0], 'model.') if carry else from_pretrained(folder/'best').state_dict()
     try: t.core.load_state_dict(weights)
     except RuntimeError as e:
-        raise DataError(folder, f'other weights ({str(e).splitlines()[-1].strip()})', 'the same model', remedy) from None
+        raise DataError(folder, f'other weights ({str(e).splitlines()[-1].strip()})', 'the same model',
+                        remedy) from None
     if not carry: return
     moments = {}
-    for k, v in _under(found[0], 'opt.').items(): i, name = k.split('.', 1); moments.setdefault(int(i), {})[name] = v
+    for k, v in _under(found[0], 'opt.').items():
+        i, name = k.split('.', 1)
+        moments.setdefault(int(i), {})[name] = v
     t.opt.load_state_dict(t.opt.state_dict() | dict(state=moments))
 
 # %% ../../nbs/6_training/04_loop.ipynb #3dc011a3
 LOG_EVERY = 50     # steps between two lines of the log
 
 def _say(t:Training, run:Path, **line):
-    "Append a line to the log: nothing of the clock, so it is the same on every machine and after every resume"
+    """Append a line to the log: nothing of the clock, so it is the same on every machine and after every
+    resume"""
     if not leads(): return
     raw = (json.dumps(line)+'\n').encode(); t.running['log'].update(raw)
     with open(run/'log.jsonl', 'ab') as f: f.write(raw); f.flush(); t.log_bytes = f.tell()
@@ -444,20 +484,25 @@ def _log(t:Training, run:Path, epoch:int, clock:list):
         spent = dict(seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak))
         f.write(stamped(dict(step=t.step, since=t.step - int(n), steps=t.steps) | spent))
 
-PICK = np.dtype([(k, '<i8') for k in ('step', 'epoch', 'image', 'caption', 'other_image', 'other_caption')]      # ids; -1: unknown
+# ids; -1: unknown
+PICK = np.dtype([(k, '<i8') for k in ('step', 'epoch', 'image', 'caption', 'other_image', 'other_caption')]
                 + [('score', '<f4'), ('positive', '<f4'), ('side', 'S3'), ('source', 'S16')])
 
 def _rows(t, epoch, view, name, c, picked, anchors=32, each=4):
-    "What a source picked for the first anchors of a batch; a source that takes everything picks nothing worth a line"
+    """What a source picked for the first anchors of a batch; a source that takes everything picks nothing
+    worth a line"""
     if picked.idx.shape[1] > 4*each: return np.zeros(0, PICK)
     idx, ok = picked.idx[:anchors,:each], picked.valid[:anchors,:each]; about = c.about() if c.about else {}
     def of(key):
         v = about.get(key)
         if v is None: return torch.full_like(idx, -1)
         return v[idx] if v.ndim == 1 else v[:anchors].gather(1, idx)
-    out = np.zeros(tuple(idx.shape), PICK); out['step'], out['epoch'], out['side'], out['source'] = t.step, epoch, view.side, name
-    s = view.step; who = dict(image=s.img[:anchors,None], caption=s.cap[:anchors,None], other_image=of('image'))
-    who |= dict(other_caption=of('caption'), score=c.score[:anchors].gather(1, idx), positive=c.pos[:anchors,None])
+    out = np.zeros(tuple(idx.shape), PICK)
+    out['step'], out['epoch'], out['side'], out['source'] = t.step, epoch, view.side, name
+    s = view.step
+    who = dict(image=s.img[:anchors,None], caption=s.cap[:anchors,None], other_image=of('image'))
+    who |= dict(other_caption=of('caption'), score=c.score[:anchors].gather(1, idx),
+                positive=c.pos[:anchors,None])
     for k, v in who.items(): out[k] = v.detach().cpu().numpy()
     return out[ok.cpu().numpy()]
 
@@ -474,7 +519,8 @@ def load_picks(
     "The sampled picks of a run"
     raw = Path(path).read_bytes()
     if not len(raw) % PICK.itemsize: return np.frombuffer(raw, PICK)
-    raise DataError(path, f'{len(raw)} bytes', f'a multiple of {PICK.itemsize}', 'The run was stopped while writing: go on with it.')
+    raise DataError(path, f'{len(raw)} bytes', f'a multiple of {PICK.itemsize}',
+                    'The run was stopped while writing: go on with it.')
 
 def _validate(t:Training, run:Path, epoch:int):
     "Rank the val split; keep the model with the highest rSum, the earlier one on ties"
@@ -499,7 +545,8 @@ def _keep(t:Training, run:Path):
     save_checkpoint(run/'last', *_pack(t)); _put_best(run)
 
 def _halt(t:Training, stop:list, due:bool)->bool:
-    "Has this process been asked to stop - or, of several, any of them? Those ask each other only where they wait anyway"
+    """Has this process been asked to stop - or, of several, any of them? Those ask each other only where
+    they wait anyway"""
     if devices()[1] == 1 or not due: return bool(stop) and devices()[1] == 1
     asked = torch.tensor(float(bool(stop)), device=t.accelerator.device); dist.all_reduce(asked)
     return bool(asked)
@@ -533,7 +580,8 @@ def fit(
         t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code)
         if not resume(t, run) and init: warm_start(t, init, carry)
         clock = [time.perf_counter()]
-        bar = tqdm(total=t.steps, initial=t.step, disable=not progress or not leads(), mininterval=1., desc=cfg.method, unit='step')
+        bar = tqdm(total=t.steps, initial=t.step, disable=not progress or not leads(), mininterval=1.,
+                   desc=cfg.method, unit='step')
         while t.step < t.steps:
             epoch, i = divmod(t.step, t.per_epoch)
             if i == 0: call_hooks(t.stateful(), 'start_epoch', epoch)
@@ -565,3 +613,19 @@ def evaluate(
     batches = data.batches(data.split(part), vocab, device)
     r = rank_split(model, batches); save_ranks(run/f'ranks_{part}.npz', r)
     return r, batches.split, batches
+
+@torch.no_grad()
+def gap_to_hardest(
+    t:Training,
+    n:int=16,          # batches of 128 training pairs
+)->float:              # own score minus that of the hardest other, mean over pairs and directions
+    "How far own pairs stand above the hardest of a batch, without dropout; near 0 nothing can be told apart"
+    t.core.eval()
+    found = []
+    for caps in order(len(t.train.lengths), t.cfg.seed, 0)[:128*n].split(128):
+        b = t.train.take(caps)
+        s = t.core.matrix(t.core.image(*image_inputs(b)), t.core.text(b['tokens'], b['lengths'])).float()
+        others = s.masked_fill(b['img_ids'][:,None] == b['img_ids'], -torch.inf)
+        found += [s.diagonal() - others.amax(1), s.diagonal() - others.amax(0)]
+    gaps = torch.cat(found)
+    return float(gaps[gaps.isfinite()].mean())

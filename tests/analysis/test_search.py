@@ -1,4 +1,5 @@
-"""Search against brute force: blocks, ties, every kind of score, words and regions left out one by one, questions that cannot be asked."""
+"""Search against brute force: blocks, ties, every kind of score, words and regions left out one by one,
+questions that cannot be asked."""
 import numpy as np
 import pytest
 import torch
@@ -16,21 +17,25 @@ from itm_nb.training.build import build
 from itm_nb.training.config import config
 from itm_nb.training.corpus import Corpus
 
-N, R, D, CAPS = 13, 5, 6, ('a red ball', 'the dog runs over a hill', 'two men', 'red red red hats and a dog', 'a hill')
+N, R, D, CAPS = (13, 5, 6, ('a red ball', 'the dog runs over a hill', 'two men', 'red red red hats and a dog',
+                            'a hill'))
 
 
 @pytest.fixture(scope='module')
 def split():
     g = np.random.default_rng(0); M = 2*N
     x = g.normal(size=(N, R, D)).astype('f4'); num = g.integers(2, R+1, N); x[np.arange(R) >= num[:,None]] = 0
-    return Split('test', x, num, [CAPS[j % len(CAPS)] for j in range(M)], np.arange(M)//2, np.arange(N)+100, np.arange(M)+500)
+    return Split('test', x, num, [CAPS[j % len(CAPS)] for j in range(M)], np.arange(M)//2, np.arange(N)+100,
+                 np.arange(M)+500)
 
 
 def on(kind, split):
     "A model with fresh weights and everything it can find"
-    vocab = Vocabulary.build(CAPS); own = dict(dropout=0., dim=8, d_word=8, image_hidden=0, image_pool='mean', text='gru', heads=2, layers=1)
+    vocab = Vocabulary.build(CAPS)
+    own = dict(dropout=0., dim=8, d_word=8, image_hidden=0, image_pool='mean', text='gru', heads=2, layers=1)
     model = build(config(own | dict(similarity=kind)), D, len(vocab))
-    for p in model.parameters(): p.data *= 12 if kind == 'cross' and p.ndim > 1 else 1       # a fresh transformer says the same of everything
+    # a fresh transformer says the same of everything
+    for p in model.parameters(): p.data *= 12 if kind == 'cross' and p.ndim > 1 else 1
     return shelf(model, vocab, Corpus('made', lambda part: split))
 
 
@@ -46,7 +51,8 @@ def real(split, i): return split.feats[i,:split.num[i]]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 12), st.integers(1, 7), st.integers(1, 9), st.integers(2, 50), st.integers(0, 999))
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(1, 12), st.integers(1, 7), st.integers(1, 9),
+       st.integers(2, 50), st.integers(0, 999))
 def test_the_best_of_many(n, m, k, rows, cols, values, seed):
     "Few different values, so nearly everything is tied; the order must be that of a stable sort of the whole"
     S = torch.randint(values, (n, m), generator=torch.Generator().manual_seed(seed)).float()
@@ -83,7 +89,8 @@ def test_every_score_both_ways(kind, split):
         torch.testing.assert_close(S.T.gather(1, at), score, atol=1e-4, rtol=1e-4)
     at, score = find_sentences(s, [3, 0], 5, rows=1, cols=4)
     of = torch.tensor([CAPS.index(c) for c in split.captions])
-    torch.testing.assert_close(score, S[[3, 0]][:,of].sort(descending=True).values[:,:5], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(score, S[[3, 0]][:,of].sort(descending=True).values[:,:5], atol=1e-4,
+                               rtol=1e-4)
     assert tell(s, 3, 5).own.tolist() == (split.img_of[at[0].numpy()] == 3).tolist()
 
 
@@ -93,8 +100,11 @@ def test_why_by_hand(kind, split):
     s, query = on(kind, split), 'a dog runs'; said, gains = word_gains(s, query, [4, 1])
     for row, i in zip(gains, (4, 1)):
         for l, less in enumerate(('dog runs', 'a runs', 'a dog')):
-            assert row[l] == pytest.approx(one(s, real(split, i), query) - one(s, real(split, i), less), abs=2e-4)
-    said, parts = region_gains(s, query, 4); x = real(split, 4); assert min(abs(gains).max(), abs(parts).max()) > 3e-3
+            assert row[l] == pytest.approx(one(s, real(split, i), query) - one(s, real(split, i), less),
+                                           abs=2e-4)
+    said, parts = region_gains(s, query, 4)
+    x = real(split, 4)
+    assert min(abs(gains).max(), abs(parts).max()) > 3e-3
     assert said == ['a', 'dog', 'runs'] and parts.shape == (len(x), 3)
     for r in range(len(x)):
         y = np.delete(x, r, 0)
@@ -125,9 +135,13 @@ def test_one_word_and_repeated_words(split):
 
 def test_pictures_nobody_described(tmp_path, split):
     "Features alone: padding of zeros is not counted as regions; bad files are named"
-    np.save(tmp_path/'x.npy', split.feats); s = bare(tmp_path/'x.npy'); assert s.num.tolist() == split.num.tolist()
-    np.save(tmp_path/'flat.npy', split.feats[:,0].astype('f8')); assert bare(tmp_path/'flat.npy').feats.shape == (N, 1, D)
-    np.save(tmp_path/'o.npy', np.array([{}], dtype=object), allow_pickle=True); (tmp_path/'cut.npy').write_bytes(b'\x93NUMPY')
+    np.save(tmp_path/'x.npy', split.feats)
+    s = bare(tmp_path/'x.npy')
+    assert s.num.tolist() == split.num.tolist()
+    np.save(tmp_path/'flat.npy', split.feats[:,0].astype('f8'))
+    assert bare(tmp_path/'flat.npy').feats.shape == (N, 1, D)
+    np.save(tmp_path/'o.npy', np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path/'cut.npy').write_bytes(b'\x93NUMPY')
     np.save(tmp_path/'line.npy', np.zeros(4, 'f4')); np.save(tmp_path/'int.npy', np.zeros((4, 2), int))
     for bad in ('o.npy', 'cut.npy', 'no.npy', 'line.npy', 'int.npy', '.', 'nothing'):
         with pytest.raises(DataError): bare(tmp_path/bad)
@@ -140,8 +154,10 @@ def test_the_notebook_searches_and_so_does_its_model_elsewhere(tmp_path, monkeyp
     from itm_nb.runs import execution
     from itm_nb.scenes import dataset
     monkeypatch.chdir(tmp_path); quick = dict(preset='tiny', epochs=2, query='a red moon', top=2)
-    code, out = execution.start('search', quick | dict(out='a'), bar=False); assert code == 0 and (out/'model'/'best').is_dir()
+    code, out = execution.start('search', quick | dict(out='a'), bar=False)
+    assert code == 0 and (out/'model'/'best').is_dir()
     np.save('x.npy', dataset.make('tiny').split('test').feats[:9])
-    for given in (dict(run='a/model'), dict(run='a/model', folder='x.npy')): assert execution.start('search', quick | given, bar=False)[0] == 0
+    for given in (dict(run='a/model'), dict(run='a/model', folder='x.npy')):
+        assert execution.start('search', quick | given, bar=False)[0] == 0
     assert execution.start('search', quick | dict(run='nowhere', out='b'), bar=False)[0] == 1
     assert 'no trained model' in open('b/FAILED').read()

@@ -19,7 +19,8 @@ STRONG = dict(flickr8k_core=10, flickr8k_aoq=10, flickr8k_fne=10, flickr8k_model
 @pytest.mark.parametrize('name, blocks', STRONG.items())
 def test_every_arm_has_the_same_search(name, blocks):
     spec = read_sweep(SWEEPS/f'{name}.yaml'); tried = trials(spec)
-    assert tried.keys() == spec['arms'].keys() and {len(x) for x in tried.values()} == {12} and len(spec['blocks']) == blocks
+    searched = {a for a in spec['arms'] if a != 'warm' and not (name == 'flickr8k_core' and a.endswith('_published'))}
+    assert tried.keys() == searched and {len(x) for x in tried.values()} == {12} and len(spec['blocks']) == blocks
     for x in (s for settings in tried.values() for s in settings): check_method(x.get('method', 'vsepp'))
     for own in spec['arms'].values(): check_method(own['method'])
 
@@ -39,7 +40,7 @@ def made_up_photos(at, n=dict(train=60, dev=20, test=20), d=8):
 def test_the_tiny_profile_from_end_to_end(tmp_path):
     "Search, choice, lists and arms of flickr8k_core: some arms, two settings each, on photographs of noise"
     folder, spec = made_up_photos(tmp_path/'photos'), yaml.safe_load((SWEEPS/'flickr8k_core.yaml').read_text())
-    some = ('vsepp', 'aoq', 'glofnd'); spec['arms'] = {k: v for k, v in spec['arms'].items() if k in some}; del spec['profiles']['tiny']['arms']
+    some = ('vsepp', 'aoq', 'glofnd'); spec['arms'] = {k: v for k, v in spec['arms'].items() if k in (*some, 'warm')}; del spec['profiles']['tiny']['arms']
     spec['search']['arms'] = {k: [dict(zip(v, (x[-1] for x in v.values()))) | dict(lr=r) for r in (.001, .01)] for k, v in spec['search']['arms'].items() if k in some}
     spec['profiles']['tiny'].update(batch=32); spec['search'].pop('block'); (tmp_path/'core.yaml').write_text(yaml.safe_dump(spec, sort_keys=False))
     code = 'import sys; from itm_nb.cli import itm_sweep; sys.exit(itm_sweep())'
