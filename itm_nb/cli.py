@@ -83,34 +83,43 @@ def _data_parser()->Parser:
                    help='... in these parts only, joined by commas')
     return p
 
+def _data_command(what, *argv)->tuple:
+    "Lines to print and exit code of a command that has its own parser"
+    if what == 'audit':
+        from itm_nb.analysis.audit_runs import audit_command
+        return [audit_command(list(argv))], 0
+    if what == 'get':
+        from itm_nb.data.download import get_command
+        return get_command(list(argv))
+    from itm_nb.data.subset import subset_command
+    return subset_command(list(argv)), 0
+
 @command
 def itm_data(argv=None)->int:
     """Look at a data folder; `itm_data get`: fetch one; `itm_data subset`: cut one; `itm_data audit
     --help`: what samplers pick from it"""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ['audit']:
-        from itm_nb.analysis.audit_runs import audit_command
-        print(audit_command(argv[1:])); return 0
-    if argv[:1] == ['get']:
-        from itm_nb.data.download import get_command
-        lines, code = get_command(argv[1:]); print('\n'.join(lines)); return code
-    if argv[:1] == ['subset']:
-        from itm_nb.data.subset import subset_command
-        print('\n'.join(subset_command(argv[1:]))); return 0
+    if argv[:1] in (['audit'], ['get'], ['subset']):
+        lines, code = _data_command(*argv)
+        print('\n'.join(lines))
+        return code
     a = _data_parser().parse_args(argv)
     reading = {k: getattr(a, k) for k in ('columns', 'separator', 'max_captions', 'captions_of_split')}
     from itm_nb.data.layouts import KNOWN, LAYOUTS, check_layout, info_layout
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
         if given and given not in known:
             raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
-    if a.path == 'scenes': return _scenes_info()
+    if a.path == 'scenes':
+        return _scenes_info()
     if not Path(a.path).is_dir():
         raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
-        for line in info_layout(a.path, a.layout, a.name, **reading): print(line)
+        for line in info_layout(a.path, a.layout, a.name, **reading):
+            print(line)
         return 0
     found = check_layout(a.path, a.layout, a.name, **reading)
-    for f in found: print(f'{f.level:8} {f.part}: {f.text}')
+    for f in found:
+        print(f'{f.level:8} {f.part}: {f.text}')
     from itm_nb.analysis.coco_protocols import served
     for line in served(a.path, a.layout, **reading): print(line)
     wrong = sum(f.level == 'error' for f in found); print(f'{wrong} errors'); return 1 if wrong else 0
@@ -118,7 +127,8 @@ def itm_data(argv=None)->int:
 def _scenes_info()->int:
     "The card of the embedded world"
     from itm_nb.scenes.dataset import make
-    for k, v in make('small').card().items(): print(f'{k}: {v}')
+    for k, v in make('small').card().items():
+        print(f'{k}: {v}')
     return 0
 
 # %% ../nbs/9_cli.ipynb #b92c48dd
@@ -126,8 +136,10 @@ PAGES = dict(index='README.md', results='figures/RESULTS.md')   # notebook -> pa
 
 def _page_cell(cell)->str:
     "What a cell shows in a page: prose as it is, of code only Markdown outputs"
-    if cell.cell_type == 'markdown': return cell.source
-    if cell.cell_type != 'code': return ''
+    if cell.cell_type == 'markdown':
+        return cell.source
+    if cell.cell_type != 'code':
+        return ''
     return '\n\n'.join(''.join(o['data']['text/markdown'])
                        for o in cell.outputs if 'text/markdown' in o.get('data', {}))
 
@@ -172,15 +184,19 @@ def seconds(
 )->float:
     "A length of time"
     m = re.fullmatch(r'(\d+(?:\.\d+)?)([smh]?)', text)
-    if not m: raise SetupError(f'{text!r} is no length of time; wanted e.g. 90s, 10m, 1.5h')
+    if not m:
+        raise SetupError(f'{text!r} is no length of time; wanted e.g. 90s, 10m, 1.5h')
     return float(m[1])*dict(s=1, m=60, h=3600)[m[2] or 's']
 
 def _duration(text):
     "A length of time, for an argument"
-    try: return seconds(text)
-    except SetupError as e: raise argparse.ArgumentTypeError(str(e)) from None
+    try:
+        return seconds(text)
+    except SetupError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
-def _time(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
+def _time(s):
+    return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
 
 def _dry(todo, open_, costs, jobs):
     "Every run with its estimate, then the sum"
@@ -195,8 +211,10 @@ def _dry(todo, open_, costs, jobs):
     print(f'{len(left)} of {len(todo)} runs to do: {_time(sum(known))} of work, about '
           f'{_time(sum(known)/jobs)} with {jobs} side by side'
           + (f'; for {len(left)-len(known)} nothing is known' if len(known) < len(left) else ''))
-    if mib: print(f'memory: up to {max(mib):.0f} MiB a run, {sum(sorted(mib)[-jobs:]):.0f} MiB side by side')
-    if open_: print(f'(open): the settings of {", ".join(sorted(open_))} are found by the search first')
+    if mib:
+        print(f'memory: up to {max(mib):.0f} MiB a run, {sum(sorted(mib)[-jobs:]):.0f} MiB side by side')
+    if open_:
+        print(f'(open): the settings of {", ".join(sorted(open_))} are found by the search first')
 
 def _look(a, todo, spec, tried, open_, costs)->int:
     "Answer --dry-run, --status, --stale"
@@ -207,15 +225,18 @@ def _look(a, todo, spec, tried, open_, costs)->int:
         _dry(tried + [e for e in shown if e.out not in {x.out for x in tried}], open_, costs,
              a.jobs or _jobs())
     if a.status:
-        for e in every: print(f'{state(e, every):8} {e.out.name} {e.arm:16} {where(e)}')
-        if open_: print(f'{", ".join(sorted(open_))}: the search comes first')
+        for e in every:
+            print(f'{state(e, every):8} {e.out.name} {e.arm:16} {where(e)}')
+        if open_:
+            print(f'{", ".join(sorted(open_))}: the search comes first')
     if a.stale:
         for e, at, was in (old := stale(every, project()/'figures'/'results')):
             print(f'{at} {e.arm} {where(e)}: made by {was}')
         print(f'{len(old)} made by other source than the present {source_hash()}')
     return 0
 
-def _jobs(): return min(2, os.cpu_count() or 1)
+def _jobs():
+    return min(2, os.cpu_count() or 1)
 
 def _parser()->argparse.ArgumentParser:
     "The arguments of `itm_sweep`"
@@ -265,7 +286,8 @@ def itm_sweep(argv=None)->int:
     "Run a sweep: every arm in every block, then tables and figures; what is finished is never run again"
     a = _parser().parse_args(argv)
     odd = [k for k, _ in a.p if k not in ('folder', 'cache', 'models', 'workers', 'device')]
-    if odd: raise SetupError(f'a sweep fixes {odd[0]!r}; -p takes folder, cache, models, workers and device')
+    if odd:
+        raise SetupError(f'a sweep fixes {odd[0]!r}; -p takes folder, cache, models, workers and device')
     _check_given(a)
     path = sweep_file(a.sweep)
     spec = read_sweep(path, a.profile, a.allow_code)
@@ -277,17 +299,21 @@ def itm_sweep(argv=None)->int:
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
     look = a.dry_run or a.status or a.stale
     _check_inputs(tried + todo)
-    if not look: _has_data(tried + todo)
+    if not look:
+        _has_data(tried + todo)
     known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
     costs = lambda e: estimate(e, known)
-    if look: return _look(a, todo, spec, tried, open_, costs)
+    if look:
+        return _look(a, todo, spec, tried, open_, costs)
     _engine(a, tried + todo, costs)
     return _sweep(a, spec, tried, costs)
 
 def _check_given(a):
     "Refuse places on the command line that cannot be, before anything is read"
-    check_place(a.runs, '--runs'); places = dict(a.p)
-    if places.get('cache'): check_place(places['cache'], 'cache')
+    check_place(a.runs, '--runs')
+    places = dict(a.p)
+    if places.get('cache'):
+        check_place(places['cache'], 'cache')
     for k in ('folder', 'models'):
         if places.get(k) and not Path(places[k]).is_dir():
             raise SetupError(f'{k} {places[k]!r}: no such folder; correct -p {k}')
@@ -312,7 +338,8 @@ def _has_data(todo):
 def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
     more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code
-    begin = partial(launch, more=more); a.start, n = begin, _jobs()
+    begin = partial(launch, more=more)
+    a.start, n = begin, _jobs()
     if a.engine == 'ray':
         from itm_nb.runs.ray_engine import starter
         a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)
@@ -321,11 +348,14 @@ def _engine(a, todo, costs):
 def _machine(device)->tuple:
     "MiB of memory: of the machine, of its accelerator where one is asked for"
     host = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**20
-    if device != 'auto' or not shutil.which('nvidia-smi'): return host, None
+    if device != 'auto' or not shutil.which('nvidia-smi'):
+        return host, None
     said = subprocess.run(['nvidia-smi', '--query-gpu=memory.total', '--format=csv,noheader,nounits'],
                           capture_output=True, text=True)
-    try: return host, float(said.stdout.splitlines()[0])
-    except (IndexError, ValueError): return host, None
+    try:
+        return host, float(said.stdout.splitlines()[0])
+    except (IndexError, ValueError):
+        return host, None
 
 def _drive_all(a, todo, costs, budget)->dict:
     "Drive with a bar; say what did not finish"
@@ -384,9 +414,12 @@ def _report(a, todo)->int:
             more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code)
             kind = a.told
             code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
-    if code: print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
+    if code:
+        print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
     # the second: the template's own words
     for f in (f'table_{name}.md', f'{kind}_{name}.md') if code == 0 else ():
-        if (at := figure_path(base, f)).is_file(): print(at.read_text('utf-8'))
-    for f in sorted(base.rglob(f'*{name}*')): print(f)
+        if (at := figure_path(base, f)).is_file():
+            print(at.read_text('utf-8'))
+    for f in sorted(base.rglob(f'*{name}*')):
+        print(f)
     return code

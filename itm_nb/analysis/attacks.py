@@ -43,7 +43,8 @@ class Opened:
     pool:Synthetic     # its generator, on that split's captions; None where it has none
 
     @property
-    def world(self): return self.data.world
+    def world(self):
+        return self.data.world
 
 @lru_cache(4)
 def _corpus(settings, folder, folds, fold):
@@ -71,7 +72,8 @@ def opened(
 )->Opened:
     "Open a finished run, by names of the package alone; raises DataError without a checkpoint"
     from itm_nb.training.loop import check_run
-    run = Path(run); at = run/'last'/'state.json'
+    run = Path(run)
+    at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir():
         raise DataError(run, 'no checkpoint', 'the folder of a finished run')
     check_run(run)
@@ -88,12 +90,15 @@ def _pool(run, settings, model, vocab, batches, allow_code):
     "The generator of a run: that of its method, else one with the usual settings; None where there is none"
     from itm_nb.methods.registry import split_outside, named
     mine = [p for p in split_outside(settings['method'], '|') if p.partition('(')[0] == 'tags']
-    if not mine and not hasattr(model, 'stream'): return None
-    if not mine: return Synthetic(captions_of(batches, model, vocab))
+    if not mine and not hasattr(model, 'stream'):
+        return None
+    if not mine:
+        return Synthetic(captions_of(batches, model, vocab))
     given = dict(train=batches, vocab=vocab, model=model, generator=_given(run).get('generator', ''),
                  seed=settings['seed'])
     pool = getattr(named(mine[0], allow_code, **given).sources['syn'].pool, '__self__', None)
-    if isinstance(pool, Synthetic): return pool
+    if isinstance(pool, Synthetic):
+        return pool
     raise DataError(run, f'a method {mine[0][:60]!r} that writes in a way of its own',
                     'the generator of tags', 'Ask a run of tags.')
 
@@ -113,13 +118,18 @@ def step_of(o:Opened, cap:Tensor)->Step:   # (B,) indices
 # %% ../../nbs/8_analysis/08_attacks.ipynb #1cc1ce76
 class _Sightless:
     "A writer that is shown nothing"
-    def __init__(self, model): self.model, self.stream = model, model.stream
+    def __init__(self, model):
+        self.model, self.stream = model, model.stream
     # no region is real
-    def regions(self, feats:Tensor, *_): return feats.new_zeros(len(feats), 1, self.stream.config.hidden_size)
+    def regions(self, feats:Tensor, *_):
+        return feats.new_zeros(len(feats), 1, self.stream.config.hidden_size)
     def tokens(self, regions:Tensor, tokens:Tensor,
-               at:Tensor=None)->Tensor: return self.model.tokens(regions, tokens, at)
-    def requires_grad_(self, _): return self
-    def train(self, _): return self
+               at:Tensor=None)->Tensor:
+        return self.model.tokens(regions, tokens, at)
+    def requires_grad_(self, _):
+        return self
+    def train(self, _):
+        return self
     eval = train
 
 def writing(
@@ -134,8 +144,10 @@ def writing(
         raise DataError(o.run, 'a model that cannot write', "similarity 'two_modes' or 'cross'")
     g = replace(o.pool, **clean | changes)
     w = g.writer.model if g.writer else o.model
-    if how == 'text alone': return replace(g, writer=TextGenerator(_Sightless(w)), words='model')
-    if how == 'random': return replace(g, words='random')
+    if how == 'text alone':
+        return replace(g, writer=TextGenerator(_Sightless(w)), words='model')
+    if how == 'random':
+        return replace(g, words='random')
     return g
 
 @torch.no_grad()
@@ -148,7 +160,8 @@ def written(
     "What is written for captions"
     g, said, ok = g or writing(o), [], []
     for part in cap.split(rows):
-        c = g.pool(DirectedStep(step_of(o, part), 'i2t')); eligible = c.eligible
+        c = g.pool(DirectedStep(step_of(o, part), 'i2t'))
+        eligible = c.eligible
         # picking none scores none, and all sentences come back
         none = eligible.new_zeros(len(part), 0, dtype=torch.int64)
         tokens = c.rescore(none)['tokens'].cpu()
@@ -164,12 +177,14 @@ def _judged_false(
 # known
 )->tuple:
     "Drop what is true, half true or no sentence of good grammar"
-    if o.world is None: return ok, {}
+    if o.world is None:
+        return ok, {}
     t = np.full(ok.shape, 3, 'u1')
     image = np.broadcast_to(o.batches.split.img_ids[o.batches.split.img_of[cap.numpy()]][:,None], ok.shape)
     flat = [s for row, k in zip(said, ok) for s, x in zip(row, k) if x]
     asked = judge_of(o.world, o.part)(image[ok], flat) if flat else np.zeros(0, 'u1')
-    t[ok] = np.where(asked == grammar.NONE, 3, asked); n = max(int(ok.sum()), 1)
+    t[ok] = np.where(asked == grammar.NONE, 3, asked)
+    n = max(int(ok.sum()), 1)
     return ok & (t == 0), {k: 100*float((t[ok] == v).sum())/n
                            for v, k in enumerate(('false', 'half', 'true', 'bad'))}
 
@@ -182,14 +197,16 @@ def _words_guessed(
     copies:int=4,
 )->tuple:                # percent of masked words found: own image, another image
     "Does the writer look?"
-    g, out = writing(o), []; model = g.writer.model if g.writer else o.model
+    g, out = writing(o), []
+    model = g.writer.model if g.writer else o.model
     for part in cap.split(128):
         s = step_of(o, part)
         at = g.known.at(s.cap.cpu())
         tokens = g.known.tokens[at].to(s.img.device)
         masked, hit = mask_copies(g.known.tokens[at], g.known.units[at], s.cap.cpu(), copies, g.known.lexicon)
         K, L = hit.shape[1:]
-        r = model.regions(*image_inputs(s.batch)); other = elsewhere(s.img)
+        r = model.regions(*image_inputs(s.batch))
+        other = elsewhere(s.img)
         for regions in (r, r[other]):
             place, z = refill(model, regions, tokens, masked.to(tokens.device), hit)
             out.append((z.argmax(-1) == tokens[place//(K*L), place % L]).float().sum().item())
@@ -202,8 +219,10 @@ def gate(
     captions:int=512,      # how many are asked about
 )->dict:                   # the numbers of `GATE`, what they were made of, and `passed`
     "May this run be asked about written sentences at all?"
-    cap = some_captions(o, captions); own, another = _words_guessed(o, cap)
-    said, ok = written(o, cap); _, shares = _judged_false(o, cap, said, ok)
+    cap = some_captions(o, captions)
+    own, another = _words_guessed(o, cap)
+    said, ok = written(o, cap)
+    _, shares = _judged_false(o, cap, said, ok)
     held = o.data.split('test' if o.part != 'test' else 'val').captions
     lm = Ngrams.fit(held, 3)
     mine = perplexity(lm, [o.batches.split.captions[i] for i in cap])['per word']
@@ -242,7 +261,8 @@ def _scores_of_texts(
     s = step_of(o, cap)
     N = len(said[0])
     flat = [x or o.batches.split.captions[int(c)] for c, row in zip(cap, said) for x in row]
-    of = torch.arange(len(cap)).repeat_interleave(N); out = []
+    of = torch.arange(len(cap)).repeat_interleave(N)
+    out = []
     for at in torch.arange(len(flat)).split(rows):
         tokens, lengths = (x.to(s.img.device) for x in o.vocab.encode([flat[k] for k in at]))
         out.append(o.model.pairs(s.images[of[at].to(s.img.device)], o.model.text(tokens, lengths)))
@@ -267,10 +287,12 @@ def foils(
 )->tuple:           # (B lists of N sentences, (B, N) which are there)
     "One-word foils of captions"
     split = o.batches.split
-    if o.world is None: found = [[s for s in ruled(split.captions[int(c)])] for c in cap]
+    if o.world is None:
+        found = [[s for s in ruled(split.captions[int(c)])] for c in cap]
     else:
         mine = {}
-        for _, j, s in word_foils(o.world, o.part): mine.setdefault(int(j), []).append(s)
+        for _, j, s in word_foils(o.world, o.part):
+            mine.setdefault(int(j), []).append(s)
         found = [mine.get(int(c), []) for c in cap]
     N = max(map(len, found), default=0)
     return [f + ['']*(N-len(f)) for f in found], np.array([[k < len(f) for k in range(N)] for f in found],
@@ -293,7 +315,8 @@ def _attacked(
     sources |= {k: lambda w=w: written(w, cap, writing(w, **changes))
                 for k, w in by.items()} | {'one-word foils': lambda: foils(o, cap)}
     for name, make in sources.items():
-        said, ok = make(); certain, shares = _judged_false(o, cap, said, ok)
+        said, ok = make()
+        certain, shares = _judged_false(o, cap, said, ok)
         found = above_all(*_scores_of_texts(o, cap, said), certain, ns)
         out.append(dict(attack=name, area=found.pop('area')) | {f'n_{n}': v for n, v in found.items()}
                    | shares)
@@ -311,14 +334,16 @@ def judged(
 
 def _picked_text(said, score, ok)->list:
     "The best-scored of every caption's sentences that count, '' where none does"
-    best = np.where(ok, score, -np.inf); at = best.argmax(1)
+    best = np.where(ok, score, -np.inf)
+    at = best.argmax(1)
     return [row[k] if b[k] > -np.inf else '' for row, k, b in zip(said, at, best)]
 
 def _hardest_written(
     o:Opened, cap:Tensor,
 )->list:                 # (B) sentences
     "The hardest sentence a run writes for each caption, by its own score"
-    said, ok = written(o, cap); certain, _ = _judged_false(o, cap, said, ok)
+    said, ok = written(o, cap)
+    certain, _ = _judged_false(o, cap, said, ok)
     return _picked_text(said, _scores_of_texts(o, cap, said)[1], certain)
 
 @torch.no_grad()
@@ -341,8 +366,10 @@ def _hardest_retrieved(
 
 def _strangers(o, cap, train):
     "(B, M) training sentences certainly no captions of the images: false on scenes, else of others"
-    at = o.batches.split.img_of[cap.numpy()]; ids = o.batches.split.img_ids[at]
-    if o.world is None: return ids[:,None] != train.img_ids[train.img_of][None]
+    at = o.batches.split.img_of[cap.numpy()]
+    ids = o.batches.split.img_ids[at]
+    if o.world is None:
+        return ids[:,None] != train.img_ids[train.img_of][None]
     return grammar.judge_all(o.world.scenes(o.part).facts.at(at), o.world.part('train').codes) == 0
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #7c5fe543
@@ -352,9 +379,11 @@ def noted(
 )->dict:                 # epoch -> ((B,) caption ids, B lists of k sentences, '' where there was none)
     "What the generator of a run yielded over its training"
     from itm_nb.training.checkpoint import load_checkpoint
-    tensors, _ = load_checkpoint(Path(run)/'last'); out = {}
+    tensors, _ = load_checkpoint(Path(run)/'last')
+    out = {}
     for k, v in tensors.items():
-        if not (k.startswith('owner.') and '.said.' in k): continue
+        if not (k.startswith('owner.') and '.said.' in k):
+            continue
         out[int(k.rpartition('.')[2])] = v[:,0,
                                            -1].numpy(), [[lexicon.say(x) for x in row[:,:-1]] for row in v]
     return dict(sorted(out.items()))
@@ -364,7 +393,8 @@ def over_epochs(
     judge:Opened,        # `like` it
 )->list:                 # a dict per epoch: n, judge (mean), and in the drawn world false, half, true, bad
     "How hard another model finds what was noted down"
-    place = {int(c): k for k, c in enumerate(o.batches.split.cap_ids)}; out = []
+    place = {int(c): k for k, c in enumerate(o.batches.split.cap_ids)}
+    out = []
     for epoch, (ids, said) in noted(o.run, o.pool.known.lexicon).items():
         cap = torch.as_tensor([place[int(c)] for c in ids])
         ok = np.array([[bool(s) for s in row] for row in said])
@@ -416,7 +446,8 @@ def examine(
     "Everything about one run that has to do with written sentences"
     rows, cap = [], some_captions(o, captions)
     line = lambda sampler, **kw: rows.append(dict(side='i2t', sampler=sampler, rule='', **kw))
-    if o.pool: line('gate', **gate(o, captions) | _words_found(o, captions))
+    if o.pool:
+        line('gate', **gate(o, captions) | _words_found(o, captions))
     if o.pool and judge:
         past = over_epochs(*notes) if notes else []
         each = judged(judge, cap, _hardest_written(o, cap))
@@ -432,4 +463,5 @@ def examine(
          of=len(foreign))
     return rows
 
-def _mean(x): return float(np.nanmean(x)) if np.isfinite(x).any() else float('nan')
+def _mean(x):
+    return float(np.nanmean(x)) if np.isfinite(x).any() else float('nan')

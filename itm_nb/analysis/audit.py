@@ -44,7 +44,8 @@ class Ranked:
     seed:int=0
 
     @property
-    def eligible(self)->Tensor: return self.score > -torch.inf
+    def eligible(self)->Tensor:
+        return self.score > -torch.inf
     def uniform(self, purpose:str, n:int=1)->Tensor:   # (B, n)
         "Random numbers of an anchor, as a `DirectedStep` gives them"
         return uniform(self.ids, f'audit/{purpose}/{self.side}', n, self.seed)
@@ -85,7 +86,8 @@ def _none_yet(total:int, n:int)->Tensor:   # (total+1,)
 def _best_of(c:Ranked, eligible:Tensor, n:int)->Tensor:
     "Chance that each candidate is the best eligible one of a batch of n pairs; 0: of all"
     seen = torch.where(eligible, c.copies, 0).cumsum(1)
-    if not n: return (eligible & (seen > 0) & (torch.cumsum(eligible, 1) == 1)).float()
+    if not n:
+        return (eligible & (seen > 0) & (torch.cumsum(eligible, 1) == 1)).float()
     absent = _none_yet(c.total, n)[seen]
     return torch.cat([1 - absent[:,:1], absent[:,:-1] - absent[:,1:]], 1).float()
 
@@ -149,10 +151,13 @@ class _Seen:
     of:Ranked
     t:int
     @property
-    def side(self): return self.of.side
+    def side(self):
+        return self.of.side
     @property
-    def i2t(self): return self.of.side == 'i2t'
-    def uniform(self, purpose, n=1): return self.of.uniform(f'{purpose} {self.t}', n)
+    def i2t(self):
+        return self.of.side == 'i2t'
+    def uniform(self, purpose, n=1):
+        return self.of.uniform(f'{purpose} {self.t}', n)
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #47af53d6
 SAMPLERS = {'uniform': uniform_pick, 'semi-hard of 128': semi_hard_of(128), 'hardest of 32': hardest_of(32),
@@ -229,7 +234,8 @@ def _side(side, img, txt, img_of, samplers, truth, judge, margin, seed, block)->
                  for r, f in truth.items()}
         labels = {r: l.gather(1, c.col) for r, l in found.items()}
         other = None if judge is None else _judged(judge, side, at).gather(1, c.col)
-        for k, f in samplers.items(): out[k].add(at, c, f(c), margin, labels, other)
+        for k, f in samplers.items():
+            out[k].add(at, c, f(c), margin, labels, other)
     return out
 
 def _judged(judge, side, at):
@@ -261,13 +267,16 @@ def _row(side, name, t, rule, photo, W)->dict:
     n, picked = len(photo), total['picked']
     row = dict(side=side, sampler=name, rule=rule, anchors=n, candidates=len(t.load),
                without=100*(1 - picked/n))
-    if not picked: return row
+    if not picked:
+        return row
     load = np.sort((t.load/t.load.sum()).numpy())[::-1]
     row |= dict(hardness=total['hardness']/picked, violating=100*total['violating']/picked,
                 effective=100/(load**2).sum()/len(load), top1=100*load[:max(1, len(load)//100)].sum())
-    if total['judged_n']: row['judge'] = total['judge']/total['judged_n']
+    if total['judged_n']:
+        row['judge'] = total['judge']/total['judged_n']
     if rule:
-        u, f, y, h = t.strata[rule].T; mass = t.label[rule]
+        u, f, y, h = t.strata[rule].T
+        mass = t.label[rule]
         row |= dict(half=100*mass[:,3].sum()/mass.sum()) | _shares(_cluster(mass, photo), W)
         row |= {f'odds_{L:g}': 100*x for L, x in sensitivity(y, f, u).items()}
     return {k: v if isinstance(v, (str, int)) else float(f'{v:.6g}') for k, v in row.items()}
@@ -362,7 +371,8 @@ def suspects(
     mine = mine/torch.bincount(img_of, minlength=len(img)).clamp_min(1)
     tab = pd.DataFrame(dict(image=i, sentence=j, score=score, above=score - (mine[i] + pos[j])/2,
                             why='model'))
-    if captions is None: return tab
+    if captions is None:
+        return tab
     same = _same_words(captions, img_of.numpy())
     both = pd.concat([same, tab], ignore_index=True).drop_duplicates(['image', 'sentence'])
     return both[:max(top, len(same))].reset_index(drop=True)
@@ -387,7 +397,8 @@ def shuffled(
     "rSum when the images' vectors are dealt out anew within each gallery"
     to, rng = np.arange(len(img)), np.random.default_rng(purpose_key('shuffled', seed))
     g = to*0 if gallery is None else np.asarray(gallery)
-    for k in np.unique(g): to[g == k] = rng.permutation(np.flatnonzero(g == k))
+    for k in np.unique(g):
+        to[g == k] = rng.permutation(np.flatnonzero(g == k))
     return summary(galleries(torch.as_tensor(img)[to], txt, img_of, gallery))['rsum']
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #24346e6e
@@ -428,7 +439,8 @@ def read_audits(
         lines = rec['audit'] if isinstance(rec['audit'], list) else [None]
         if not all(isinstance(r, dict) and {'side', 'sampler', 'rule'} <= r.keys() for r in lines):
             raise DataError(p, 'lines that are not those of an audit', 'side, sampler and rule in each')
-        checked_name(rec['sweep'], p, 'the sweep'); out.append(rec)
+        checked_name(rec['sweep'], p, 'the sweep')
+        out.append(rec)
     return out
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #740e90a3
@@ -436,7 +448,8 @@ def _cells(r, rule, exact)->list:
     "A line of an audit for reading"
     ends = lambda k: f"{r[k]:.1f} [{r[f'{k}_lo']:.1f}, {r[f'{k}_hi']:.1f}]"
     cells = [escape_markup(r['sampler']), f"{r['hardness']:.3f}", f"{r['violating']:.0f}", f"{r['top1']:.0f}"]
-    if not rule: return cells
+    if not rule:
+        return cells
     return cells + ([ends('lower')] if exact else [f"{r['judged']:.0f}", ends('lower'), ends('judged_only'),
                                                    f"{r['upper']:.1f}"])
 
@@ -450,7 +463,8 @@ def audit_markdown(
         part = rows[(rows.side == side) & (rows.rule == rule)]
         exact = rule and (part.judged > 99.999).all()
         heads = ['sampler', 'hardness', 'within margin', 'in the busiest 1 %']
-        if rule: heads += ['false negatives'] if exact else ['judged', 'lower', 'judged only', 'upper']
+        if rule:
+            heads += ['false negatives'] if exact else ['judged', 'lower', 'judged only', 'upper']
         out += [f'**{title}**', '', '| ' + ' | '.join(heads) + ' |', '|---|' + '---:|'*(len(heads)-1)]
         out += ['| ' + ' | '.join(_cells(r, rule, exact)) + ' |' for r in part.to_dict('records')] + ['']
     return '\n'.join(out

@@ -37,7 +37,8 @@ def run_vectors(
     from itm_nb.training.config import config, current_names
     from itm_nb.training.corpus import corpus, in_fold
     from itm_nb.training.loop import check_run
-    run = Path(run); at = run/'last'/'state.json'
+    run = Path(run)
+    at = run/'last'/'state.json'
     if not at.is_file() or not (run/'best').is_dir():
         raise DataError(run, 'no checkpoint', 'the folder of a finished run')
     check_run(run)
@@ -45,7 +46,8 @@ def run_vectors(
     data = corpus(config(current_names(settings)), folder)
     given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
     # the photographs it has not seen
-    if given.get('folds'): data = in_fold(data, fold_file(given['folds']), given['fold'])
+    if given.get('folds'):
+        data = in_fold(data, fold_file(given['folds']), given['fold'])
     split = data.split(part)
     img, txt = embed(from_pretrained(run/'best', device),
                      Batches(split, Vocabulary.load(run/'best'/'vocab.json'), device))
@@ -63,7 +65,8 @@ def what_is_known(
     "The pool in which something is known about strangers, and what"
     if world is not None:
         return *world.gallery(split.name, gallery), dict(truth=of_matrix(world.matrix(split.name, gallery)))
-    if not judgements: return np.arange(len(split)), np.arange(len(split.captions)), {}
+    if not judgements:
+        return np.arange(len(split)), np.arange(len(split.captions)), {}
     judged = read_judgements(judgements, split)
     shape = (len(split), len(split.captions))
     caps = np.unique(np.concatenate([judged.crowd[:,1], judged.expert[:,1]]))
@@ -126,7 +129,8 @@ def votes(
 def _given_vectors(path)->tuple:
     "img, txt, img_of of an npz file, never unpickled"
     try:
-        with np.load(path, allow_pickle=False) as z: return tuple(z[k] for k in ('img', 'txt', 'img_of'))
+        with np.load(path, allow_pickle=False) as z:
+            return tuple(z[k] for k in ('img', 'txt', 'img_of'))
     except (OSError, ValueError, KeyError) as e:
         raise DataError(path, f'{e}'[:120], 'an npz file with img (N, D), txt (M, D), img_of (M,)') from None
 
@@ -151,7 +155,8 @@ def audit_command(
     "Audit samplers on the vectors of a run, or on vectors of your own"
     a = _audit_parser().parse_args(argv)
     for k in ('csv', 'suspects', 'record'):
-        if getattr(a, k): check_place(getattr(a, k), f'--{k}', k == 'record')
+        if getattr(a, k):
+            check_place(getattr(a, k), f'--{k}', k == 'record')
     if bool(a.run) == bool(a.vectors):
         raise DataError('itm_data audit', 'neither or both of --run and --vectors', 'one of them')
     if a.vectors:
@@ -159,12 +164,15 @@ def audit_command(
         rows, control, ids = audit(img, txt, own), {}, None
     else:
         about, rows, control = audit_run(a.run, a.folder, a.part, judgements=a.judgements)
-        if a.record: write_audit(a.record, about, rows, control)
+        if a.record:
+            write_audit(a.record, about, rows, control)
         if a.suspects:
             img, txt, ids, *_ = run_vectors(a.run, a.folder, a.part)
             own = ids.img_of
-    if a.csv: rows.to_csv(a.csv, index=False)
-    if a.suspects: _write_suspects(a.suspects, suspects(img, txt, own, ids and ids.captions, a.top), ids)
+    if a.csv:
+        rows.to_csv(a.csv, index=False)
+    if a.suspects:
+        _write_suspects(a.suspects, suspects(img, txt, own, ids and ids.captions, a.top), ids)
     return audit_markdown(rows, rows.rule.iloc[0]) + ''.join(f'{k}: {v}\n' for k, v in control.items())
 
 def _write_suspects(path, tab, split):

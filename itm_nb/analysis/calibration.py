@@ -32,7 +32,9 @@ def brier(
     "How right probabilities are, and how much better than the base rate"
     p, y = np.asarray(p, float), np.asarray(y, float)
     base = y.mean() if len(y) else math.nan
-    def log_loss(q): q = np.clip(q, 1e-15, 1-1e-15); return -(y*np.log(q) + (1-y)*np.log1p(-q)).mean()
+    def log_loss(q):
+        q = np.clip(q, 1e-15, 1-1e-15)
+        return -(y*np.log(q) + (1-y)*np.log1p(-q)).mean()
     score, plain = ((p-y)**2).mean(), ((base-y)**2).mean()
     surprise, usual = log_loss(p), log_loss(np.full_like(p, base))
     better = lambda a, b: float(1 - a/b) if b > 1e-12 else math.nan
@@ -48,13 +50,15 @@ def reliability(
 # a line per bin, least likely first: n, said, true (share), lo, hi (95 %, Wilson), least and most said
 )->pd.DataFrame:
     "What was said and what was so, in bins of equal mass; raises DataError for fewer pairs than bins"
-    if len(p) < bins: raise DataError('reliability', f'{len(p)} pairs', f'{bins} or more, one for each bin')
+    if len(p) < bins:
+        raise DataError('reliability', f'{len(p)} pairs', f'{bins} or more, one for each bin')
     value, place, times = np.unique(np.asarray(p, float), return_inverse=True, return_counts=True)
     share = np.bincount(place, y)/times
     by = np.sort(place, kind='stable')
     edge = np.linspace(0, len(p), bins+1).round().astype(int)
     cut = lambda x: np.add.reduceat(x, edge[:-1])
-    n = np.diff(edge); said, true = cut(value[by])/n, cut(share[by])/n
+    n = np.diff(edge)
+    said, true = cut(value[by])/n, cut(share[by])/n
     z = 1.96
     mid, half = (true + z**2/2/n)/(1 + z**2/n), z*np.sqrt(true*(1-true)/n + z**2/4/n**2)/(1 + z**2/n)
     return pd.DataFrame(dict(n=n, said=said, true=true, lo=mid-half, hi=mid+half, least=value[by][edge[:-1]],
@@ -83,7 +87,8 @@ def moments_of(
     "The statistics of one epoch with a finished model"
     own, total = torch.as_tensor(np.asarray(img_of)).long(), torch.zeros(2, 3, dtype=torch.double)
     for caps in order(len(txt), seed, 0).split(batch):
-        if len(caps) < batch and len(txt) >= batch: continue
+        if len(caps) < batch and len(txt) >= batch:
+            continue
         i = own[caps]
         total = merge(total, observed(img[i] @ txt[caps].T, i[:,None] == i if same else None, **kw), variance)
     return total
@@ -138,7 +143,8 @@ def grid(
             for bent, kw in (('', {}), (', monotone', dict(monotone=True))):
                 rows.append(dict(sampler=f'posterior, prior {share}, {name}{bent}')
                             | judged(posterior(s, m, at, **kw).numpy(), y))
-    if curve is not None: rows.append(dict(sampler='isotonic, fitted to the truth') | judged(curve(score), y))
+    if curve is not None:
+        rows.append(dict(sampler='isotonic, fitted to the truth') | judged(curve(score), y))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #911c2032
@@ -186,7 +192,8 @@ def _tilt(w, s, want, most, steps):
                                                                    (step > lo) & (step < hi), step,
                                                                    (lo+hi)/2), at)
         left = left[more]
-        if not len(left): break
+        if not len(left):
+            break
     return lam
 
 def as_hard_as(
@@ -199,7 +206,8 @@ def as_hard_as(
     def sample(c:Ranked)->Tensor:
         w, score = rival(c).double(), torch.where(c.eligible, c.score, 0.).double()
         want = (other(c).double()*score).sum(1)
-        held = (w > 0).any(0); out = torch.zeros_like(w)
+        held = (w > 0).any(0)
+        out = torch.zeros_like(w)
         if held.any():
             u, s = w[:,held], score[:,held]
             top = torch.where(u > 0, s, -torch.inf).amax(1, keepdim=True)
@@ -212,7 +220,8 @@ def _once(sample:Callable)->Callable:
     "Keeps its last answer: rivals at equal hardness ask for the same draw of the same candidates again"
     kept = [None, None]
     def ask(c):
-        if kept[0] is not c: kept[:] = c, sample(c)
+        if kept[0] is not c:
+            kept[:] = c, sample(c)
         return kept[1]
     return ask
 
@@ -243,11 +252,13 @@ def _calibration_lines(
         one, two = (strangers(img, txt, img_of,
                               lambda i, j, k=k: np.where(i[:,None] % 2 == k, labels(i, j), -1))
                               for k in (0, 1))
-        if min(one[1].sum(), two[1].sum()) < 10: continue
+        if min(one[1].sum(), two[1].sum()) < 10:
+            continue
         tab = grid(*two, kinds, learned(*one))
         out.append(tab.assign(side='both', rule=rule))
         floor = two[0] > float(kinds['hardest'][0,1]) - .2
-        if two[1][floor].sum() < 10: continue
+        if two[1][floor].sum() < 10:
+            continue
         tab = grid(two[0][floor], two[1][floor], kinds, learned(*one))
         out.append(tab.assign(side='both', rule=rule, sampler=tab.sampler + ', above the floor'))
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=['side', 'sampler', 'rule'])
@@ -272,7 +283,8 @@ def examine(
     rec = Path(run).parent/'records'/f'{Path(run).name}.json'
     about['config'] = settings
     # the same name in all tables
-    if rec.is_file(): about['data']['label'] = read_json(rec)['data']['label']
+    if rec.is_file():
+        about['data']['label'] = read_json(rec)['data']['label']
     return about, pd.concat([rows, _calibration_lines(*vectors, truth, settings['batch'])],
                             ignore_index=True), control
 

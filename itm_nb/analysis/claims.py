@@ -33,13 +33,16 @@ class Estimate:
     overlap:float=0.     # photos tested on / trained on, where blocks share training photos; else 0
 
     @property
-    def d(self)->float: return float(np.mean(self.blocks)) if len(self.blocks) else math.nan
+    def d(self)->float:
+        return float(np.mean(self.blocks)) if len(self.blocks) else math.nan
     @property
-    def se(self)->float: return math.sqrt((1/len(self.blocks) + self.overlap) * np.var(self.blocks, ddof=1))
+    def se(self)->float:
+        return math.sqrt((1/len(self.blocks) + self.overlap) * np.var(self.blocks, ddof=1))
 
     def over_blocks(self, alpha:float=.05)->tuple:
         "Ends of the corrected t interval"
-        if len(self.blocks) < 2: return math.nan, math.nan
+        if len(self.blocks) < 2:
+            return math.nan, math.nan
         half = float(stats.t.ppf(1 - alpha/2, len(self.blocks)-1)) * self.se
         return self.d - half, self.d + half
 
@@ -52,7 +55,8 @@ class Estimate:
     def interval(self, alpha:float=.05)->tuple:
         "Lower end, upper end, which: the wider of both; nan without two blocks"
         both = dict(blocks=self.over_blocks(alpha), photos=self.over_photos(alpha))
-        if math.isnan(both['blocks'][0]): return math.nan, math.nan, ''
+        if math.isnan(both['blocks'][0]):
+            return math.nan, math.nan, ''
         name = max(both, key=lambda k: -1 if math.isnan(both[k][0]) else both[k][1] - both[k][0])
         return (*both[name], name)
 
@@ -103,7 +107,8 @@ class Contrast:
 def _number(rec, metric):
     """A metric of a run; 'audit:SAMPLER/COLUMN' of the record of an audit, mean of both directions, under
     the main rule of labels"""
-    if not metric.startswith('audit:'): return value(rec, metric)
+    if not metric.startswith('audit:'):
+        return value(rec, metric)
     name, _, column = metric[6:].rpartition('/')
     # '': labels have no part in it
     main = [row for row in rec.get('audit', []) if row.get('rule', 'main') in ('truth', 'main', '')]
@@ -144,7 +149,8 @@ def contrast(
     draws:int=10_000,
 )->Contrast:
     "Estimate a weighted sum of arms over matched blocks"
-    runs, missing = _matched([(a, pick(records, arms.get(a, a))) for a in of], metric); w = list(of.values())
+    runs, missing = _matched([(a, pick(records, arms.get(a, a))) for a in of], metric)
+    w = list(of.values())
     d = sum(x*np.array([_number(r, metric) for r in rs]) for x, rs in zip(w, runs)) - minus
     photos = None if metric.startswith('audit:') or not runs[0] else [mean_per_photo(rs, metric)
         for rs in runs]
@@ -165,10 +171,14 @@ def verdict(
     gate:bool=True,          # did the claim's preconditions hold?
 )->str:                      # one of five words; '' where nothing was measured
     "The word for a claim 'it helps'"
-    if not gate: return 'not testable'
-    if math.isnan(d): return ''
-    if hi < 0: return 'reversed'
-    if hi < delta: return 'refuted'
+    if not gate:
+        return 'not testable'
+    if math.isnan(d):
+        return ''
+    if hi < 0:
+        return 'reversed'
+    if hi < delta:
+        return 'refuted'
     return 'confirmed' if significant and lo > 0 and d >= delta else 'unresolved'
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #c73be2ad
@@ -177,10 +187,14 @@ def holm(
     alpha:float=.05,
 )->tuple:                # (m,) adjusted p; (m,) the level each was compared with
     "Holm's step-down correction"
-    p = np.asarray(p, dtype=float); q = np.where(np.isnan(p), 1., p); m = len(q)
-    order = np.argsort(q, kind='stable'); left = m - np.arange(m)
+    p = np.asarray(p, dtype=float)
+    q = np.where(np.isnan(p), 1., p)
+    m = len(q)
+    order = np.argsort(q, kind='stable')
+    left = m - np.arange(m)
     out, level = np.empty(m), np.empty(m)
-    out[order] = np.minimum(1, np.maximum.accumulate(q[order]*left)); level[order] = alpha/left
+    out[order] = np.minimum(1, np.maximum.accumulate(q[order]*left))
+    level[order] = alpha/left
     return np.where(np.isnan(p), np.nan, out), level
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #ae3ec7a2
@@ -198,9 +212,11 @@ _BLOCK = re.compile(rb'^(?:errata|preconditions):[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z
 
 def _known(path, at, given, kinds, needed):
     "Refuse parts that nobody knows, of the wrong kind, or missing"
-    if not isinstance(given, dict): raise DataError(path, f'{at} is {type(given).__name__}', 'name: value')
+    if not isinstance(given, dict):
+        raise DataError(path, f'{at} is {type(given).__name__}', 'name: value')
     for k, v in given.items():
-        if k not in kinds: raise DataError(path, f'{at}: no part called {k!r}', f'one of {", ".join(kinds)}')
+        if k not in kinds:
+            raise DataError(path, f'{at}: no part called {k!r}', f'one of {", ".join(kinds)}')
         if not isinstance(v, kinds[k]) or isinstance(v, bool) != (kinds[k] is bool):
             raise DataError(path, f'{at}: {k} is {v!r}', getattr(kinds[k], '__name__', 'a number'))
     if gone := [k for k in needed if k not in given]:
@@ -208,10 +224,13 @@ def _known(path, at, given, kinds, needed):
 
 def _known_bases(path, spec):
     "Refuse preconditions that nobody could check"
-    if not (p := spec.get('preconditions')): return
+    if not (p := spec.get('preconditions')):
+        return
     _known(path, 'preconditions', p, _BASES, ('date', 'sets', 'conditions', 'bases'))
-    for c in p['conditions']: _known(path, 'a condition', c, _CONDITION, ('name', 'says'))
-    for name, b in p['bases'].items(): _known(path, f'base {name}', b, _BASE, ('sweeps', 'roles'))
+    for c in p['conditions']:
+        _known(path, 'a condition', c, _CONDITION, ('name', 'says'))
+    for name, b in p['bases'].items():
+        _known(path, f'base {name}', b, _BASE, ('sweeps', 'roles'))
     if odd := set(p['sets']) - set(spec['sets']):
         raise DataError(path, f'preconditions of {sorted(odd)}', f'sets {list(spec["sets"])}')
 
@@ -238,18 +257,23 @@ def read_tests(
     "The primary tests, checked; the hash is that of the bytes without what was added later"
     import yaml
     path = Path(path)
-    try: raw = path.read_bytes(); spec = yaml.safe_load(raw)
+    try:
+        raw = path.read_bytes()
+        spec = yaml.safe_load(raw)
     except OSError as e:
         raise DataError(path, f'cannot be read ({e.strerror})', 'a file of primary tests') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DataError(path, str(e).splitlines()[0], 'a YAML file') from None
     kinds = dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list, preconditions=dict)
     _known(path, 'file', spec, kinds, ('alpha', 'sets', 'tests'))
-    for name, s in spec['sets'].items(): _known(path, f'set {name}', s, _SET, ('where', 'metric', 'delta'))
+    for name, s in spec['sets'].items():
+        _known(path, f'set {name}', s, _SET, ('where', 'metric', 'delta'))
     for name, t in spec['tests'].items():
         _known(path, f'test {name}', t, _TEST, ('claim', 'contrasts'))
-        for c in t['contrasts']: _known(path, f'test {name}', c, _CONTRAST, ('of',))
-        for g in t.get('gate', []): _known(path, f'gate of {name}', g, _GATE, ('of', 'metric', 'at_least'))
+        for c in t['contrasts']:
+            _known(path, f'test {name}', c, _CONTRAST, ('of',))
+        for g in t.get('gate', []):
+            _known(path, f'gate of {name}', g, _GATE, ('of', 'metric', 'at_least'))
         if odd := set(t.get('on', [])) - set(spec['sets']):
             raise DataError(path, f'test {name} on {sorted(odd)}', f'sets {list(spec["sets"])}')
     _known_bases(path, spec)
@@ -262,7 +286,8 @@ _all_ = ['collapsed']                # of the notebook before, for users of this
 def _less(records, c, metric, **kw):
     "A contrast in which another metric of an arm is subtracted"
     a = contrast(records, c['of'], metric, c.get('minus', 0.), **kw)
-    if 'less' not in c: return a
+    if 'less' not in c:
+        return a
     b = contrast(records, c['less'], c['less_metric'], **kw)
     if a.n != b.n or a.runs != b.runs:
         raise DataError('contrast', f'{a.n} and {b.n} blocks', 'both metrics of the same runs')
@@ -288,7 +313,8 @@ def needed(
     the border"""
     lo, hi, _ = e.interval(alpha if e.d >= delta else .05)
     gap = e.d if e.d >= delta else delta - e.d
-    if math.isnan(lo): return math.nan
+    if math.isnan(lo):
+        return math.nan
     return max(len(e.blocks), math.ceil(len(e.blocks) * ((hi-lo)/2/gap)**2)) if gap > 0 else math.inf
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #2e8124f3
@@ -301,7 +327,9 @@ def _within(records, s, preset)->list:
 
 def _line(c, con, metric, delta, base)->dict:
     "What is known of a contrast before the other tests are looked at"
-    e = con.estimate; lo, hi, name = e.interval(); t, photos = e.over_blocks(), e.over_photos()
+    e = con.estimate
+    lo, hi, name = e.interval()
+    t, photos = e.over_blocks(), e.over_photos()
     words = ' '.join([f'{w:+g} {a}' for a, w in c['of'].items()]
                      + [f'-{w:g} {a} ({c["less_metric"]})' for a, w in c.get('less', {}).items()])
     fallen = set(collapsed(base, 'vse0')) & set(con.runs)
@@ -314,9 +342,12 @@ def _line(c, con, metric, delta, base)->dict:
 
 def _together(words:list)->str:
     "One word for contrasts that must all hold; the first is the claim itself, the others its placebos"
-    if '' in words: return ''
-    if all(w == 'confirmed' for w in words): return 'confirmed'
-    if words[0] == 'reversed': return 'reversed'
+    if '' in words:
+        return ''
+    if all(w == 'confirmed' for w in words):
+        return 'confirmed'
+    if words[0] == 'reversed':
+        return 'reversed'
     return 'refuted' if {'refuted', 'reversed'} & set(words) else 'unresolved'
 
 def _decide(lines, alpha, level, p_holm, gate, blocks):
@@ -330,7 +361,8 @@ def _decide(lines, alpha, level, p_holm, gate, blocks):
     word = 'not testable' if open_ is False else '' if open_ is None else _together([l['word']
         for l in lines])
     # an earlier test of the procedure had failed
-    if word == 'confirmed' and p_holm > alpha: word = 'unresolved'
+    if word == 'confirmed' and p_holm > alpha:
+        word = 'unresolved'
     few = f"{min(l['n'] for l in lines)} of {blocks} blocks" if not enough and all(l['n']
         for l in lines) else ''
     why = why or ('gate not measured' if open_ is None else 'no runs' if word == '' else few)
@@ -345,7 +377,8 @@ def _of_contrast(records, c, base, alone)->tuple:   # value, lower end, upper en
     official = c.get('split') == 'official' and base.get('official')
     ran = [r for r in records if r['sweep'] == (official or base.get('ran') or alone)]
     ran = [r for r in ran if official or r['block']['fold'] is not None]
-    if None in arms or not ran: return math.nan, math.nan, math.nan, 0
+    if None in arms or not ran:
+        return math.nan, math.nan, math.nan, 0
     con = contrast(ran, arms, draws=0)
     return con.estimate.d, *con.estimate.interval()[:2], con.n
 
@@ -355,8 +388,10 @@ def _of_records(records, c, base, alone)->tuple:
     mine = [r for r in records if r['sweep'] == (base.get('ran') or alone)]
     for r in pick(mine, base['roles'].get(c['of'], '')):
         x = at_path(r, c['path'])
-        if isinstance(x, dict): x = max((v for k, v in x.items() if k != 'gap'), default=None)
-        if x is not None: found.append(x)
+        if isinstance(x, dict):
+            x = max((v for k, v in x.items() if k != 'gap'), default=None)
+        if x is not None:
+            found.append(x)
     return (float(np.mean(found)) if found else math.nan), math.nan, math.nan, len(found)
 
 def _of_sweep(records, c, sweeps, arms)->tuple:
@@ -369,18 +404,23 @@ def _of_sweep(records, c, sweeps, arms)->tuple:
 
 def _holds(c, d, lo, n, few):
     "Does a condition hold? None: not measured"
-    if math.isnan(d) or not n: return None
-    if 'collapsed' in c: return d <= c['collapsed']
-    if 'tried' in c: return d >= c['tried']
+    if math.isnan(d) or not n:
+        return None
+    if 'collapsed' in c:
+        return d <= c['collapsed']
+    if 'tried' in c:
+        return d >= c['tried']
     ok = d >= c.get('at_least', -math.inf) and d < c.get('below', math.inf)
-    if not ok or 'above' not in c: return bool(ok)
+    if not ok or 'above' not in c:
+        return bool(ok)
     return bool(lo > c['above']) if n >= few else None
 
 def _conditions(records, mine, p, b, arms, few):
     "(condition, value, lower end, upper end, runs or blocks, does it hold) of a base"
     own = {r['sweep'] for r in mine} & {*b['sweeps'], b.get('ran')}
     for c in p['conditions'] if own else ():
-        if 'of' not in c: found = _of_sweep(mine, c, own, arms)
+        if 'of' not in c:
+            found = _of_sweep(mine, c, own, arms)
         else:
             found = (_of_records if 'path' in c else _of_contrast)(records if c.get('split') else mine, c, b,
                 b['sweeps'][0])
@@ -410,7 +450,8 @@ def base_table(
     tests:dict,           # from `read_tests`
 )->str:                   # Markdown
     "Preconditions for reading: a row per base, a column per condition"
-    if not len(tab): return ''
+    if not len(tab):
+        return ''
     p, mark = tests['preconditions'], {True: 'yes', False: '**no**', None: 'not measured'}
     names = [c['name'] for c in p['conditions']]
     out = ['| base | ' + ' | '.join(names) + ' | |', '|---|' + '---|'*(len(names)+1)]
@@ -459,10 +500,13 @@ def _on_base(lines, records, bases)->list:
     mine = bases[np.array([bool(sweeps & set(x.split())) for x in bases.sweeps], dtype=bool)]
     rows = list(zip(mine.base, mine.condition, mine.ok))
     said = lambda ok: '; '.join(dict.fromkeys(f'{b}: {c}' for b, c, x in rows if x is ok))
-    if not rows or not lines[0]['verdict']: return lines
-    if failed := said(False): return [l | dict(verdict=NO_BASE, why=failed) for l in lines]
+    if not rows or not lines[0]['verdict']:
+        return lines
+    if failed := said(False):
+        return [l | dict(verdict=NO_BASE, why=failed) for l in lines]
     open_ = said(None)
-    if not open_ or lines[0]['verdict'] == 'not testable': return lines
+    if not open_ or lines[0]['verdict'] == 'not testable':
+        return lines
     return [l | dict(verdict='unresolved', why=f'base not measured: {open_}') for l in lines]
 
 def agreed(
@@ -470,7 +514,8 @@ def agreed(
 )->str:
     "What may be said in a sentence: 'confirmed' and 'refuted' only where every set says so"
     known = {k: w for k, w in words.items() if w}
-    if not known: return 'not run'
+    if not known:
+        return 'not run'
     if len(set(known.values())) == 1:
         word = next(iter(known.values()))
         where = '' if len(known) == len(words) else f" on {' and '.join(known)}"
@@ -517,7 +562,8 @@ def verdict_table(
     known = tab[tab.n > 0].to_dict('records')
     names = ('', 'contrast', 'd [95 %]', 'adjusted lower end', 'p (Holm)', 'blocks', 'needed', 'collapsed',
              'word')
-    if known: out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
+    if known:
+        out += ['', '| ' + ' | '.join(names) + ' |', '|---|---|' + '---:|'*6 + '---|']
     out += map(_verdict_row, known)
     last = f"Primary tests: sha256 `{tests['sha256'][:12]}`. An empty cell was not run."
     return '\n'.join([*out, '', last, *_errata(tests), ''])
@@ -537,7 +583,9 @@ def weights_of(
 
 def _effect(name, e, runs)->dict:
     "A line about an estimate"
-    lo, hi, _ = e.interval(); n = len(e.blocks); sd = np.std(e.blocks, ddof=1) if n > 1 else math.nan
+    lo, hi, _ = e.interval()
+    n = len(e.blocks)
+    sd = np.std(e.blocks, ddof=1) if n > 1 else math.nan
     return dict(effect=name, d=e.d, sd=sd, n=n, lo=lo, hi=hi, p=e.p, p_flips=e.p_flips,
                 runs=' '.join(sorted(runs)))
 
@@ -560,19 +608,24 @@ def slopes(
 )->pd.DataFrame:                 # a line per name, as `factorial`; d: what one step of the level changes
     """How contrasts change with a level: in each block a line through its values at all levels (study
     design, sections 6.1 and 6.6)"""
-    if len(levels) < 2: raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
-    x = np.array(list(levels), dtype=float); w = (x - x.mean())/((x - x.mean())**2).sum(); out = []
+    if len(levels) < 2:
+        raise DataError('slopes', f'levels {sorted(levels)}', 'two or more')
+    x = np.array(list(levels), dtype=float)
+    w = (x - x.mean())/((x - x.mean())**2).sum()
+    out = []
     for name, weight in of.items():
         ran = set.intersection(*({str(r['block']) for r in rs if r['method'] == a} for rs in levels.values()
                                  for a in weight))
         cs = [contrast([r for r in rs if str(r['block']) in ran], weight, metric, draws=draws)
               for rs in levels.values()]
-        photos = [c.estimate.draws for c in cs]; known = all(len(d) == len(photos[0]) for d in photos)
+        photos = [c.estimate.draws for c in cs]
+        known = all(len(d) == len(photos[0]) for d in photos)
         line = lambda parts: sum(a*p for a, p in zip(w, parts))
         e = Estimate(line([c.estimate.blocks for c in cs]), line(photos) if known else np.zeros(0),
                      max(c.estimate.overlap for c in cs))
         out.append(_effect(name, e, {i for c in cs for i in c.runs}))
-    tab = pd.DataFrame(out); return tab.assign(p_holm=holm(tab.p)[0])
+    tab = pd.DataFrame(out)
+    return tab.assign(p_holm=holm(tab.p)[0])
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #a07fe5a1
 def prices(
@@ -585,7 +638,8 @@ def prices(
     "What single changes cost, in matched blocks (study design, section 6.5)"
     lines = []
     for arm, plain in of.items():
-        c = contrast(records, {arm: 1, plain: -1}, metric, draws=draws); lo, hi, _ = c.estimate.interval()
+        c = contrast(records, {arm: 1, plain: -1}, metric, draws=draws)
+        lo, hi, _ = c.estimate.interval()
         word = ('harmless' if -delta < lo and hi < delta else 'harms' if hi < 0 else 'helps' if lo > 0
                 else 'unresolved')
         if c.n:
@@ -679,7 +733,8 @@ def arm_label(
 # %% ../../nbs/8_analysis/02_claims.ipynb #a4b0e007
 SUPERSEDED = dict(aoq_fne='aoq_fne_detached', union='union_detached')     # arm -> arm that took its place
 
-def _where(records, arm): return {r['data']['label'] for r in records if r['method'] == arm}
+def _where(records, arm):
+    return {r['data']['label'] for r in records if r['method'] == arm}
 
 def current(
     records:list,    # from `read_records`
@@ -688,7 +743,8 @@ def current(
     "Arms by the names that count now"
     ran = {a: (_where(records, a), _where(records, b)) for a, b in SUPERSEDED.items()}
     new = {a: SUPERSEDED[a] for a, (old, now) in ran.items() if now and old <= now}
-    if isinstance(arms, dict): return {new.get(k, k): v for k, v in arms.items()}
+    if isinstance(arms, dict):
+        return {new.get(k, k): v for k, v in arms.items()}
     return [new.get(k, k) for k in arms]
 
 def superseded(

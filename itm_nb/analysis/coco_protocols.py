@@ -41,11 +41,13 @@ def all_test(
     split:Callable,      # part -> Split
 )->Split:                # all test photos there are
     "The largest test part of a data set: `testall` in the SCAN layout, else `test`"
-    try: return split('testall')
+    try:
+        return split('testall')
     except DataError as whole:
         s = split('test')
         # a SCAN folder without testall holds the first 1,000 alone
-        if '_ims.npy' in str(whole): raise whole from None
+        if '_ims.npy' in str(whole):
+            raise whole from None
         return s
 
 def in_parts(
@@ -53,7 +55,8 @@ def in_parts(
     n:int=FOLDS,
 )->Split:
     "The same photos, each searched among its own n-th of the data; raises DataError for uneven parts"
-    if len(s) % n: raise DataError(s.source, f'{len(s)} photos', f'a multiple of {n}, for {n} equal parts',
+    if len(s) % n:
+        raise DataError(s.source, f'{len(s)} photos', f'a multiple of {n}, for {n} equal parts',
                                     'Take the whole test part.')
     return replace(s, gallery=np.arange(len(s)) // (len(s)//n))
 
@@ -62,7 +65,8 @@ _LABELS = dict(eccv='ECCV Caption', cxc='CxC')
 
 def _ids(x, where)->int:
     "An id as the files write it, a number or its digits"
-    try: return int(x)
+    try:
+        return int(x)
     except (TypeError, ValueError):
         raise DataError(where, f'the id {str(x)[:40]!r}', 'a whole number', 'Fetch the file again.') from None
 
@@ -77,7 +81,8 @@ def _lists(path)->dict:
 def _label_file(folder, name)->Path:
     "A file of labels, in the data folder or in its folder eccv_caption"
     for at in (Path(folder)/'eccv_caption'/name, Path(folder)/name):
-        if at.is_file(): return at
+        if at.is_file():
+            return at
     raise DataError(Path(folder)/'eccv_caption', f'no {name}', 'the files of the package eccv_caption',
                     f'itm_data get eccv-caption {Path(folder)/"eccv_caption"}')
 
@@ -95,7 +100,8 @@ def _places(folder, s)->tuple:
         own = ids.tolist()
     if missing := [i for i in own if i not in owner]:
         raise DataError(path, f'no sentence {missing[0]}', 'all of them', 'Fetch it again.')
-    photo = [owner[i] for i in own]; pairs = set(zip(photo, s.img_of.tolist()))
+    photo = [owner[i] for i in own]
+    pairs = set(zip(photo, s.img_of.tolist()))
     if not len(pairs) == len({p for p, _ in pairs}) == len(s):
         raise DataError(s.source, 'sentences of one photo that the lists give to several',
                         "the sentences of COCO's test photos, in their order",
@@ -109,16 +115,20 @@ def positives(
 # {'i2t': {row: columns}, 't2i': {column: rows}, 'missing': ...}, as `metrics.many_positives` takes it
 )->dict:
     "Rows and columns that people call right, absent answers counted; raises DataError or SetupError"
-    if name not in _LABELS: raise SetupError(f'no lists called {name!r}; there are {", ".join(_LABELS)}')
-    cap, img = _places(folder, s); out, missing = {}, {}
+    if name not in _LABELS:
+        raise SetupError(f'no lists called {name!r}; there are {", ".join(_LABELS)}')
+    cap, img = _places(folder, s)
+    out, missing = {}, {}
     for d, file, home, away in (('i2t', 'image_to_caption', img, cap), ('t2i', 'caption_to_image', cap, img)):
         found = _lists(path := _label_file(folder, f'{name}_{file}.json'))
-        try: out[d] = {home[k]: [away[x] for x in v if x in away] for k, v in found.items() if v}
+        try:
+            out[d] = {home[k]: [away[x] for x in v if x in away] for k, v in found.items() if v}
         except KeyError as e:
             raise DataError(path, f'the id {e.args[0]}', f'ids of {s.source}',
                             'Take all files from one place.') from None
         gone = {home[k]: n for k, v in found.items() if (n := sum(x not in away for x in v))}
-        if gone: missing[d] = _few(gone, found, path, s)
+        if gone:
+            missing[d] = _few(gone, found, path, s)
     return out | (dict(missing=missing) if missing else {})
 
 def _few(gone, found, path, s)->dict:
@@ -145,7 +155,8 @@ def trained_on(
     folder,              # of a finished run
 )->tuple:                # its Config, from its checkpoint
     "How a run was configured; raises SetupError or DataError where that cannot be read"
-    if not done(folder): raise SetupError(f'{folder}: no finished run ({broken(folder)})')
+    if not done(folder):
+        raise SetupError(f'{folder}: no finished run ({broken(folder)})')
     found = load_checkpoint(Path(folder)/'last')
     if found is None:
         raise DataError(folder, 'no whole checkpoint', 'one, for its configuration', 'Run it again.')
@@ -156,9 +167,12 @@ _PHOTOS, _SENTENCES = KNOWN['coco'].sizes['testall'][0], (25_000, 25_010)     # 
 def _of_coco(folder, test_set)->None:
     "Refuse a run that was trained on another data set"
     cfg = trained_on(folder)
-    if cfg.data == 'scenes': found = 'the drawn world'
-    elif cfg.name.lower() in KNOWN.keys() - {'coco'}: found = cfg.name
-    else: return
+    if cfg.data == 'scenes':
+        found = 'the drawn world'
+    elif cfg.name.lower() in KNOWN.keys() - {'coco'}:
+        found = cfg.name
+    else:
+        return
     raise SetupError(f'{folder}: a run on {found}; the test set {test_set} is for runs on COCO')
 
 def size_said(
@@ -167,8 +181,10 @@ def size_said(
 )->str:                  # '' for COCO's own test, else what a label says of its size
     "Raises DataError for a test part that is not COCO's and does not say that it is a subset"
     n, m = len(s), len(s.captions)
-    if n == _PHOTOS and _SENTENCES[0] <= m <= _SENTENCES[1]: return ''
-    if (Path(folder)/'subset.json').is_file() and n < _PHOTOS: return f' ({n} photos)'
+    if n == _PHOTOS and _SENTENCES[0] <= m <= _SENTENCES[1]:
+        return ''
+    if (Path(folder)/'subset.json').is_file() and n < _PHOTOS:
+        return f' ({n} photos)'
     wanted = f"the {_PHOTOS:,} photos and {_SENTENCES[0]:,} sentences of COCO's test"
     raise DataError(s.source, f'{n:,} photos and {m:,} sentences', wanted,
                     'Complete the folder (itm_data check FOLDER --name coco); itm_data subset makes a '
@@ -181,7 +197,8 @@ def _encoded(folders, data, s, device)->list:
         model = from_pretrained(Path(f)/'best', device)
         out.append((model,
                     *embed(model, data.batches(s, tokenizers.load(Path(f)/'best'/'vocab.json'), device))))
-    if not all(are_vectors(img) for _, img, _ in out): return out
+    if not all(are_vectors(img) for _, img, _ in out):
+        return out
     return [(out[0][0], torch.cat([x/len(out) for _, x, _ in out], 1), torch.cat([x for *_, x in out], 1))]
 
 def test_row(
@@ -194,7 +211,8 @@ def test_row(
         raise SetupError(f'no test set called {values["test_set"]!r}; there are {", ".join(TEST_SETS)}')
     kind, folders = TEST_SETS[values['test_set']], values['scores'].split(',')
     cfg = trained_on(folders[0])
-    for f in folders: _of_coco(f, values['test_set'])
+    for f in folders:
+        _of_coco(f, values['test_set'])
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
     s = all_test(data.split)
     label = f'{data.label} {kind.label}' + size_said(values['folder'], s)
@@ -227,10 +245,13 @@ def holds(
 )->tuple:                # side of images ('regions', 'boxes', 'pixels'), {part: photos}
     "What a data folder holds"
     table = {k: v for k, v in reading.items() if k in ('columns', 'separator')}
-    layout = layout or recognise(folder, **table); sizes, boxes = {}, False
+    layout = layout or recognise(folder, **table)
+    sizes, boxes = {}, False
     for part in ('train', 'val', 'test', *(('testall',) if layout == 'scan' else ())):
-        try: s = open_layout(folder, part, layout, **reading)
-        except DataError: continue
+        try:
+            s = open_layout(folder, part, layout, **reading)
+        except DataError:
+            continue
         sizes[part], boxes = len(s), boxes or s.boxes is not None
     return ('boxes' if boxes else 'regions' if layout in ('scan', 'boxes') else 'pixels'), sizes
 
@@ -244,10 +265,12 @@ def tables_of(
 
 def _sweeps(name, side)->list:
     "Names of the sweeps on a data set"
-    made = 'images' if side == 'pixels' else 'scan'; out = []
+    made = 'images' if side == 'pixels' else 'scan'
+    out = []
     for path in sorted((project()/'nbs'/'experiments'/'sweeps').glob('*.yaml')):
         base = read_yaml(path).get('base') or {}
-        if base.get('data') == made and base.get('name', '').lower() == name.lower(): out.append(path.stem)
+        if base.get('data') == made and base.get('name', '').lower() == name.lower():
+            out.append(path.stem)
     return out
 
 def served(
@@ -258,8 +281,10 @@ def served(
 )->list:                 # of lines
     "Which published rows and which sweeps a data folder can serve"
     from itm_nb.analysis.tables import published              # needed by the command alone
-    try: side, sizes = holds(folder, layout, **reading)
-    except DataError: return []
+    try:
+        side, sizes = holds(folder, layout, **reading)
+    except DataError:
+        return []
     name, tables = tables_of(sizes)
     said = ', '.join(f'{k} {n:,}' for k, n in sizes.items())
     if not name:
@@ -268,7 +293,8 @@ def served(
     rows = published(table or project()/'figures'/'published.csv')
     out = [f'{name}, {side}: {said} photos']
     most = max(sizes.get('test', 0), sizes.get('testall', 0))
-    if not tables: out.append(f'serves no published row: its test part is not whole ({most:,} photos)')
+    if not tables:
+        out.append(f'serves no published row: its test part is not whole ({most:,} photos)')
     able = [p for p, x in _NEEDS.items() if x == side or (x, side) == ('regions', 'boxes')]
     for t in tables:
         there = rows[rows.data.isin([f'{p}, {t}' for p in able])]
@@ -278,12 +304,14 @@ def served(
 
 def _label_lines(folder, tables)->list:
     "Which lists of all that is right lie with the data"
-    if 'COCO 5K' not in tables: return []
+    if 'COCO 5K' not in tables:
+        return []
     def there(n):
         try:
             return bool([_label_file(folder, f'{n}_{x}.json')
                          for x in ('image_to_caption', 'caption_to_image')])
-        except DataError: return False
+        except DataError:
+            return False
     return [f'{_LABELS[n]}: ' + ('yes' if there(n)
                                 else f'no; itm_data get eccv-caption {Path(folder)/"eccv_caption"}')
                                 for n in _LABELS]

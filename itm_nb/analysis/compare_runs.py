@@ -46,7 +46,8 @@ def _places(given, runs)->tuple:
     p = Path(given)
     if p.is_dir():
         own = about_folder(p)['id']
-        if (p/'run.json').is_file(): checked_name(own, p/'run.json', 'the id')
+        if (p/'run.json').is_file():
+            checked_name(own, p/'run.json', 'the id')
         return _first([p.parent/'records'/f'{own}.json']), p
     # ID.json or ID.SWEEP.json
     known = p.suffix == '.json'
@@ -59,7 +60,8 @@ def _places(given, runs)->tuple:
     return _first([*kept, project()/'figures'/'results'/f'{name}.json']), next((
         x for x in beside + ran if x.is_dir()), None)
 
-def _first(paths): return next((p for p in paths if p.is_file()), None)
+def _first(paths):
+    return next((p for p in paths if p.is_file()), None)
 
 def find_run(
     given,           # folder of a run, file of a record, or id
@@ -82,7 +84,8 @@ def find_run(
         if all(np.array_equal(np.minimum(getattr(whole, d), clip), getattr(ranks, d))
                for d in ('i2t', 't2i')):
             ranks, clip = whole, 0
-    if max(ranks.i2t.max(), ranks.t2i.max()) < (clip or 1): clip = 0
+    if max(ranks.i2t.max(), ranks.t2i.max()) < (clip or 1):
+        clip = 0
     return Finished(rec, ranks, img_of, clip, folder)
 
 # %% ../../nbs/8_analysis/11_compare_runs.ipynb #47235ba4
@@ -121,7 +124,8 @@ def moved(
 # the queries that gained most, those that lost most: lines of the table, the most moved first
 )->tuple:
     "The queries that moved most, one of every photo"
-    t = table[table.way == way]; up, down = t[t.gain > 0], t[t.gain < 0]
+    t = table[table.way == way]
+    up, down = t[t.gain > 0], t[t.gain < 0]
     return tuple(x.sort_values('gain', ascending=x is down, kind='stable').drop_duplicates('photo').head(n)
                  for x in (up, down))
 
@@ -134,10 +138,12 @@ def recalls(
     draws:int=10_000,                    # of photos
 )->pd.DataFrame:                         # a line per metric: a, b, d (a minus b), lo, hi, p
     "Both runs in percent, and the paired difference with its interval over photos"
-    _same_test(a, b); out = []
+    _same_test(a, b)
+    out = []
     for m in columns:
         x, y = (per_photo(f.record, m) for f in (a, b))
-        if x is None or y is None: continue
+        if x is None or y is None:
+            continue
         d = paired(x, y, n=draws)
         out.append(dict(metric=m, a=value(a.record, m), b=value(b.record, m), d=d.diff, lo=d.lo, hi=d.hi,
                         p=d.p))
@@ -173,9 +179,11 @@ def data_of(
 )->Corpus:               # None where the data are not at hand
     "The data that a run was tested on; raises DataError where they are others"
     c, known = current_names(f.record['config']), f.record['data']
-    if known['name'] == 'foreign' or (known['name'] != 'scenes' and not folder): return None
+    if known['name'] == 'foreign' or (known['name'] != 'scenes' and not folder):
+        return None
     data = corpus(Config(**{k.name: c[k.name] for k in fields(Config) if k.name in c}), folder, **more)
-    if c.get('folds'): data = in_fold(data, fold_file(c['folds']), c['fold'])
+    if c.get('folds'):
+        data = in_fold(data, fold_file(c['folds']), c['fold'])
     if fingerprint(data.split('test')) != known['fingerprint']:
         raise DataError(folder or known['label'], 'other data than the record was made with', known['label'],
                         'Name the folder of that run, or none.')
@@ -188,7 +196,8 @@ def open_shelf(
 )->Shelf:                # None where the run has left no weights: an ensemble, or ranks made elsewhere
     "The model of a run with all that it can find"
     best = None if f.folder is None or data is None else f.folder/'best'
-    if best is None or not (best/'config.json').is_file(): return None
+    if best is None or not (best/'config.json').is_file():
+        return None
     return shelf(from_pretrained(best, device), tokenizers.load(best/'vocab.json'), data, 'test', device)
 
 @torch.no_grad()
@@ -219,7 +228,8 @@ def in_words(
 # photo, sentence, a, b, and for every shelf what it puts first; on drawn scenes whether that is true
 )->pd.DataFrame:
     "Queries that moved, as people read them"
-    if not len(part): return pd.DataFrame()
+    if not len(part):
+        return pd.DataFrame()
     order = np.argsort(split.img_of, kind='stable')
     first = order[np.searchsorted(split.img_of[order], np.arange(len(split)))]
     i2t, at = part.way.iloc[0] == 'i2t', part['query'].to_numpy()
@@ -230,10 +240,12 @@ def in_words(
                             sentence=[split.captions[j] for j in (first[at] if i2t else at)]))
     out['a'], out['b'] = part.a.to_numpy(), part.b.to_numpy()
     for name, s in zip('ab', shelves):
-        if s is None: continue
+        if s is None:
+            continue
         top = firsts(s, 'i2t' if i2t else 't2i', at)
         out[f'first in {name}'] = [split.captions[j] if i2t else show(j) for j in top]
-        if s.world is None: continue
+        if s.world is None:
+            continue
         out[f'true in {name}'] = np.array(['no', 'half',
                                            'yes'])[s.world.truth(
                                                split.name, *((at, top) if i2t else (top, at)))]

@@ -81,7 +81,8 @@ def a_a(
     "One arm under two names, many times; blocks are test sets; raises DataError for too few runs"
     runs = [r for r in pick(records, row) if not math.isnan(value(r, metric))]
     sets = {}
-    for r in runs: sets.setdefault(test_set_of(r), []).append(r)
+    for r in runs:
+        sets.setdefault(test_set_of(r), []).append(r)
     how = 'seeds' if len(sets) > 1 and all(len(s) > 1 for s in sets.values()) else 'halves'
     values = [per_photo(r, metric) for r in runs]
     if len(runs) < 2 or (how == 'halves' and any(v is None for v in values)):
@@ -103,7 +104,8 @@ def planted(
     seed:int=0,
 )->dict:                 # the same with worse ranks; its method is '<method> planted'
     "A run that was spoilt on purpose"
-    ranks, img_of, gallery = stored_ranks(rec); clip = rec['ranks']['clip']
+    ranks, img_of, gallery = stored_ranks(rec)
+    clip = rec['ranks']['clip']
     rng = np.random.default_rng(purpose_key('planted', rec['id'], seed))
     cut = lambda x: np.minimum(x, clip)
     i2t, t2i = cut(ranks.i2t), cut(ranks.t2i)
@@ -123,7 +125,8 @@ def _spoil(x, clip, rng, enough_left, one_more=False):
     order = rng.permutation(np.flatnonzero(x < 10))
     spoilt = lambda n: np.where(np.isin(np.arange(len(x)), order[:n]), clip, x)
     lo, hi = 0, len(order)
-    while lo < hi: lo, hi = (mid, hi) if enough_left(spoilt(mid := (lo+hi+1)//2)) else (lo, mid-1)
+    while lo < hi:
+        lo, hi = (mid, hi) if enough_left(spoilt(mid := (lo+hi+1)//2)) else (lo, mid-1)
     return spoilt(lo + one_more)
 
 # %% ../../nbs/8_analysis/03_controls.ipynb #77553acf
@@ -139,7 +142,8 @@ def controls(
     out, note = ([],
                  lambda e: f'{e.d:+.2f} [{e.interval()[0]:+.2f}, {e.interval()[1]:+.2f}] over '
                            f'{len(e.blocks)} blocks')
-    same, how = a_a(records, row, metric, times, seed=seed); a = alarms(same)
+    same, how = a_a(records, row, metric, times, seed=seed)
+    a = alarms(same)
     out.append(dict(control='A/A', wanted='at most 7 %', found=f"{a['wider']:.1f} % of {a['n']}",
                     detail=f"by {how}; blocks alone {a['blocks']:.1f} %, photos alone {a['photos']:.1f} %"))
     runs = pick(records, row)
@@ -214,7 +218,8 @@ def stretched(
     "What the ranks of a run might be among more photos; all runs of one test set meet the same luck"
     ranks, img_of, gallery = stored_ranks(rec)
     size, clip, out = np.bincount(gallery)[gallery], rec['ranks']['clip'], []
-    if (size >= photos).all(): return rec
+    if (size >= photos).all():
+        return rec
     per = rec['data']['captions']/rec['data']['images']
     for d, r, n, k in (('i2t', ranks.i2t, size, per), ('t2i', ranks.t2i, size[img_of], 1)):
         u = np.random.default_rng(purpose_key('stretched', d, seed)).random((2, len(r)))
@@ -250,11 +255,13 @@ def _variances(a, b)->dict:
     x = [per_photo(r, 'rsum') for r in a]
     d = [p - per_photo(r, 'rsum') for p, r in zip(x, b)]
     n, sets = len(x[0]), {}
-    for r, p, q in zip(a, x, d): sets.setdefault(test_set_of(r), []).append((p, q))
+    for r, p, q in zip(a, x, d):
+        sets.setdefault(test_set_of(r), []).append((p, q))
     seen = known([np.var([p.mean() for p, _ in s], ddof=1) if len(s) > 1 else math.nan
                   for s in sets.values()])
     block = known([_beyond([q for _, q in s], n) for s in sets.values()])
-    if len(sets) > 1: block = max(0., np.var([q.mean() for q in d], ddof=1) - mean([q.var() for q in d])/n)
+    if len(sets) > 1:
+        block = max(0., np.var([q.mean() for q in d], ddof=1) - mean([q.var() for q in d])/n)
     return dict(photo=mean([p.var() for p in x]),
                 seed=known([_beyond([p for p, _ in s], n) for s in sets.values()]), seen=seen,
                 matched=mean([q.var() for q in d]), other=mean([q.var() for q in _apart(a, b)]), block=block)
@@ -270,7 +277,8 @@ def noise_floor(
     "Standard errors of numbers and differences by size of test; raises DataError for too few runs"
     c = contrast(records, dict(a=1, b=-1), 'rsum', arms=dict(a=row, b=other), draws=10)
     out = []
-    if c.n < 2: raise DataError(f'noise floor of {row}', f'{c.n} matched blocks', 'two or more')
+    if c.n < 2:
+        raise DataError(f'noise floor of {row}', f'{c.n} matched blocks', 'two or more')
     for name, (photos, size) in tests.items():
         v = _variances(*([stretched(r, size) for r in c.arms[k]] for k in 'ab'))
         seed = np.nan_to_num(v['seed'])

@@ -50,19 +50,22 @@ def _panels(
 ):                        # the figure, [(axes, records of one data set)]; the figure's label lists its runs
     "A panel per data set; raises DataError where there are no records"
     names = sorted({r['data']['label'] for r in records})
-    if not names: raise DataError('figure', 'no records', 'at least one', 'Check the rows.')
+    if not names:
+        raise DataError('figure', 'no records', 'at least one', 'Check the rows.')
     size = (width*len(names), height)
     fig, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout='constrained')
     plt.close(fig)                                 # shown by being returned, once
     fig.set_label('runs: ' + ' '.join(sorted(r['id'] for r in records)))
-    for ax, name in zip(axes[0], names): ax.set_title(escape_mathtext(name), loc='left')
+    for ax, name in zip(axes[0], names):
+        ax.set_title(escape_mathtext(name), loc='left')
     return fig, [(ax, [r for r in records if r['data']['label'] == n]) for ax, n in zip(axes[0], names)]
 
 def _legend(fig, axes):
     "Inside the panels while it is short; beside them where it would cover them"
     names = max((ax.get_legend_handles_labels() for ax in axes), key=lambda n: len(n[0]))
     if len(names[0]) <= 7:
-        for ax in axes: ax.legend()
+        for ax in axes:
+            ax.legend()
         return
     columns, (width, height) = 1 + len(names[0])//14, fig.get_size_inches()
     fig.set_size_inches(width + 1.5*columns, height)
@@ -90,7 +93,8 @@ _ORACLE = re.compile(r'_(honest|oracle)\b')
 def _rung(name):
     "Sort key: a variant stands behind what it varies, a model's steps behind the model"
     known = [a for a in LADDER if name == a or name.startswith((f'{a}_', f'{a} '))]
-    if known: return LADDER.index(max(known, key=len)), '', -1, name
+    if known:
+        return LADDER.index(max(known, key=len)), '', -1, name
     model, _, step = name.partition('_')
     return len(LADDER), model, LADDER.index(step) if step in LADDER else -1, name
 
@@ -141,7 +145,8 @@ def _row(ax, y, arm, runs, metric, draws):
 
 def _base_line(ax, base, runs, metric):
     "A thin line at the mean of the base, named below the axis"
-    if not runs: return
+    if not runs:
+        return
     ax.axvline(np.mean([value(r, metric) for r in runs]), color='.3', lw=.8, zorder=0)
     ax.set_xlabel(f'{ax.get_xlabel()}\n(line: {escape_mathtext(base)})')
 
@@ -161,7 +166,8 @@ def dots(
         fig, panels = _panels(runs + more, 4.2, .7 + .34*(rows + len(extra)) + .15*bool(base))
         for ax, here in panels:
             for i, (arm, rs) in enumerate(chosen.items()):
-                if rs := known(here, rs): _row(ax, i, arm, rs, metric, draws)
+                if rs := known(here, rs):
+                    _row(ax, i, arm, rs, metric, draws)
             ax.margins(x=.08)
             ax.autoscale_view()
             ax.set_xlim(ax.get_xlim())
@@ -180,7 +186,8 @@ def _by_epoch(records, curve)->dict:
     at = {}
     for r in records:
         for e, v in zip(r['curves']['epoch'], r['curves'][curve]):
-            if v is not None: at.setdefault(e, []).append(v)
+            if v is not None:
+                at.setdefault(e, []).append(v)
     return dict(sorted(at.items()))
 
 def curves(
@@ -195,7 +202,8 @@ def curves(
         for ax, here in panels:
             for i, (row, rs) in enumerate(chosen.items()):
                 at = _by_epoch([r for r in here if r in rs], curve)
-                if not at: continue
+                if not at:
+                    continue
                 name = escape_mathtext(f'{row} ({max(map(len, at.values()))})')
                 ax.plot(list(at), [np.mean(v) for v in at.values()], color=_color(i),
                         ls='--' if i > 9 else '-', label=name)
@@ -234,13 +242,15 @@ def recall_curve(
             for i, (row, rs) in enumerate(chosen.items()):
                 known = [r for r in runs if r in rs]
                 found = [np.mean([value(r, f'{d}.r{k}') for r in known]) for k in ks] if known else []
-                if known: ax.plot(ks, found, color=_color(i), label=f'{escape_mathtext(row)} ({len(known)})')
+                if known:
+                    ax.plot(ks, found, color=_color(i), label=f'{escape_mathtext(row)} ({len(known)})')
             ax.plot(ks, _chance_at(runs[0], d, ks), color='.5', ls=':', label='chance')
             ax.set(xscale='log', xlabel='K, answers looked at', ylim=(0, 100))
             ax.set_title(title, loc='left')
             ax.set_xticks(shown := [k for k in (1, 5, 10, 50, 100) if k <= ks[-1]], shown)
             ax.minorticks_off()
-        axes[0].set_ylabel('percent found'); _legend(fig, axes[1:])
+        axes[0].set_ylabel('percent found')
+        _legend(fig, axes[1:])
     return fig
 
 # %% ../../nbs/8_analysis/01_figures.ipynb #11212c57
@@ -249,7 +259,8 @@ def _trials(runs)->list:
     found = [r['search'] for r in runs if {'val', 'best_of'} <= r.get('search', {}).keys()]
     return list({str(s['val']): s for s in found}.values())
 
-def _worked(s)->list: return [v for v in s['val'] if v is not None]     # the trials that did not fail
+def _worked(s)->list:
+    return [v for v in s['val'] if v is not None]     # the trials that did not fail
 
 def searched(
     records:list,        # from `read_records`

@@ -22,8 +22,10 @@ def _windows(
 )->np.ndarray:         # (T, n): every word with the n-1 before it, the end included
     "All n words in a row"
     flat = [start]*(n-1)
-    for r in rows: flat += [*r, 1] + [start]*(n-1)
-    flat = np.asarray(flat, np.int64); at = np.flatnonzero(flat != start)
+    for r in rows:
+        flat += [*r, 1] + [start]*(n-1)
+    flat = np.asarray(flat, np.int64)
+    at = np.flatnonzero(flat != start)
     return flat[at[:,None] + np.arange(1-n, 1)]
 
 def _keys(
@@ -103,8 +105,10 @@ def perplexity(
 # 'per sentence': mean of each one's own; 'typical': geometric mean; 'per word': long sentences count more
 )->dict:
     "How surprising sentences are"
-    if not len(sentences): return {k: math.nan for k in ('per sentence', 'typical', 'per word')}
-    logs, size = model.log_prob(sentences); first = np.cumsum(size) - size
+    if not len(sentences):
+        return {k: math.nan for k in ('per sentence', 'typical', 'per word')}
+    logs, size = model.log_prob(sentences)
+    first = np.cumsum(size) - size
     each = -np.add.reduceat(logs, first)/size
     return {'per sentence': float(np.exp(each).mean()), 'typical': float(np.exp(each.mean())),
             'per word': float(np.exp(-logs.mean()))}

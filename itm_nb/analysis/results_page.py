@@ -28,7 +28,8 @@ class Results:
     def file(self, name:str)->Path:   # name: with its ending
         "Where the one file of this name lies; raises SetupError where there is none, or more than one"
         found = sorted(self.folder.rglob(name))
-        if len(found) == 1: return found[0]
+        if len(found) == 1:
+            return found[0]
         where = ', '.join(str(p.relative_to(self.folder)) for p in found) or 'nowhere'
         remedy = 'Make it with its experiment, or remove the copy.'
         raise SetupError(f'{self.folder.name}: {name} lies {where}; wanted once. {remedy}')
@@ -42,7 +43,8 @@ class Results:
     def row(self, table:str, /, **where)->dict:
         "The one row of a table with these values; raises SetupError where there is none, or more than one"
         rows = self.rows(table, **where)
-        if len(rows) == 1: return rows[0]
+        if len(rows) == 1:
+            return rows[0]
         raise SetupError(f'{table}.csv: {len(rows)} rows with {where}; wanted one. Run its experiment again.')
 
     def mean(self, table:str, row:str, metric:str, column:str='mean')->float:
@@ -105,7 +107,8 @@ def difference_words(
     "Paired differences in a sentence"
     unit = f' {unit}' if unit else ''
     def said(r):
-        if not judge: return f"{r['row']} {span(r)}{unit}"
+        if not judge:
+            return f"{r['row']} {span(r)}{unit}"
         return f"{r['row']} - {r['base']} {span(r)}{unit}, {decided(r)}"
     return '; '.join(map(said, with_interval(rows)))
 
@@ -117,7 +120,8 @@ def grid(
 )->str:                # Markdown
     "A table of rows by columns, in the order in which they are given"
     names, more = list(dict.fromkeys(r for r, _ in cells)), [] if labels is None else ['what it does']
-    def line(r): return [r, *([labels.get(r, '')] if more else []), *(cells.get((r, c), '') for c in columns)]
+    def line(r):
+        return [r, *([labels.get(r, '')] if more else []), *(cells.get((r, c), '') for c in columns)]
     head = [['arm', *more, *columns.values()], ['---']*(1 + len(more)) + ['---:']*len(columns)]
     return '\n'.join('| ' + ' | '.join(cell) + ' |' for cell in head + [*map(line, names)])
 
@@ -169,7 +173,8 @@ def verdicts(
 
 def claims_table(found:dict)->str:   # found: from `verdicts`; Markdown
     "Every claim with a word each for photographs and scenes, and what it rests on"
-    def cell(x): return x['word'] + (f" ({x['replicates']})" if x['replicates'] and not x['why'] else '')
+    def cell(x):
+        return x['word'] + (f" ({x['replicates']})" if x['replicates'] and not x['why'] else '')
     lines = [f'| {c} | {text} | {cell(found[c, "P"])} | {cell(found[c, "S"])} |'
              for c, text in CLAIMS.items()]
     return '\n'.join(['| | claim | P: photographs | S: scenes |', '|---|---|---|---|', *lines])
@@ -215,7 +220,8 @@ def notebook_map(
     "A line per folder: what its notebooks are called, in reading order"
     folder, groups = Path(folder or project()/'nbs'), {}
     for p in sorted(folder.rglob('*.ipynb')):
-        if '.ipynb_checkpoints' in p.parts or p.stem in leave: continue
+        if '.ipynb_checkpoints' in p.parts or p.stem in leave:
+            continue
         place = p.relative_to(folder)
         groups.setdefault(place.parent if len(place.parts) > 1 else place, []).append(_short(p))
     lines = [f"| [{k.with_suffix('')}]({k.as_posix()}) | {', '.join(v)} |" for k, v in groups.items()]

@@ -48,7 +48,8 @@ def top_k(
     cols:int=4096,      # items at a time
 )->tuple:               # (queries, k) item indices and (queries, k) scores, best first, on the CPU
     "The best items of every query, ties in their order; raises DataError for a bad number"
-    if k < 1: raise DataError('top_k', f'k = {k}', 'at least 1', 'Ask for one answer or more.')
+    if k < 1:
+        raise DataError('top_k', f'k = {k}', 'at least 1', 'Ask for one answer or more.')
     idx, out = [], []
     for a in range(0, queries, rows):
         best = None
@@ -57,10 +58,12 @@ def top_k(
             if s.isnan().any():
                 raise DataError('scores', 'NaN', 'numbers', 'The model or the features are damaged.')
             i = torch.arange(b, b + s.shape[1]).expand_as(s)
-            if best is not None: s, i = torch.cat([best[0], s], 1), torch.cat([best[1], i], 1)
+            if best is not None:
+                s, i = torch.cat([best[0], s], 1), torch.cat([best[1], i], 1)
             keep = s.argsort(dim=1, descending=True, stable=True)[:,:k]
             best = s.gather(1, keep), i.gather(1, keep)
-        out.append(best[0]); idx.append(best[1])
+        out.append(best[0])
+        idx.append(best[1])
     return torch.cat(idx), torch.cat(out)
 
 # %% ../../nbs/8_analysis/10_search.ipynb #5d1f0a11
@@ -87,7 +90,8 @@ class Shelf:
     world:object = None   # the drawn world the split belongs to, where there is one
 
     @property
-    def split(self)->Split: return self.batches.split
+    def split(self)->Split:
+        return self.batches.split
 
 @torch.no_grad()
 def shelf(
@@ -114,13 +118,17 @@ def bare(
     path,          # a folder of image files, or an .npy file of features (N, R, D) or (N, D)
 )->Split:          # the names of the pictures stand where sentences would
     "Pictures that nobody described; raises DataError where there are none"
-    path = Path(path); files = feats = None
+    path = Path(path)
+    files = feats = None
     if path.suffix == '.npy':
-        try: feats = np.load(path, mmap_mode='r', allow_pickle=False)
+        try:
+            feats = np.load(path, mmap_mode='r', allow_pickle=False)
         except (OSError, ValueError) as e:
             raise DataError(path, f'{str(e)[:100]}', 'an npy file', 'Write it with numpy.save.') from None
-        if feats.ndim == 2: feats = feats[:,None]
-        if feats.ndim == 3 and feats.dtype == np.float64: feats = feats.astype('f4')
+        if feats.ndim == 2:
+            feats = feats[:,None]
+        if feats.ndim == 3 and feats.dtype == np.float64:
+            feats = feats.astype('f4')
         names = [f'picture {i}' for i in range(len(feats))]
     else:
         files = sorted(p for p in path.rglob('*')
@@ -136,9 +144,12 @@ def bare(
 # %% ../../nbs/8_analysis/10_search.ipynb #960e778f
 def _described(folder, data)->bool:
     "Is this a data set with sentences (in a layout we know), or only pictures or features?"
-    if data == 'scenes' or Path(folder).suffix == '.npy': return data == 'scenes'
-    try: recognise(folder)
-    except DataError: return False
+    if data == 'scenes' or Path(folder).suffix == '.npy':
+        return data == 'scenes'
+    try:
+        recognise(folder)
+    except DataError:
+        return False
     return True
 
 def open_run(
@@ -155,12 +166,15 @@ def open_run(
     if not (run/'best'/'config.json').is_file() or found is None:
         raise DataError(run, 'no trained model', 'the folder of a finished run',
                         'Train one: itm_run train; it says where it lies.')
-    cfg = config(current_names(found[1]['config'])); given = Path(folder or '.')
-    if folder and cfg.data == 'scenes': cfg = replace(cfg, data='scan')
+    cfg = config(current_names(found[1]['config']))
+    given = Path(folder or '.')
+    if folder and cfg.data == 'scenes':
+        cfg = replace(cfg, data='scan')
     if folder and not _described(folder, cfg.data):
         data = replace(corpus(replace(cfg, data='images'), given, models=models),
                        split=lambda part: bare(given))
-    else: data = corpus(cfg, folder, models=models)
+    else:
+        data = corpus(cfg, folder, models=models)
     return shelf(from_pretrained(run/'best'), tokenizers.load(run/'best'/'vocab.json'), data, part, device)
 
 # %% ../../nbs/8_analysis/10_search.ipynb #66d328b3
@@ -169,7 +183,8 @@ def unknown(
     query:str,
 )->list:               # of words
     "Words of a question that the model has never seen"
-    if isinstance(vocab, Vocabulary): return [w for w in words(query) if w not in vocab.index]
+    if isinstance(vocab, Vocabulary):
+        return [w for w in words(query) if w not in vocab.index]
     none = getattr(vocab.made.model, 'unk_token', None)
     return [w for w in query.split() if none and none in vocab.show(w)]
 
@@ -179,7 +194,8 @@ def _asked(vocab, query)->list:
     if not (said and words(query)):
         raise DataError('query', f'{query!r}', 'a sentence with at least one word', 'Ask in words.')
     odd = unknown(vocab, query)
-    if not odd: return said
+    if not odd:
+        return said
     near = [m for w in odd for m in difflib.get_close_matches(w, getattr(vocab, 'words', ())[4:], 2)]
     hint = f'; near ones: {", ".join(near)}' if near else ''
     if len(odd) >= len(words(query)):
@@ -195,7 +211,8 @@ def read(
     sentences:list,
 ):                     # encodings
     "Encode sentences as the model reads them"
-    ids, lengths = s.vocab.encode(sentences); device = s.batches.device
+    ids, lengths = s.vocab.encode(sentences)
+    device = s.batches.device
     return s.model.text(ids.to(device), lengths.to(device))
 
 def image_indices(s, images)->torch.Tensor:
@@ -210,7 +227,8 @@ def find_images(
     **block            # rows and cols of `top_k`
 )->tuple:              # (Q, k) image indices, (Q, k) scores
     "The pictures that answer each sentence best"
-    for q in queries: _asked(s.vocab, q)
+    for q in queries:
+        _asked(s.vocab, q)
     txt = read(s, list(queries))
     return top_k(lambda r, c: s.model.matrix(s.img[c], txt[r]).T, len(queries), len(s.img), k, **block)
 
@@ -241,7 +259,8 @@ def true_of(
     images,            # indices
 )->list:               # 'true', 'false' or 'undecided' each; None where nobody knows
     "Is the sentence true of these pictures? Known for drawn scenes and sentences of their grammar"
-    if s.world is None or parse(query) is None: return None
+    if s.world is None or parse(query) is None:
+        return None
     said = truth(s.world.scenes(s.split.name), query, np.asarray(images))
     return [{0: 'false', 1: 'undecided', 2: 'true'}.get(int(x), 'undecided') for x in said]
 
@@ -289,7 +308,8 @@ def word_gains(
     images,            # (n,) indices
 )->tuple:              # L words, (n, L) array
     "How much of the score of each picture is owed to each word"
-    said = _asked(s.vocab, query); txt = read(s, [query, *_without_each(said)])
+    said = _asked(s.vocab, query)
+    txt = read(s, [query, *_without_each(said)])
     scores = s.model.matrix(s.img[image_indices(s, images)], txt).float().cpu()
     return said, (scores[:,:1] - scores[:,1:]).numpy()
 
@@ -328,10 +348,14 @@ def picture(
     size:int=160,      # pixels of the longer side
 ):                     # PIL image; None where there are features only
     "What an image of the shelf looks like"
-    if s.world is not None: return draw(s.world.scenes(s.split.name), int(image), size)
-    if s.split.files is None: return None
-    with Image.open(s.split.files[image]) as im: im = ImageOps.exif_transpose(im).convert('RGB')
-    im.thumbnail((size, size)); return im
+    if s.world is not None:
+        return draw(s.world.scenes(s.split.name), int(image), size)
+    if s.split.files is None:
+        return None
+    with Image.open(s.split.files[image]) as im:
+        im = ImageOps.exif_transpose(im).convert('RGB')
+    im.thumbnail((size, size))
+    return im
 
 def _framed(
     im,                # PIL image
@@ -367,7 +391,8 @@ def answering(
     image:int,         # index
 )->dict:               # word number -> the region that answers it, for words that gain something
     "Which region answers which word; empty where images have no regions"
-    if s.split.feats is None or s.split.num[image] < 2: return {}
+    if s.split.feats is None or s.split.num[image] < 2:
+        return {}
     gain, parts = word_gains(s, query, [image])[1][0], region_gains(s, query, image)[1]
     return {l: int(parts[:,l].argmax())
             for l in np.flatnonzero((gain > .05*abs(gain).max()) & (parts.max(0) > 0)).tolist()}
@@ -387,7 +412,8 @@ def why(
         fig, axes = plt.subplots(1, 1 + (im is not None),
                                  figsize=(3 + 2.4*(im is not None), max(2.2, .24*len(said) + .7)),
                                  squeeze=False,
-                                 layout='constrained'); plt.close(fig)
+                                 layout='constrained')
+        plt.close(fig)
         bars(axes[0,-1], said, gains[0], [colour[of[l]] if l in of else '.75' for l in range(len(said))])
         if im is not None:
             boxes = s.split.boxes[image,at] if at and s.split.boxes is not None else []
@@ -403,7 +429,8 @@ def gallery(
 ):                         # matplotlib figure; None where there are no pictures to show
     "What was found, with its score, whether it holds, and its own sentence where the truth is not known"
     pictures = [picture(s, i) for i in found.image]
-    if None in pictures: return None
+    if None in pictures:
+        return None
     last = found.holds if 'holds' in found else found.sentence
     fig = show(pictures, [escape_mathtext(fill(f'{x:.2f}  {w}', 34)) for x, w in zip(found.score, last)],
                columns)

@@ -26,7 +26,8 @@ from ..runs.records import (
 # %% ../../nbs/8_analysis/00_tables.ipynb #f9375c1a
 def at_path(x, path):
     "The value at a dotted path, None where there is none"
-    for k in path.split('.'): x = x.get(k) if isinstance(x, dict) else None
+    for k in path.split('.'):
+        x = x.get(k) if isinstance(x, dict) else None
     return x
 
 def pick(
@@ -45,7 +46,8 @@ def value(
 )->float:            # nan where the record does not know it
     "One number of one run"
     x = at_path(rec['metrics']['test'], metric)
-    if x is None and (v := per_photo(rec, metric)) is not None: x = v.mean()
+    if x is None and (v := per_photo(rec, metric)) is not None:
+        x = v.mean()
     return math.nan if x is None else float(x)
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #3a6ad362
@@ -71,18 +73,21 @@ def per_photo(
         parts = [per_photo(rec, m) for m in _SUMS[metric]]
         return None if any(x is None for x in parts) else sum(parts) / (1 if metric == 'rsum' else len(parts))
     *truth, d, name = metric.split('.')
-    if 'ranks' not in rec: return None
+    if 'ranks' not in rec:
+        return None
     ranks, img_of, gallery = stored_ranks(rec)
     home = np.arange(len(gallery)) if d == 'i2t' else img_of
     count = np.bincount(home)
     if truth:
-        if (text := at_path(rec, f'perphoto.{d}.{name}')) is None: return None
+        if (text := at_path(rec, f'perphoto.{d}.{name}')) is None:
+            return None
         x = unpack(text)
         x, count = np.where(x == 255, 0, x)*count, np.where(x == 255, 0, count)
         z = _within(x, count, gallery)
         # undoes the rounding to whole percents
         return z + (at_path(rec['metrics']['test'], metric) - z.mean())
-    if not (name[:1] == 'r' and name[1:].isdigit() and 0 < int(name[1:]) <= rec['ranks']['clip']): return None
+    if not (name[:1] == 'r' and name[1:].isdigit() and 0 < int(name[1:]) <= rec['ranks']['clip']):
+        return None
     return _within(np.bincount(home, 100.*(getattr(ranks, d) < int(name[1:]))), count, gallery)
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #6e7b0fad
@@ -97,8 +102,10 @@ def mean_per_photo(
 )->np.ndarray:
     "Runs averaged photo by photo, test sets side by side; raises DataError for other numbers of photos"
     sets = {}
-    for r in records: sets.setdefault(test_set_of(r), []).append(per_photo(r, metric))
-    if any(v is None for vs in sets.values() for v in vs): return None
+    for r in records:
+        sets.setdefault(test_set_of(r), []).append(per_photo(r, metric))
+    if any(v is None for vs in sets.values() for v in vs):
+        return None
     if any(len(v) != len(vs[0]) for vs in sets.values() for v in vs):
         raise DataError('records', 'runs on one test set with other numbers of photos', 'equal photos')
     P, mean = sum(len(vs[0]) for vs in sets.values()), math.fsum(v.mean() for vs in sets.values()
@@ -131,7 +138,8 @@ def label(
     return ' '.join([_WORDS.get(d, d) for d in way if d != 'truth'] + [what]) + (
         ', truth' if 'truth' in way and name != 'map_r' else '')
 
-def _block(rec): return (*test_set_of(rec), rec['block']['seed'])
+def _block(rec):
+    return (*test_set_of(rec), rec['block']['seed'])
 
 def one_per_replicate(records, row):
     "Runs by replicate; raises DataError for two runs of one"
@@ -143,7 +151,8 @@ def one_per_replicate(records, row):
                             'Name more fields, e.g. the sweep or a setting.')
     return seen
 
-def _rows(rows): return rows if isinstance(rows, dict) else {r: r for r in rows}
+def _rows(rows):
+    return rows if isinstance(rows, dict) else {r: r for r in rows}
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #29bffd07
 _ALIKE = .9        # mean cosine of different vectors above which they say nothing
@@ -161,8 +170,10 @@ def collapsed(
     bar = {where(r): last(r)/2 for r in pick(records, base) if last(r) is not None}
     def fell(r):
         alike = [v for side, v in (r.get('spread') or {}).items() if side != 'gap']
-        if max(alike, default=0.) > _ALIKE: return True
-        if last(r) is None or where(r) not in bar: return bool(r.get('collapsed'))
+        if max(alike, default=0.) > _ALIKE:
+            return True
+        if last(r) is None or where(r) not in bar:
+            return bool(r.get('collapsed'))
         return last(r) < bar[where(r)]
     return sorted(r['id'] for r in records if r['kind'] == 'run' and fell(r))
 
@@ -197,7 +208,8 @@ def table(
         for row, where in _rows(rows).items():
             one_per_replicate(runs := pick(here, where), row)
             out += [dict(data=data, row=row, **_line(runs, metric, draws)) for metric in columns]
-            for line in out[-len(columns):]: line['collapsed'] = len(fallen & set(line['runs'].split()))
+            for line in out[-len(columns):]:
+                line['collapsed'] = len(fallen & set(line['runs'].split()))
     return pd.DataFrame(out)
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #c5d45e09
@@ -219,9 +231,11 @@ def _difference(runs, base, metric, draws)->dict:
     A, B = _matched(runs, base, metric)
     d = np.array([value(x, metric) - value(y, metric) for x, y in zip(A, B)])
     t = photo = (math.nan, math.nan)
-    if len(d) > 1: t = _t(d, A)
+    if len(d) > 1:
+        t = _t(d, A)
     xs, ys = (mean_per_photo(x, metric) if A else None for x in (A, B))
-    if xs is not None and ys is not None: photo = bootstrap(xs - ys, n=draws)[1:]
+    if xs is not None and ys is not None:
+        photo = bootstrap(xs - ys, n=draws)[1:]
     name, ends = max((('blocks', t), ('photos', photo)),
                      key=lambda x: -1 if math.isnan(x[1][0]) else x[1][1] - x[1][0])
     return dict(d=d.mean() if A else math.nan, sd=d.std(ddof=1) if len(d) > 1 else math.nan, n=len(d),
@@ -249,7 +263,8 @@ def differences(
 def _cell(r)->str:
     "A number for reading: mean, sd over runs, interval; empty where nothing ran"
     x, sign = (r['d'], '+') if 'd' in r else (r['mean'], '')
-    if math.isnan(x): return ''
+    if math.isnan(x):
+        return ''
     spread = '' if math.isnan(r['sd']) else f" ± {r['sd']:z.1f}"
     ends = '' if math.isnan(r['lo']) else f" [{r['lo']:{sign}z.1f}, {r['hi']:{sign}z.1f}]"
     return f'{x:{sign}z.1f}{spread}{ends}'
@@ -347,7 +362,8 @@ class Number(float):
     def __str__(self):
         text = _cell(dict(mean=float(self), sd=self.sd, lo=self.lo, hi=self.hi))
         return f"{text} ({self.n} run{'s'*(self.n != 1)})"
-    def __format__(self, spec): return str(self) if not spec else format(float(self), spec)
+    def __format__(self, spec):
+        return str(self) if not spec else format(float(self), spec)
 
 def number(
     records:list,       # from `read_records`
@@ -358,7 +374,8 @@ def number(
     tab = table(pick(records, where), {'it': where}, [metric])
     if len(tab) != 1:
         raise DataError(f'number {where} {metric}', f'runs on {len(tab)} data sets', 'runs on one')
-    if not tab.n[0]: raise DataError(f'number {where} {metric}', 'no run that knows it', 'at least one')
+    if not tab.n[0]:
+        raise DataError(f'number {where} {metric}', 'no run that knows it', 'at least one')
     r = tab.iloc[0]
     return Number(r['mean'], sd=r.sd, n=int(r.n), lo=r.lo, hi=r.hi, runs=r.runs.split())
 
@@ -396,7 +413,8 @@ def _provenance(at, r, by_id)->list:
     ids = r['runs'].split() if isinstance(r['runs'], str) else []
     if math.isnan(r['mean']) != (not ids) or len(ids) != r['n']:
         return [f"{at}: {r['metric']} = {r['mean']:g} with n = {r['n']} and {len(ids)} run ids"]
-    if by_id is None or not ids: return []
+    if by_id is None or not ids:
+        return []
     if lost := [i for i in ids if i not in by_id]:
         return [f"{at}: {r['metric']}: no record of {', '.join(lost)}"]
     mean = math.fsum(value(by_id[i], r['metric']) for i in ids)/len(ids)
@@ -415,9 +433,11 @@ def _copies(tab, by_id)->list:
     out, seen = [], {}
     for (data, at), part in tab.dropna(subset='mean').groupby(['data', 'at'], sort=False):
         key, told = (data, tuple(sorted(zip(part.metric, part['mean'])))), _settings(part, by_id)
-        if len(part) < 3: continue
+        if len(part) < 3:
+            continue
         for other, its in seen.setdefault(key, []):
-            if not told or not its or told & its: out.append(f'{at}: the very numbers of {other}')
+            if not told or not its or told & its:
+                out.append(f'{at}: the very numbers of {other}')
         seen[key].append((at, told))
     return out
 
@@ -444,9 +464,11 @@ def published(
     "Published rows as a table, each with its source; raises DataError for one without"
     tab = pd.read_csv(path, dtype=dict(source=str))
     wanted = ['paper', 'table', 'row', 'column', 'value', 'source']
-    if list(tab) != wanted: raise DataError(path, f'columns {list(tab)}', f'columns {wanted}')
+    if list(tab) != wanted:
+        raise DataError(path, f'columns {list(tab)}', f'columns {wanted}')
     for i, source in enumerate(tab.source):
-        if source in ('F', 'R'): continue
+        if source in ('F', 'R'):
+            continue
         raise DataError(path, f'source mark {source!r}', "'F' or 'R'",
                         'A number from memory is no published number.', line=i+2)
     return pd.DataFrame(dict(data=tab.paper + ', ' + tab.table, row=tab.row, metric=tab.column,

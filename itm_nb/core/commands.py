@@ -39,16 +39,19 @@ def one_line(
         said = 'not enough memory; use smaller settings (batch, chunk, dim), or a machine with more'
     elif isinstance(e, OSError) and e.strerror:
         said = f'{e.filename or "the disk"}: {e.strerror}; {_REMEDIES.get(e.errno, "give another place")}'
-    else: said = str(e) or type(e).__name__
+    else:
+        said = str(e) or type(e).__name__
     return printable(' '.join(said.split()))
 
 def printable(
     text:str,
 )->str:
     "A text that any stream can take: bytes that are no UTF-8 are shown as \\xff"
-    try: return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    try:
+        return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
     # half of a pair that came from JSON
-    except UnicodeEncodeError: return text.encode('utf-8', 'backslashreplace').decode()
+    except UnicodeEncodeError:
+        return text.encode('utf-8', 'backslashreplace').decode()
 
 # %% ../../nbs/0_core/04_commands.ipynb #e7251b9a
 def _mendable(e)->bool:
@@ -62,7 +65,8 @@ def check_text(
     "A text that can be written down; refused where it is not UTF-8 or holds a character that ends a name"
     if any('\ud800' <= c <= '\udfff' for c in text):
         raise SetupError(f'{what} "{printable(text)}" is not UTF-8; rename the file or folder')
-    if '\0' in text: raise SetupError(f'{what} {text!r} holds a null character; leave it out')
+    if '\0' in text:
+        raise SetupError(f'{what} {text!r} holds a null character; leave it out')
     return text
 
 def command(
@@ -72,13 +76,16 @@ def command(
     def run(argv=None):
         from_cli = argv is None
         try:
-            for x in sys.argv[1:] if from_cli else argv: check_text(str(x), 'argument')
+            for x in sys.argv[1:] if from_cli else argv:
+                check_text(str(x), 'argument')
             code = main(argv)
         except Exception as e:
-            if not _mendable(e): raise
+            if not _mendable(e):
+                raise
             print(f'{main.__name__}: {one_line(e)}', file=sys.stderr)
             code = 2
-        if from_cli: sys.exit(code)
+        if from_cli:
+            sys.exit(code)
         return code
     run.__name__, run.__doc__ = main.__name__, main.__doc__
     return run
@@ -102,9 +109,12 @@ def number(
     name = 'a whole number' if kind is int else 'a number'
     bounds = f'{low} or more' if high == math.inf else f'{low} to {high}'
     def read(text):
-        try: x = kind(text)
-        except ValueError: x = math.nan
-        if low <= x <= high and math.isfinite(x): return x
+        try:
+            x = kind(text)
+        except ValueError:
+            x = math.nan
+        if low <= x <= high and math.isfinite(x):
+            return x
         raise argparse.ArgumentTypeError(f'{text!r}; wanted {name}, {bounds}')
     return read
 
@@ -123,6 +133,8 @@ def check_place(
                  else 'a folder, not a file' if at == path and at.is_dir() and not folder
                  else 'no folder' if not (at.is_dir() or at.is_file())
                  else 'not to be written by you' if not os.access(at, os.W_OK) else '')
-    except OSError as e: at, wrong = path, e.strerror
-    if wrong: raise SetupError(f'{what} {str(path)!r}: {at} is {wrong}; give a place that can be written')
+    except OSError as e:
+        at, wrong = path, e.strerror
+    if wrong:
+        raise SetupError(f'{what} {str(path)!r}: {at} is {wrong}; give a place that can be written')
     return path

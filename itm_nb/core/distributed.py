@@ -14,7 +14,8 @@ import torch.distributed as dist
 # %% ../../nbs/0_core/06_distributed.ipynb #39200733
 def devices()->tuple:   # (rank, world size); (0, 1) where there is one device only
     "Which of how many devices this process is"
-    if not (dist.is_available() and dist.is_initialized()): return 0, 1
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 class Gather(torch.autograd.Function):
@@ -28,7 +29,8 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        g = g.contiguous().clone(); dist.all_reduce(g)
+        g = g.contiguous().clone()
+        dist.all_reduce(g)
         return g.chunk(dist.get_world_size())[dist.get_rank()]
 
 # %% ../../nbs/0_core/06_distributed.ipynb #153cedbc

@@ -17,7 +17,8 @@ def sha256_of(
     path,        # of an ordinary file
 )->str:          # 64 hexadecimal digits
     "SHA-256 of a file's content"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/0_core/00_errors_files.ipynb #b47eeb4d
 class DataError(ValueError):
@@ -38,7 +39,8 @@ def regular_file(
     path,
 )->Path:         # the same path
     "An ordinary file with something in it: links are followed; folders, devices and pipes are never opened"
-    try: s = os.stat(path)
+    try:
+        s = os.stat(path)
     except (OSError, ValueError) as e:
         why = getattr(e, 'strerror', None) or e
         raise DataError(path, f'cannot be opened ({why})', 'an ordinary file',
@@ -61,7 +63,8 @@ def read_utf8(path):
         raise DataError(path, 'a NUL byte', 'UTF-8 text',
                         'Save it as UTF-8 (this looks like UTF-16 or a broken copy).',
                         raw.count(b'\n', 0, at) + 1)
-    try: return raw.decode('utf-8-sig')
+    try:
+        return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise DataError(path, f'byte 0x{raw[e.start]:02x}, which is not UTF-8', 'UTF-8 text',
                         'Save the file as UTF-8, e.g. with iconv.',
@@ -80,9 +83,11 @@ def read_json(
     path,
 ):               # dict, list, ...
     "A JSON file in UTF-8"
-    try: return json.loads(read_utf8(path))
+    try:
+        return json.loads(read_utf8(path))
     except (ValueError, RecursionError) as e:
-        if isinstance(e, DataError): raise
+        if isinstance(e, DataError):
+            raise
         raise DataError(path, f'broken JSON ({str(e)[:80]})', 'a JSON file', 'Fetch or write it again.',
                         getattr(e, 'lineno', None)) from None
 
@@ -105,8 +110,10 @@ def write_atomic(
             tmp.unlink(missing_ok=True)
             raise
         at = os.open(path.parent, os.O_RDONLY)                      # the new name itself must reach the disk
-        try: os.fsync(at)
-        finally: os.close(at)
+        try:
+            os.fsync(at)
+        finally:
+            os.close(at)
     except OSError as e:
         raise DataError(path, f'cannot be written ({e.strerror})', 'a writable place',
                         'Check folder, permissions and disk.') from e

@@ -21,7 +21,8 @@ def in_folder(
     it"""
     real, home = Path(path).resolve(), Path(folder).resolve()
     kept = home.parent.parent/'blobs' if home.parent.name == 'snapshots' else home      # the cache of the Hub
-    if real.is_relative_to(home) or real.is_relative_to(kept): return Path(path)
+    if real.is_relative_to(home) or real.is_relative_to(kept):
+        return Path(path)
     raise DataError(path, 'a link that leads out of the folder', 'the file itself',
                     'Put the file itself there, e.g. with cp -L.')
 

@@ -17,7 +17,8 @@ def project(
     "The clone: the current folder or one above it, else the folder of an editable install"
     here = Path(start or Path.cwd()).resolve()
     for at in (here, *here.parents, Path(__file__).resolve().parents[2] if '__file__' in globals() else here):
-        if (at/'nbs'/'experiments').is_dir() and (at/'settings.ini').is_file(): return at
+        if (at/'nbs'/'experiments').is_dir() and (at/'settings.ini').is_file():
+            return at
     remedy = 'run this in the cloned folder, or install with `pip install -e .`'
     raise SetupError(f'no clone of itm_nb at or above {here.name}; {remedy}')
 
@@ -26,7 +27,8 @@ def fold_file(
 )->Path:
     "A file of folds"
     path = Path(name) if name.endswith('.json') else project()/'nbs'/'experiments'/'folds'/f'{name}.json'
-    if path.is_file(): return path
+    if path.is_file():
+        return path
     there = sorted(p.stem for p in path.parent.glob('*.json'))
     raise SetupError(f'no folds called {name!r}{suggest(name, there)}; there are {there}')
 
@@ -35,7 +37,8 @@ def template(
 )->Path:
     "The notebook of an experiment"
     if name.endswith('.ipynb'):
-        if not Path(name).is_file(): raise SetupError(f'{name}: no such notebook; correct the path')
+        if not Path(name).is_file():
+            raise SetupError(f'{name}: no such notebook; correct the path')
         return Path(name)
     folder = project()/'nbs'/'experiments'
     path = folder/f'{name}.ipynb'
@@ -48,7 +51,8 @@ def template(
 def read_yaml(path)->dict:
     "A YAML (or JSON) file that holds a mapping"
     import yaml
-    try: found = yaml.safe_load(path.read_text('utf-8'))
+    try:
+        found = yaml.safe_load(path.read_text('utf-8'))
     except OSError as e:
         remedy = 'give the path of a YAML or JSON file'
         raise SetupError(f'{path.name}: cannot be read ({e.strerror}); {remedy}') from None
@@ -56,5 +60,6 @@ def read_yaml(path)->dict:
         at = f', line {e.problem_mark.line+1}' if getattr(e, 'problem_mark', None) else ''
         why = getattr(e, 'problem', None) or 'not UTF-8'
         raise SetupError(f'{path.name}{at}: not a YAML file ({why}); wanted name: value') from None
-    if not isinstance(found, dict): raise SetupError(f'{path.name}: wanted a mapping, name: value')
+    if not isinstance(found, dict):
+        raise SetupError(f'{path.name}: wanted a mapping, name: value')
     return found

@@ -18,7 +18,8 @@ _MIX = ((-4658895280553007687, 30), (-7723592293110705685, 27))
 def _mix(x:Tensor)->Tensor:
     """The splitmix64 finaliser on int64 (arithmetic wraps; shifts are made logical by masking the sign's
     copies)"""
-    for m, s in _MIX: x = (x ^ ((x >> s) & ((1 << (64-s)) - 1))) * m
+    for m, s in _MIX:
+        x = (x ^ ((x >> s) & ((1 << (64-s)) - 1))) * m
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 def purpose_key(

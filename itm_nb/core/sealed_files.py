@@ -21,8 +21,10 @@ def sync(
 ):
     "Wait until what was written there has reached the disk"
     at = os.open(path, os.O_RDONLY)
-    try: os.fsync(at)
-    finally: os.close(at)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
 
 def write_synced(
     path,        # of a file to make or replace
@@ -39,7 +41,8 @@ def write_synced(
     sync(path.parent)
 
 # %% ../../nbs/0_core/01_sealed_files.ipynb #8b9a6a2a
-def _crc(line)->int: return zlib.crc32(json.dumps(line).encode())
+def _crc(line)->int:
+    return zlib.crc32(json.dumps(line).encode())
 
 def stamped(
     line:dict,   # what JSON can hold
@@ -53,9 +56,12 @@ def stamped_lines(
     "The lines that are whole"
     out = []
     for raw in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
-        try: line = json.loads(raw)
-        except ValueError: continue
-        if isinstance(line, dict) and line.pop('crc', None) == _crc(line): out.append(line)
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and line.pop('crc', None) == _crc(line):
+            out.append(line)
     return out
 
 # %% ../../nbs/0_core/01_sealed_files.ipynb #e8162be8
@@ -69,7 +75,8 @@ _READ = ('.json', '.jsonl', '.npz', '.npy', '.safetensors', '.bin')
 def _files(folder)->list:
     "Names of the files that count, in their order"
     found = (p.relative_to(folder) for p in sorted(Path(folder).rglob('*')) if p.is_file())
-    def loose(p): return p.name in _LOOSE or p.parts[0] in _ASIDE or p.name.endswith('.tmp')
+    def loose(p):
+        return p.name in _LOOSE or p.parts[0] in _ASIDE or p.name.endswith('.tmp')
     return [p.as_posix() for p in found if not loose(p)]
 
 def _listed(folder)->dict:
@@ -97,7 +104,8 @@ def seal(
 ):
     "Mark a folder as finished: everything in it reaches the disk, then its list, and `DONE` last"
     folder, files = Path(folder), _listed(folder)
-    for at in {p for n in files for p in (folder/n, (folder/n).parent)}: sync(at)
+    for at in {p for n in files for p in (folder/n, (folder/n).parent)}:
+        sync(at)
     (folder/'DONE').unlink(missing_ok=True)
     listed = dict(files=files, seal=over_json(files))
     write_synced(folder/'manifest.json', (json.dumps(listed, indent=1) + '\n').encode())
@@ -107,27 +115,36 @@ def result(
     folder,      # of a run
 )->str:          # 64 hexadecimal digits; '' where there is no DONE
     "What `DONE` says a run has made"
-    try: return ((Path(folder)/'DONE').read_text('utf-8').split() or [''])[0]
-    except (OSError, UnicodeDecodeError): return ''
+    try:
+        return ((Path(folder)/'DONE').read_text('utf-8').split() or [''])[0]
+    except (OSError, UnicodeDecodeError):
+        return ''
 
 # %% ../../nbs/0_core/01_sealed_files.ipynb #904062aa
 def _manifest(folder)->dict:
     "The list of a sealed folder; ValueError where it is not what was written"
-    try: found = json.loads((folder/'manifest.json').read_text('utf-8'))
-    except FileNotFoundError: raise ValueError('manifest.json is missing') from None
-    except ValueError: raise ValueError('manifest.json is damaged') from None
+    try:
+        found = json.loads((folder/'manifest.json').read_text('utf-8'))
+    except FileNotFoundError:
+        raise ValueError('manifest.json is missing') from None
+    except ValueError:
+        raise ValueError('manifest.json is damaged') from None
     files = found.get('files') if isinstance(found, dict) else None
     whole = isinstance(files, dict) and all(isinstance(v, list) and len(v) == 2 for v in files.values())
-    if not whole or found.get('seal') != over_json(files): raise ValueError('manifest.json is damaged')
+    if not whole or found.get('seal') != over_json(files):
+        raise ValueError('manifest.json is damaged')
     return files
 
 def _changed(folder, listed)->str:
     "The first file that is not what the list says; '' where all are"
     for name, (size, hash_) in listed.items():
         at = folder/name
-        if not at.is_file(): return f'{name} is missing'
-        if (have := os.stat(at).st_size) != size: return f'{name} has {have} bytes; it had {size}'
-        if sha256_of(at) != hash_: return f'{name} holds other bytes than when it was finished'
+        if not at.is_file():
+            return f'{name} is missing'
+        if (have := os.stat(at).st_size) != size:
+            return f'{name} has {have} bytes; it had {size}'
+        if sha256_of(at) != hash_:
+            return f'{name} holds other bytes than when it was finished'
     more = [n for n in _files(folder) if n not in listed and ('/' in n or n in (*_CLOCK, 'val.json'))]
     more = [n for n in more if n.endswith(_READ) and not n.rpartition('/')[2].startswith('.')]
     return f'{more[0]} was not there when it was finished' if more else ''
@@ -136,12 +153,18 @@ def _broken(folder)->str:
     "As `broken`, looking at every byte"
     text = (folder/'DONE').read_text('utf-8', errors='replace')
     said = re.fullmatch(r'([0-9a-f]{64})( manifest)?\n?', text)
-    if not said: return 'DONE is damaged'
-    if not said[2] and content(folder) == said[1]: return ''
-    if not said[2]: return 'its files are not those that DONE was written for'
-    try: listed = _manifest(folder)
-    except ValueError as e: return str(e)
-    if _over(listed) != said[1]: return 'manifest.json lists other files than DONE was written for'
+    if not said:
+        return 'DONE is damaged'
+    if not said[2] and content(folder) == said[1]:
+        return ''
+    if not said[2]:
+        return 'its files are not those that DONE was written for'
+    try:
+        listed = _manifest(folder)
+    except ValueError as e:
+        return str(e)
+    if _over(listed) != said[1]:
+        return 'manifest.json lists other files than DONE was written for'
     return _changed(folder, listed)
 
 # %% ../../nbs/0_core/01_sealed_files.ipynb #64f11c92
@@ -150,8 +173,10 @@ _KNOWN = {}      # folder -> (names that are watched, what they looked like, wha
 def _watched(folder)->tuple:
     """Names whose size and times show a change: what counts, what should be there, the folders, and what
     might come"""
-    try: listed = _manifest(folder)
-    except ValueError: listed = {}
+    try:
+        listed = _manifest(folder)
+    except ValueError:
+        listed = {}
     files = {*_files(folder), *listed}
     folders = {str(p) for n in files for p in Path(n).parents}
     return (*files, *(folders - {'.'}), 'DONE', 'manifest.json', *_CLOCK, 'val.json')
@@ -160,8 +185,11 @@ def _look(folder, names)->list:
     "Size and times of each, None where it is not there"
     out = []
     for n in names:
-        try: s = os.stat(f'{folder}/{n}')
-        except FileNotFoundError: out.append(None); continue
+        try:
+            s = os.stat(f'{folder}/{n}')
+        except FileNotFoundError:
+            out.append(None)
+            continue
         out.append((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
     return out
 
@@ -170,11 +198,13 @@ def broken(
 )->str:          # '' where it is finished and whole
     "What keeps a folder from counting as finished"
     folder = Path(os.path.abspath(folder))
-    if not os.path.isfile(folder/'DONE'): return 'it has no DONE'
+    if not os.path.isfile(folder/'DONE'):
+        return 'it has no DONE'
     try:
         known = _KNOWN.get(folder)
         if not known or known[1] != _look(folder, known[0]):
             names = _watched(folder)
             _KNOWN[folder] = names, _look(folder, names), _broken(folder)
-    except OSError as e: return f'{Path(e.filename or folder).name} cannot be read ({e.strerror})'
+    except OSError as e:
+        return f'{Path(e.filename or folder).name} cannot be read ({e.strerror})'
     return _KNOWN[folder][2]

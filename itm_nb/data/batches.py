@@ -69,8 +69,10 @@ class Vocabulary:
     "The words a model knows, by number; 0 is padding"
     words:tuple      # SPECIALS, then words by falling count
 
-    def __post_init__(self): object.__setattr__(self, 'index', {w: i for i, w in enumerate(self.words)})
-    def __len__(self): return len(self.words)
+    def __post_init__(self):
+        object.__setattr__(self, 'index', {w: i for i, w in enumerate(self.words)})
+    def __len__(self):
+        return len(self.words)
 
     @classmethod
     def build(cls,
@@ -93,7 +95,8 @@ class Vocabulary:
     )->tuple:                      # (M, L) int64 tokens padded with 0, (M,) int64 lengths, both on the CPU
         "Sentences as rows of numbers; a sentence without any word becomes <unk>"
         ids = [[self.index.get(w, 3) for w in words(s)[:longest]] or [3] for s in sentences]
-        if ends: ids = [[1, *x, 2] for x in ids]
+        if ends:
+            ids = [[1, *x, 2] for x in ids]
         return padded(ids)
 
     def save(self, path):
@@ -132,12 +135,14 @@ def _on_device(split, device, dtype):
 
 def _boxes_on(device, split, wanted)->Tensor:
     "Places of the regions on the device, where they are wanted"
-    if not wanted: return None
+    if not wanted:
+        return None
     if split.boxes is None:
         raise DataError(split.source, 'no boxes', 'the places of the regions', 'Set boxes=False.')
     return torch.from_numpy(np.array(split.boxes, np.float32)).to(device)
 
-def _places(b, at)->dict: return {} if b.boxes is None else dict(boxes=b.boxes[at])
+def _places(b, at)->dict:
+    return {} if b.boxes is None else dict(boxes=b.boxes[at])
 
 def upload(
     x:Tensor,     # on the host
@@ -146,7 +151,8 @@ def upload(
     """Send small things to the device without holding the host up (from pinned memory, where there is such a
     thing)"""
     device = torch.device(device)
-    if device.type == 'cpu': return x
+    if device.type == 'cpu':
+        return x
     return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
 
 def on_host(
@@ -159,7 +165,8 @@ def on_host(
 
 def _known(x:Tensor, make)->Tensor:   # make: () -> the same on the host
     "Keep beside a tensor of the device what the host knew before it was uploaded"
-    if x.device.type != 'cpu': x.host = torch.as_tensor(make())
+    if x.device.type != 'cpu':
+        x.host = torch.as_tensor(make())
     return x
 
 class Batches:
@@ -232,11 +239,13 @@ def _encoded(vocab, split, device):
     tokens, lengths = vocab.encode(split.captions)
     return tokens.to(device), lengths.numpy(), lengths.to(device)
 
-def _sorted(**ids): return {k: np.argsort(x, kind='stable') for k, x in ids.items()}
+def _sorted(**ids):
+    return {k: np.argsort(x, kind='stable') for k, x in ids.items()}
 
 def _features_of(b, at, idx):
     "Features or pictures of some images, on the device"
-    if b.feats is not None: return b.feats[at].float()
+    if b.feats is not None:
+        return b.feats[at].float()
     return _look(b, np.arange(len(b.split))[idx]).to(b.device)
 
 def _whose(b, cap, at, img)->dict:
@@ -274,7 +283,8 @@ def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) indices; captions' in tra
     "Pictures or features of some images, read where they lie"
     if b.pixels is not None:
         x = b.pixels[img]
-        if b.change is None or cap is None: return x
+        if b.change is None or cap is None:
+            return x
         return b.change(x, torch.tensor(b.split.cap_ids[cap]), epoch)
     x = torch.from_numpy(np.array(b.split.feats[img])).to(b.dtype)
     if not x.isfinite().all():

@@ -25,7 +25,8 @@ def describe(
     "What a split holds: sizes, counts, words, sentences that belong to several images, samples"
     per, length = np.bincount(split.img_of), np.array([len(words(c)) for c in split.captions])
     used = {c: set() for c in split.captions}
-    for c, i in zip(split.captions, split.img_of.tolist()): used[c].add(i)
+    for c, i in zip(split.captions, split.img_of.tolist()):
+        used[c].add(i)
     spread = lambda a: dict(min=int(a.min()), mean=round(float(a.mean()), 2), max=int(a.max()))
     x, some = split.feats, spread_rows(len(split.captions), samples) if samples else []
     return dict(
@@ -63,12 +64,14 @@ def _check_part(folder, part, full, read):
         warnings.simplefilter('always')
         try:
             s = read(folder, part)
-            if full: check_finite(s.feats, s.source)
+            if full:
+                check_finite(s.feats, s.source)
         except DataError as e:
             s = None
             out.append(Finding('error', part, str(e)))
     out += [Finding('warning', part, str(w.message)) for w in said]
-    if s is None: return None, out
+    if s is None:
+        return None, out
     zero, d = sum(not np.any(x) for x in s.feats[spread_rows(len(s))]), describe(s, 0)
     said = [('warning', zero,
              f'{zero} of the {len(spread_rows(len(s)))} images looked at have features that are all zero'),
@@ -91,8 +94,11 @@ def check_folder(
     for part in names:
         s, found = _check_part(folder, part, full, read)
         out += found
-        if s is not None: parts[part] = s
+        if s is not None:
+            parts[part] = s
     # testall holds the photos of test again
-    try: check_parts({k: v for k, v in parts.items() if k != 'testall'})
-    except DataError as e: out.append(Finding('error', '', str(e)))
+    try:
+        check_parts({k: v for k, v in parts.items() if k != 'testall'})
+    except DataError as e:
+        out.append(Finding('error', '', str(e)))
     return out

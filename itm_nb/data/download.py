@@ -32,21 +32,25 @@ from .safe_files import inside
 _BLOCK = 1 << 16             # bytes read at a time: what a broken line loses at most
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
-class _Again(Exception): "A failure that may pass: worth another try"
+class _Again(Exception):
+    "A failure that may pass: worth another try"
 
 def _reply(url, start, version, wait):
     "The server's answer to a request for everything from byte `start` on"
     ask = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-', 'If-Range': version} if start
                                              else {})
-    try: r = _followed(url, ask, wait)
+    try:
+        r = _followed(url, ask, wait)
     except requests.RequestException as e:
         if isinstance(e, (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema,
                           requests.exceptions.InvalidSchema)):
             raise DataError(url, 'no address', 'http:// or https://', 'Correct it.') from None
         raise _Again(f'no connection ({type(e).__name__})') from None
-    if r.status_code in (200, 206, 416): return r
+    if r.status_code in (200, 206, 416):
+        return r
     r.close()
-    if r.status_code >= 500 or r.status_code in (408, 429): raise _Again(f'the server says {r.status_code}')
+    if r.status_code >= 500 or r.status_code in (408, 429):
+        raise _Again(f'the server says {r.status_code}')
     raise DataError(url, f'the server says {r.status_code} {r.reason}', 'the file',
                     'Look whether it has moved.')
 
@@ -55,8 +59,10 @@ def _followed(url, ask, wait, most=10):
     at = url
     for _ in range(most):
         r = requests.get(at, headers=ask, stream=True, timeout=wait, allow_redirects=False)
-        if not r.is_redirect: return r
-        r.close(); to = urljoin(at, r.headers['location'])
+        if not r.is_redirect:
+            return r
+        r.close()
+        to = urljoin(at, r.headers['location'])
         if (scheme := urlsplit(to).scheme) != urlsplit(url).scheme:
             raise DataError(url, f'sent on to {scheme}: ({to[:100]})', f'{urlsplit(url).scheme} all the way',
                             'Do not use this address.')
@@ -70,8 +76,10 @@ def _version(r):
 
 def _whole(r, start)->int:
     "Size of the whole file as the answer tells it; None where it does not"
-    if r.status_code in (206, 416): total = r.headers.get('Content-Range', '').rpartition('/')[2]
-    else: total = r.headers.get('Content-Length', '')
+    if r.status_code in (206, 416):
+        total = r.headers.get('Content-Range', '').rpartition('/')[2]
+    else:
+        total = r.headers.get('Content-Length', '')
     return int(total) if total.isdigit() else None
 
 # %% ../../nbs/1_data/10_download.ipynb #6624c1d2
@@ -88,12 +96,14 @@ def _pour(r, f, part, bar):
         for block in r.iter_content(_BLOCK):
             f.write(block)
             bar.update(len(block))
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
     except requests.RequestException as e:
         f.flush()
         raise _Again(f'the line broke ({type(e).__name__})') from None
     except OSError as e:
-        if e.errno not in _FULL: raise
+        if e.errno not in _FULL:
+            raise
         raise DataError(part, f'{e.strerror.lower()} after {part.stat().st_size:,} bytes',
                         'room for the rest',
                         'Make room and run this again: it goes on from here.') from None
@@ -103,17 +113,21 @@ def _fetch_once(url, part, f, size, bar, wait)->None:
     note = part.with_name(part.name + '.version')
     start = f.seek(0, os.SEEK_END)
     version = note.read_text('utf-8') if note.is_file() else ''
-    if start and not version: start = 0
+    if start and not version:
+        start = 0
     with _reply(url, start, version, wait) as r:
         total = _whole(r, start) or size
-        if r.status_code == 416 and start == total: return
+        if r.status_code == 416 and start == total:
+            return
         sent = r.headers.get('Content-Range', '')
         if r.status_code == 206 and not sent.startswith(f'bytes {start}-'):
             raise _Again('another part was sent')
         if r.status_code == 416:
             f.truncate(0)
             raise _Again('what has come is longer than the file')
-        if r.status_code == 200: f.truncate(0); start = 0
+        if r.status_code == 200:
+            f.truncate(0)
+            start = 0
         note.write_text(_version(r), 'utf-8')
         _room(part, total and total-start)
         bar.total, bar.n = total, start
@@ -128,13 +142,16 @@ def _tried(urls, part, f, size, bar, tries, pause, wait):
     said = []
     for url in urls:
         for i in range(tries):
-            try: return _fetch_once(url, part, f, size, bar, wait)
+            try:
+                return _fetch_once(url, part, f, size, bar, wait)
             except _Again as e:
                 why = str(e)
                 time.sleep(pause*2**i if i < tries-1 else 0)
             except DataError as e:
-                if e.where != url: raise  # not the server's fault: no other address will help
-                why = e.found; break
+                if e.where != url:
+                    raise  # not the server's fault: no other address will help
+                why = e.found
+                break
         said.append(f'{url}: {why}')
     raise DataError(part.with_suffix(''), '; '.join(said), 'one address that answers',
                     'Run this again later; what has come is kept.' if f.tell()
@@ -155,9 +172,11 @@ def download(
     to = Path(to)
     part = to.with_name(to.name + '.part')
     to.parent.mkdir(parents=True, exist_ok=True)
-    if to.is_file() and (not sha256 or sha256_of(to) == sha256): return to
+    if to.is_file() and (not sha256 or sha256_of(to) == sha256):
+        return to
     with open(part, 'ab') as f, tqdm(desc=to.name, unit='B', unit_scale=True, disable=not progress) as bar:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(part, 'another process that fetches it', 'one', 'Wait for it.') from None
         _tried([urls] if isinstance(urls, str) else urls, part, f, size, bar, tries, pause, wait)
@@ -176,7 +195,8 @@ def _zip_members(z)->list:
     "(name, size, opener) of the files in a zip archive"
     out = []
     for i in z.infolist():
-        if i.is_dir(): continue
+        if i.is_dir():
+            continue
         kind = stat.S_IFMT(i.external_attr >> 16)
         out.append((i.filename, i.file_size, None if kind and not stat.S_ISREG(kind)
                     else lambda i=i: z.open(i)))
@@ -193,7 +213,8 @@ def _open_archive(path):
         if zipfile.is_zipfile(path):
             z = zipfile.ZipFile(path)
             return z, _zip_members(z)
-        t = tarfile.open(path); return t, _tar_members(t)
+        t = tarfile.open(path)
+        return t, _tar_members(t)
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError) as e:
         raise DataError(path, f'no readable archive ({type(e).__name__})', 'a zip or tar file',
                         'Fetch it again.') from None
@@ -208,7 +229,8 @@ def unpack(
     archive, to = regular_file(archive), Path(to)
     new = to/f'.{archive.name}.tmp'
     shutil.rmtree(new, ignore_errors=True)
-    opened, members = _open_archive(archive); moved = []
+    opened, members = _open_archive(archive)
+    moved = []
     with opened:
         members = [(inside(new, m[0].split('/')[-1] if flat else m[0], archive), *m) for m in members
                    if any(fnmatch.fnmatch(m[0], p) for p in take)]
@@ -226,21 +248,25 @@ def unpack(
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(at, place)
         moved.append(place)
-    shutil.rmtree(new); return moved
+    shutil.rmtree(new)
+    return moved
 
 def _write_members(archive, members):
     "Copy every member to its place; never more of it than the directory says"
     try:
         for at, name, size, read in members:
             at.parent.mkdir(parents=True, exist_ok=True)
-            with read() as src, open(at, 'wb') as f: shutil.copyfileobj(src, f, _BLOCK)
-            if at.stat().st_size != size: raise EOFError(name)
+            with read() as src, open(at, 'wb') as f:
+                shutil.copyfileobj(src, f, _BLOCK)
+            if at.stat().st_size != size:
+                raise EOFError(name)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zipfile.zlib.error, NotImplementedError,
             RuntimeError) as e:
         raise DataError(archive, f'a damaged member ({str(e)[:60]})', 'a whole archive',
                         'Fetch it again.') from None
     except OSError as e:
-        if e.errno not in _FULL: raise
+        if e.errno not in _FULL:
+            raise
         raise DataError(members[0][0].parent, e.strerror.lower(), 'room for what the archive holds',
                         'Make room.') from None
 
@@ -255,7 +281,8 @@ class File:
     flat:bool=False        # archives: leave out the folders inside
 
     @property
-    def name(self): return self.urls[0].split('?')[0].rsplit('/', 1)[-1]
+    def name(self):
+        return self.urls[0].split('?')[0].rsplit('/', 1)[-1]
 
 @dataclass(frozen=True)
 class Source:
@@ -277,7 +304,8 @@ _COCO_STORE = 'https://s3.amazonaws.com/images.cocodataset.org'
 _STAND, _CXC = ('https://cs.stanford.edu/people/karpathy/deepimagesent',
                 'https://github.com/google-research-datasets/Crisscrossed-Captions')
 _BLOB = 'https://convaisharables.blob.core.windows.net/uniter/pretrained'
-def _net(repo, what, licence='as its page states'): return Source(what, licence, hub=repo, kind='model')
+def _net(repo, what, licence='as its page states'):
+    return Source(what, licence, hub=repo, kind='model')
 def _split(name, licence):
     return Source(f'Karpathy splits of {name}: which photo is in which part, its sentences', licence,
                   (File((f'{_STAND}/caption_datasets.zip',), take=(f'dataset_{name}.json',)),))
@@ -382,13 +410,15 @@ def _from_shards(folder):
                      for c in about['captions']]
             j.unlink()
     _jsonl(folder, rows)
-    for shard in shards: shard.unlink()
+    for shard in shards:
+        shard.unlink()
 
 def _images(folder):
     "Folders of photos under images/, as Karpathy's table names them"
     (folder/'images').mkdir(exist_ok=True)
     for sub in ('train2014', 'val2014'):
-        if (folder/sub).is_dir(): os.replace(folder/sub, folder/'images'/sub)
+        if (folder/sub).is_dir():
+            os.replace(folder/sub, folder/'images'/sub)
 
 MAKERS = dict(metadata=_from_metadata, shards=_from_shards, images=_images)
 
@@ -397,8 +427,10 @@ _NOTE = 'sources.json'
 
 def _noted(folder)->dict:
     "What a folder says it was fetched from"
-    try: return json.loads((folder/_NOTE).read_text('utf-8'))
-    except FileNotFoundError: return {}
+    try:
+        return json.loads((folder/_NOTE).read_text('utf-8'))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError):
         raise DataError(folder/_NOTE, 'broken JSON', 'what `itm_data get` wrote', 'Remove it.') from None
 
@@ -440,9 +472,11 @@ def _get_hub(name, source, folder):
 def _get_package(name, source, folder):
     "The data files of an installed package, which is not imported; the steps where it is not installed"
     spec = importlib.util.find_spec(source.package)
-    if spec is None or not spec.origin: return False
+    if spec is None or not spec.origin:
+        return False
     there = sorted(p for p in (Path(spec.origin).parent/'data').iterdir() if p.suffix in ('.json', '.npy'))
-    for p in there: shutil.copyfile(p, folder/p.name)
+    for p in there:
+        shutil.copyfile(p, folder/p.name)
     _write_note(folder, name, {p.name: dict(sha256=sha256_of(folder/p.name), size=p.stat().st_size)
                                for p in there})
     return True
@@ -463,11 +497,16 @@ def get(
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f'{name}: {s.what}', f'licence: {s.licence}']
     fetched = bool(s.files or s.hub)
-    if s.files: _get_files(name, s, folder, progress, tries, pause)
-    if s.hub: _get_hub(name, s, folder)
-    if s.package: fetched = _get_package(name, s, folder)
-    if s.make and not (folder/'captions.jsonl').is_file(): MAKERS[s.make](folder)
-    if fetched: lines.append(f'it lies in {folder}')
+    if s.files:
+        _get_files(name, s, folder, progress, tries, pause)
+    if s.hub:
+        _get_hub(name, s, folder)
+    if s.package:
+        fetched = _get_package(name, s, folder)
+    if s.make and not (folder/'captions.jsonl').is_file():
+        MAKERS[s.make](folder)
+    if fetched:
+        lines.append(f'it lies in {folder}')
     if s.steps and not (s.package and fetched):
         lines += ['', 'no program can do these:' if not fetched else 'besides:',
                   *(f'{i}. {x}' for i, x in enumerate(s.steps, 1))]
@@ -484,7 +523,8 @@ def verify(
         raise DataError(folder, f'no {_NOTE}', 'a folder that `itm_data get` filled', 'Fetch it first.')
     for files in note.values():
         for name, x in files.items():
-            if 'sha256' not in x: continue
+            if 'sha256' not in x:
+                continue
             path = inside(folder, name, folder/_NOTE)
             said = ('missing' if not path.is_file() else 'right' if sha256_of(path) == x['sha256']
                     else 'its bytes have changed')
@@ -498,10 +538,13 @@ def _list(sources)->list:
 
 def _checked(s)->str:
     "What a source is compared with"
-    if s.hub: return 'hashes of the Hub, by its library'
-    if not s.files: return 'nothing is fetched' if not s.package else 'files of an installed package'
+    if s.hub:
+        return 'hashes of the Hub, by its library'
+    if not s.files:
+        return 'nothing is fetched' if not s.package else 'files of an installed package'
     known = sum(bool(f.sha256) for f in s.files)
-    if known: return f"the publisher's SHA-256, {known} of {len(s.files)} files"
+    if known:
+        return f"the publisher's SHA-256, {known} of {len(s.files)} files"
     return "no publisher's hash is known: written down when first fetched"
 
 def get_command(
@@ -518,8 +561,10 @@ def get_command(
     p.add_argument('--quiet', action='store_true', help='no progress bars')
     a = p.parse_args(argv)
     known = SOURCES if sources is None else sources
-    if not a.name: return _list(known), 0
+    if not a.name:
+        return _list(known), 0
     folder = check_place(a.folder or Path('data')/a.name, 'folder')
-    if not a.verify: return get(a.name, folder, known, progress=not a.quiet), 0
+    if not a.verify:
+        return get(a.name, folder, known, progress=not a.quiet), 0
     found = verify(folder)
     return [f'{said:24} {name}' for name, said in found], int(any(said != 'right' for _, said in found))

@@ -46,10 +46,13 @@ class Judgements:
 def npz_table(path, name, width):
     "One integer table of an npz file, never unpickled"
     wanted = f'a table `{name}` of integers with {width} columns'
-    with open(regular_file(path), 'rb') as f: magic = f.read(4)
-    if magic != b'PK\3\4': raise DataError(path, 'not an npz file', wanted, 'Write it with numpy.savez.')
+    with open(regular_file(path), 'rb') as f:
+        magic = f.read(4)
+    if magic != b'PK\3\4':
+        raise DataError(path, 'not an npz file', wanted, 'Write it with numpy.savez.')
     try:
-        with np.load(path, allow_pickle=False) as z: a = z[name]
+        with np.load(path, allow_pickle=False) as z:
+            a = z[name]
     except Exception as e:  # zip, header or data may be damaged anywhere
         raise DataError(path, f'`{name}` cannot be read ({str(e)[:120]})', wanted,
                         'Fetch the file again, or write it with numpy.savez.') from None
@@ -127,7 +130,8 @@ class Folds:
     judged:tuple=()      # ids of judged photos
     seed:int=0
 
-    def __len__(self): return len(self.test)
+    def __len__(self):
+        return len(self.test)
     def __getitem__(self, k):
         test, val = self.test[range(len(self))[k]], self.val[range(len(self))[k]]
         return dict(train=np.setdiff1d(np.concatenate(self.test), np.concatenate([test, val])), val=val,
@@ -152,7 +156,8 @@ class Folds:
             test, val = (tuple(np.array(x, dtype=np.int64) for x in d[k]) for k in ('test', 'val'))
             f = cls(test, val, tuple(d['groups']), tuple(d['judged']), d['seed'])
             same = f.content() == d
-        except (KeyError, TypeError, ValueError, OverflowError): same = False
+        except (KeyError, TypeError, ValueError, OverflowError):
+            same = False
         if not same:
             raise DataError(path, 'a fold file whose hash does not match its content',
                             'the file as it was saved',

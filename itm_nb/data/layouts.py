@@ -77,9 +77,12 @@ def _grouped(rows, path):
 
 def _folder(folder):
     "The folder, if it is one"
-    try: ok = Path(folder).is_dir()
-    except ValueError: ok = False
-    if not ok: raise DataError(folder, 'no such folder', 'a data folder', 'Check the path.')
+    try:
+        ok = Path(folder).is_dir()
+    except ValueError:
+        ok = False
+    if not ok:
+        raise DataError(folder, 'no such folder', 'a data folder', 'Check the path.')
     return Path(folder)
 
 def only_file(folder, *patterns):
@@ -101,7 +104,8 @@ def _karpathy_entry(d, i, path, most):
                         'Fetch the file again.')
     listed = listed[:most or None]
     name, sub = d.get('filename'), d.get('filepath', '')
-    if sub: inside(path.parent, sub, path)
+    if sub:
+        inside(path.parent, sub, path)
     inside(path.parent, name, path)
     sents = [s.get('sentid') for s in listed]
     img = d.get('imgid')
@@ -132,7 +136,8 @@ def karpathy_table(
 def _check_image_id(d, seen, i, path):
     "An `image_id`, where an entry has one, is text or a whole number, and belongs to one image of its list"
     x, remedy = d.get('image_id'), 'Correct it, or remove image_id throughout.'
-    if x is None: return
+    if x is None:
+        return
     if isinstance(x, bool) or not isinstance(x, (str, int)) or x == '':
         raise DataError(path, f'entry {i}: image_id {str(x)[:40]!r}', 'text or a whole number', remedy)
     if (other := seen.setdefault(x, d['image'])) != d['image']:
@@ -164,7 +169,8 @@ def albef_table(
     "JSON lists as of ALBEF, BLIP and FNE"
     folder = _folder(folder)
     paths = {p: only_file(folder, *(f'*{x}.json' for x in PARTS[p])) for p in ('train', 'val', 'test')}
-    for path in paths.values(): own_file(path, folder, follow_links)
+    for path in paths.values():
+        own_file(path, folder, follow_links)
     rows = (r for p, path in paths.items() for r in _albef_rows(path, p))
     return Table(paths['train'], _grouped(rows, paths), folder)
 
@@ -181,10 +187,13 @@ def named_columns(
     where='columns',       # for the message
 )->dict:                   # {our name: the table's name}; DataError for anything else
     "Which column of a table is which"
-    if isinstance(columns, str): pairs = [x.split('=') for x in columns.split(',')] if columns.strip() else []
-    else: pairs = list(columns.items()) if isinstance(columns, dict) else [] if columns is None else [()]
+    if isinstance(columns, str):
+        pairs = [x.split('=') for x in columns.split(',')] if columns.strip() else []
+    else:
+        pairs = list(columns.items()) if isinstance(columns, dict) else [] if columns is None else [()]
     use = {p[0].strip(): p[1].strip() for p in pairs if len(p) == 2 and all(isinstance(x, str) for x in p)}
-    if len(use) == len(pairs) and set(use) <= set(WANTED) and all(use.values()): return use
+    if len(use) == len(pairs) and set(use) <= set(WANTED) and all(use.values()):
+        return use
     raise DataError(where, f'columns={columns!r}'[:200],
                     f'OUR=THEIRS joined by commas, ours being {", ".join(WANTED)}',
                     "Write for instance columns='file=image_name,caption=comment'.")
@@ -216,9 +225,11 @@ def _separator(text, separator, columns, path)->str:
     sense"""
     if separator and separator not in SEPARATORS:
         raise DataError(path, f'separator={separator!r}', 'one of , ; | tab', 'Correct separator.')
-    if separator: return SEPARATORS[separator]
+    if separator:
+        return SEPARATORS[separator]
     wanted = [tuple(named_columns(columns, path).values())] if columns else FORMS
-    def names(c): return {x.strip().strip('"') for x in text.split('\n', 1)[0].split(c)}
+    def names(c):
+        return {x.strip().strip('"') for x in text.split('\n', 1)[0].split(c)}
     found = [c for c in set(SEPARATORS.values()) if any(set(f) <= names(c) for f in wanted)]
     return found[0] if len(found) == 1 else ','
 
@@ -226,7 +237,8 @@ def _mended(row, names, path, line):
     "The line of Flickr30K's own results.csv that lacks its second bar, as it was meant; others as they are"
     one_short = len(row) == 2 and names == ['image_name', 'comment_number', 'comment']
     cut = re.fullmatch(r'\s*(\d+)\s+(\S.*)', row[1], re.S) if one_short else None
-    if not cut: return row
+    if not cut:
+        return row
     warnings.warn(f'{path}, line {line}: no bar behind the number; read as number and comment')
     return [row[0], *cut.groups()]
 
@@ -250,20 +262,26 @@ def _csv_records(path, separator='', columns=''):
             if row and len(row) != len(names):
                 start = at
                 no(f'{len(row)} fields instead of {len(names)}')
-            if row: yield at, dict(zip(names, [x.strip() for x in row] if plain else row))
-    except csv.Error as e: no(f'broken csv ({e})')
+            if row:
+                yield at, dict(zip(names, [x.strip() for x in row] if plain else row))
+    except csv.Error as e:
+        no(f'broken csv ({e})')
 
 def _jsonl_records(path):
     "(line, dictionary) of a file with a JSON object on every line"
     names = None
     for i, l in enumerate(read_utf8(path).removesuffix('\n').split('\n'), 1):
-        try: d = json.loads(l)
-        except (ValueError, RecursionError) as e: d = str(e)[:60]
+        try:
+            d = json.loads(l)
+        except (ValueError, RecursionError) as e:
+            d = str(e)[:60]
         if not isinstance(d, dict):
             raise DataError(path, f'no JSON object ({str(d)[:60]})', 'a JSON object on every line',
                             'Correct it.',
                                                     i)
-        if names is None: names = list(d); yield i, names
+        if names is None:
+            names = list(d)
+            yield i, names
         if set(d) != set(names):
             raise DataError(path, f'the columns {", ".join(d)[:200]}', f'{", ".join(names)} as in line 1',
                                                  'Correct it.', i)
@@ -289,7 +307,8 @@ def _table_rows(path, columns, separator, part=None):
 
 def _root(folder, name, table)->Path:
     "The folder of the pictures: the table's, or the only one below it that holds the first picture"
-    if os.path.lexists(folder/name): return folder
+    if os.path.lexists(folder/name):
+        return folder
     there = sorted(d.name for d in os.scandir(folder) if d.is_dir() and os.path.lexists(Path(d.path)/name))
     if len(there) > 1:
         raise DataError(table, f'{name} in {there[0]} and in {there[1]}', 'all pictures in one folder',
@@ -308,7 +327,8 @@ def captions_table(
     own = any(os.path.lexists(folder/n) for n in TABLES[:2])
     path = only_file(folder, *(TABLES[:2] if own else TABLES))
     rows = list(_table_rows(own_file(path, folder, follow_links), columns, separator))
-    if not rows: raise DataError(path, 'no captions', 'a row for every caption', 'Write them.')
+    if not rows:
+        raise DataError(path, 'no captions', 'a row for every caption', 'Write them.')
     return Table(path, _grouped(rows, path), _root(folder, rows[0][0], path))
 
 # %% ../../nbs/1_data/07_layouts.ipynb #0b66c89e
@@ -333,7 +353,8 @@ def imagefolder_table(
     follow_links:bool=False,   # as in `open_layout`
 )->Table:
     "A folder of pictures in the convention of Hugging Face; a DataError says what is wrong"
-    folder = _folder(folder); rows = []
+    folder = _folder(folder)
+    rows = []
     for path in _metadata(folder):
         below = '' if path.parent == folder else f'{path.parent.name}/'
         part = part_name(path.parent.name, path) if below else None
@@ -383,12 +404,14 @@ def _check_copies(table):
     for e in table.entries:
         sizes.setdefault(os.stat(regular_file(inside(table.root, e.file))).st_size, []).append(e)
     for size, same in sizes.items():
-        if len({e.part for e in same}) < 2: continue
+        if len({e.part for e in same}) < 2:
+            continue
         seen = {}
         for e in same:
             other = seen.setdefault(_middle(table.root/e.file, size), e)
             here, there = table.root/e.file, table.root/other.file
-            if other.part == e.part or here.read_bytes() != there.read_bytes(): continue
+            if other.part == e.part or here.read_bytes() != there.read_bytes():
+                continue
             said = f'a copy of {other.file}, which is in {other.part}'
             if 'train' in (e.part, other.part):
                 raise DataError(here, said, 'every image in one part only',
@@ -428,16 +451,19 @@ def to_split(
     follow_links:bool=False,   # as in `open_layout`
 )->Split:                  # with `files`, without features; nothing is decoded
     "One part of a table as a split of image files"
-    if not any(e.part for e in table.entries): table = _drawn(table)
+    if not any(e.part for e in table.entries):
+        table = _drawn(table)
     _check_ids(table)
-    if not follow_links: _check_links(table)
+    if not follow_links:
+        _check_links(table)
     _check_copies(table)
     of_part = [e for e in table.entries if e.part == part]
     if not of_part:
         raise DataError(table.path, f'no image in {part}', f'images in train, val and test',
                         'Add them, or correct the column.')
     files = [table.root/e.file for e in of_part]
-    for i in np.unique(np.linspace(0, len(files)-1, min(headers, len(files))).astype(int)): look(files[i])
+    for i in np.unique(np.linspace(0, len(files)-1, min(headers, len(files))).astype(int)):
+        look(files[i])
     img_of = np.repeat(np.arange(len(of_part)), [len(e.captions) for e in of_part])
     img, sents = _ids(table, set(of_part))
     return Split(part, None, np.ones(len(files), np.int64), [c for e in of_part for c in e.captions], img_of,
@@ -459,7 +485,8 @@ def _boxes_of(path, least, fewest, most):
         raise DataError(path, f'features {x.dtype} {x.shape}, conf {conf.shape}, norm_bb {box.shape}',
                         'floating-point (boxes, dims), (boxes,), (boxes, 4 or more)',
                         'Extract this photo again.')
-    with np.errstate(over='ignore'): x = x.astype(np.float16 if x.dtype == np.float16 else np.float32)
+    with np.errstate(over='ignore'):
+        x = x.astype(np.float16 if x.dtype == np.float16 else np.float32)
     if not (np.isfinite(x).all() and np.isfinite(conf).all()
             and ((box[:,:4] >= -.01) & (box[:,:4] <= 1.01)).all()):
         raise DataError(path, 'NaN, infinity or a box outside the photo',
@@ -482,7 +509,8 @@ def read_boxes(
 )->Split:                  # features in memory, padded to the photo with the most boxes
     "Boxes by the photo, as UNITER's detector leaves them"
     t = captions_table(folder, columns, separator, follow_links)
-    s = to_split(t, part, 0, follow_links); got = []
+    s = to_split(t, part, 0, follow_links)
+    got = []
     for f in s.files:
         got.append(_boxes_of(f, least, fewest, most))
         if (a := got[0][0]).shape[1] != got[-1][0].shape[1] or a.dtype != got[-1][0].dtype:
@@ -521,13 +549,15 @@ def datasets_table(
 )->Table:
     "A data set of the package `datasets`, with a column of file names and a column of captions"
     folder = _folder(folder)
-    try: import datasets
+    try:
+        import datasets
     except ImportError:
         raise DataError(folder, 'a data set of the package datasets, which is not installed', 'the package',
                         'pip install datasets.') from None
     for path in (p for end in ('json', 'arrow') for p in folder.rglob(f'*.{end}')):
         own_file(path, folder, follow_links)
-    try: d = datasets.load_from_disk(str(folder))
+    try:
+        d = datasets.load_from_disk(str(folder))
     except Exception as e:
         raise DataError(folder, f'cannot be loaded ({str(e)[:100]})', 'what save_to_disk wrote',
                                            'Write it again.') from None
@@ -585,7 +615,8 @@ def recognise(
     jsons = {p.name for p in folder.glob('dataset*.json')}
     if {'datasets', 'karpathy'} <= set(there) and jsons <= {'dataset_dict.json', 'dataset_info.json'}:
         there.remove('karpathy')                  # the package's own files look like Karpathy's by name
-    if len(there) > 1 and 'captions' in there and _is_weak(folder): there.remove('captions')
+    if len(there) > 1 and 'captions' in there and _is_weak(folder):
+        there.remove('captions')
     if {'captions', 'imagefolder'} <= set(there) and (folder/_META[0]).is_file():
         there.remove('imagefolder')               # `itm_data get` made our own table from that one
     if len(there) != 1:
@@ -593,7 +624,8 @@ def recognise(
         raise DataError(folder, f'{len(there)} layouts {", ".join(there)}'.rstrip(),
                         f'the files of one ({looked})',
                         'Copy the missing files there, or name the layout.')
-    if there[0] != 'captions': return there[0]
+    if there[0] != 'captions':
+        return there[0]
     first = captions_table(folder, columns, separator, follow_links).entries[0]
     return 'boxes' if first.file.endswith('.npz') else 'captions'
 
@@ -663,11 +695,14 @@ def check_layout(
     "Everything there is to say about a data folder before it is used"
     given = dict(columns=columns, separator=separator, max_captions=max_captions,
                  captions_of_split=captions_of_split)
-    try: layout = layout or recognise(folder, columns, separator)
-    except DataError as e: return [Finding('error', '', str(e))]
+    try:
+        layout = layout or recognise(folder, columns, separator)
+    except DataError as e:
+        return [Finding('error', '', str(e))]
     found = [Finding('info', '', f'layout {layout}: {LAYOUTS[layout].what}'),
              Finding('info', '', 'licence: ' + (KNOWN[name].licence if name in KNOWN else 'not stated'))]
-    if layout == 'scan' and not name: return found + check_folder(folder, read=partial(read_scan, **given))
+    if layout == 'scan' and not name:
+        return found + check_folder(folder, read=partial(read_scan, **given))
     errors = {}
     for part in ('train', 'val', 'test'):
         with warnings.catch_warnings(record=True) as said:
@@ -677,7 +712,8 @@ def check_layout(
                 found.append(Finding('info', part, f'{len(s)} images'))
                 found += [Finding(level, part, text) for level, true, text in caption_findings(s) if true]
             # said once, not for every part
-            except DataError as e: errors.setdefault(str(e), Finding('error', part, str(e)))
+            except DataError as e:
+                errors.setdefault(str(e), Finding('error', part, str(e)))
         found += [Finding('warning', part, str(w.message)) for w in said if part == 'train']
     return [*errors.values(), *found]
 
@@ -697,5 +733,6 @@ def info_layout(
         try:
             lines += [part, *(f'  {k}: {v}' for k, v in describe(open_layout(folder, part, layout, name,
                 **given)).items())]
-        except DataError as e: lines.append(f'{part}: {e}')
+        except DataError as e:
+            lines.append(f'{part}: {e}')
     return lines

@@ -37,7 +37,8 @@ def _bytes_of(
     lo, hi = x.min(), x.max()
     if not 0 <= lo <= hi <= (255 if x.dtype.kind == 'f' else 65_535):                # NaN fails here too
         raise ValueError(f'values from {lo:g} to {hi:g}; wanted 0 to 1 or 255 (decimal), 0 to 65,535 (whole)')
-    if x.dtype.kind == 'f': return np.rint(x * (255 if hi <= 1 else 1)).astype(np.uint8)
+    if x.dtype.kind == 'f':
+        return np.rint(x * (255 if hi <= 1 else 1)).astype(np.uint8)
     return (x if hi <= 255 else x >> 8).astype(np.uint8)
 
 def _rgb(
@@ -45,8 +46,10 @@ def _rgb(
 )->Image.Image:         # mode RGB
     """Three channels: transparency on white, 16-bit values without their lower byte, 32-bit ones by
     `_bytes_of`"""
-    if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-    elif im.mode in ('I', 'F'): im = Image.fromarray(_bytes_of(np.asarray(im)))
+    if im.mode.startswith('I;16'):
+        im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+    elif im.mode in ('I', 'F'):
+        im = Image.fromarray(_bytes_of(np.asarray(im)))
     if im.has_transparency_data:
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
@@ -58,10 +61,13 @@ def _broken_png(raw:bytes)->str:
     while at + 12 <= len(raw):
         size, kind = int.from_bytes(raw[at:at+4]), raw[at+4:at+8]
         end = at + 12 + size
-        if end > len(raw): break
+        if end > len(raw):
+            break
         wrong = zlib.crc32(raw[at+4:end-4]) != int.from_bytes(raw[end-4:end])
-        if wrong and kind[:1].isupper(): return 'with damaged data'
-        if kind == b'IEND': return ''
+        if wrong and kind[:1].isupper():
+            return 'with damaged data'
+        if kind == b'IEND':
+            return ''
         at = end
     return 'that is cut off'
 
@@ -73,8 +79,10 @@ def _broken_jpeg(raw:bytes)->str:
     at = 2
     while m := _MARKER.search(raw, at):
         kind, at = m.group(1)[0], m.end()
-        if kind == 0xd9: return ''
-        if kind not in (0x01, 0xd8): at += int.from_bytes(raw[at:at+2])
+        if kind == 0xd9:
+            return ''
+        if kind not in (0x01, 0xd8):
+            at += int.from_bytes(raw[at:at+2])
     return 'that is cut off'
 
 def broken(
@@ -90,7 +98,8 @@ def _square(
     frame:str,          # 'crop' or 'squash'
 )->np.ndarray:          # (size, size, 3) uint8
     "The central square, or the whole picture squashed, resized in one go"
-    w, h = im.size; s = min(w, h)
+    w, h = im.size
+    s = min(w, h)
     box = ((w-s)/2, (h-s)/2, (w+s)/2, (h+s)/2) if frame == 'crop' else None
     return np.array(im.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
@@ -100,7 +109,8 @@ def decode(
     frame:str='crop',     # 'crop': the central square; 'squash': all of it, the aspect ratio lost
 )->np.ndarray:            # (size, size, 3) uint8
     "An image file as a square of RGB bytes; a file that is no whole image is named"
-    if frame not in FRAMES: raise ValueError(f'frame is {frame!r}; there are {FRAMES}')
+    if frame not in FRAMES:
+        raise ValueError(f'frame is {frame!r}; there are {FRAMES}')
     with open(regular_file(path), 'rb') as f:
         try:
             im = Image.open(f, formats=FORMATS)
@@ -126,10 +136,12 @@ def _stored(path, key, shape):
     "The finished array, or None"
     try:
         note = read_json(path.with_suffix('.json'))
-        if note['key'] != key or note['bytes'] != os.path.getsize(path): return None
+        if note['key'] != key or note['bytes'] != os.path.getsize(path):
+            return None
         x = np.load(path, mmap_mode='r', allow_pickle=False)
         return x if (x.shape, x.dtype) == (shape, np.uint8) else None
-    except (DataError, OSError, ValueError, KeyError, TypeError): return None
+    except (DataError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 def _store(path, key, files, size, frame, workers):
     """Decode every file into the array, and map it; nobody ever sees it half-written, and two who make it
@@ -138,11 +150,13 @@ def _store(path, key, files, size, frame, workers):
     try:
         x = np.lib.format.open_memmap(tmp, mode='w+', dtype=np.uint8, shape=(len(files), size, size, 3))
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            for i, im in enumerate(pool.map(lambda f: decode(f, size, frame), files)): x[i] = im
+            for i, im in enumerate(pool.map(lambda f: decode(f, size, frame), files)):
+                x[i] = im
         x.flush()
         del x
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     write_atomic(path.with_suffix('.json'), json.dumps(dict(key=key, bytes=os.path.getsize(path), size=size,
                                                             frame=frame)).encode())
     return np.load(path, mmap_mode='r', allow_pickle=False)
@@ -158,19 +172,24 @@ class Pixels:
     ):
         self.files, self.size, self.frame, self.array = [Path(f) for f in files], size, frame, None
         self.shape, self.dtype = (len(self.files), size, size, 3), np.dtype('uint8')
-        if cache is None: return
+        if cache is None:
+            return
         key = _key(self.files, size, frame)
         self.path = Path(cache)/f'pixels-{key[:16]}.npy'
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.array = _stored(self.path, key, self.shape)
-        if self.array is None: self.array = _store(self.path, key, self.files, size, frame, workers)
+        if self.array is None:
+            self.array = _store(self.path, key, self.files, size, frame, workers)
 
-    def __len__(self): return len(self.files)
+    def __len__(self):
+        return len(self.files)
 
     def __getitem__(self, idx)->Tensor:   # slice or (B,) indices -> (B, size, size, 3) uint8
         "Some pictures"
-        if torch.is_tensor(idx): idx = idx.numpy()
-        if self.array is not None: return torch.from_numpy(np.array(self.array[idx]))
+        if torch.is_tensor(idx):
+            idx = idx.numpy()
+        if self.array is not None:
+            return torch.from_numpy(np.array(self.array[idx]))
         at = np.arange(len(self))[idx]
         return torch.from_numpy(np.stack([decode(self.files[i], self.size, self.frame) for i in at.tolist()]))
 
@@ -206,7 +225,8 @@ def warp(
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         c, r = low[:,0]+dx, low[:,1]+dy
         v = flat[start + r.clamp(0, S-1)*S + c.clamp(0, S-1)].int()
-        if fill is not None: v = v.masked_fill(((c < 0)|(c >= S)|(r < 0)|(r >= S)).unsqueeze(-1), fill)
+        if fill is not None:
+            v = v.masked_fill(((c < 0)|(c >= S)|(r < 0)|(r >= S)).unsqueeze(-1), fill)
         out = out + v * ((part[:,0] if dx else 256-part[:,0])
                          * (part[:,1] if dy else 256-part[:,1])).unsqueeze(-1)
     return ((out + 32768) >> 16).to(torch.uint8)
@@ -267,7 +287,8 @@ def _sharpness(x, sign, m):
     v = x.int()
     near = sum(v[:, i:i+x.shape[1]-2, j:j+x.shape[1]-2] for i in range(3) for j in range(3)) + 4*v[:, 1:-1,
         1:-1]
-    smooth = (near*2 + 13)//26; out = v.clone()
+    smooth = (near*2 + 13)//26
+    out = v.clone()
     out[:, 1:-1, 1:-1] = (smooth*100 + (10 + 18*m)*(v[:, 1:-1, 1:-1] - smooth) + 50)//100
     return out.clamp(0, 255).to(torch.uint8)
 
@@ -292,7 +313,8 @@ def _change(x, u, m):
     x = x.clone()
     for i, f in enumerate(OPERATIONS.values()):
         rows = (op == i).nonzero().squeeze(1)
-        if i and len(rows): x[rows] = f(x[rows], torch.where(u[rows,2] < .5, 1., -1.).double(), m)
+        if i and len(rows):
+            x[rows] = f(x[rows], torch.where(u[rows,2] < .5, 1., -1.).double(), m)
     return x
 
 KINDS = ('none', 'crop', 'rand')      # of augmentation; each includes the one before it
@@ -306,8 +328,10 @@ def augment(
     m:int=7,            # magnitude, 0..10
 )->Tensor:              # (B, S, S, 3) uint8
     "Pictures as this epoch shows them: row i depends on its picture, ids[i], seed and epoch alone"
-    if kind not in KINDS: raise ValueError(f'no augmentation called {kind!r}; there are {KINDS}')
-    if kind == 'none': return x
+    if kind not in KINDS:
+        raise ValueError(f'no augmentation called {kind!r}; there are {KINDS}')
+    if kind == 'none':
+        return x
     u = uniform(ids, 'augment', 11, seed, epoch).to(x.device)
     x = crop(x, u[:,:5])
     return x if kind == 'crop' else _change(_change(x, u[:,5:8], m), u[:,8:], m)

@@ -36,20 +36,26 @@ def inside(
         no(f'an unprintable character in the file name {name[:60]!r}', 'Rename the file.')
     if len(name.encode()) > 1000:
         no('a file name of more than 1000 bytes', 'Look whether another column stands in its place.')
-    if name.startswith('/') or re.match('[A-Za-z]:', name): no(f'the absolute path {name[:60]!r}')
-    if '\\' in name: no(f'a backslash in {name[:60]!r}', 'Write / between the parts of a path.')
-    if '..' in name.split('/'): no(f'the path {name[:60]!r}, which leaves the folder')
+    if name.startswith('/') or re.match('[A-Za-z]:', name):
+        no(f'the absolute path {name[:60]!r}')
+    if '\\' in name:
+        no(f'a backslash in {name[:60]!r}', 'Write / between the parts of a path.')
+    if '..' in name.split('/'):
+        no(f'the path {name[:60]!r}, which leaves the folder')
     return Path(folder)/name
 
 # %% ../../nbs/1_data/06_safe_files.ipynb #ac0ae2b0
 def _unwhole(f, form):
     """What is wrong with the bytes of a picture; of a large JPEG only the last 64 KiB are read, if they hold
     its end"""
-    if form not in ('JPEG', 'MPO', 'PNG'): return ''
+    if form not in ('JPEG', 'MPO', 'PNG'):
+        return ''
     size = os.fstat(f.fileno()).st_size
     f.seek(max(0, size - (64 << 10)))
-    if form != 'PNG' and size > 256 << 10 and b'\xff\xd9' in f.read(): return ''
-    f.seek(0); return broken(f.read(), form)
+    if form != 'PNG' and size > 256 << 10 and b'\xff\xd9' in f.read():
+        return ''
+    f.seek(0)
+    return broken(f.read(), form)
 
 def look(
     path,            # an image file
@@ -62,10 +68,13 @@ def look(
             im = Image.open(f, formats=FORMATS)
             size, form = im.size, im.format
         # a damaged header can fail anywhere
-        except Exception as e: found = f'no readable picture ({type(e).__name__})'
+        except Exception as e:
+            found = f'no readable picture ({type(e).__name__})'
         if not found:
-            if size[0] * size[1] > MOST: found = f'{size[0]} x {size[1]} pixels'
-            elif why := _unwhole(f, form): found = f'a {form} file {why}'
+            if size[0] * size[1] > MOST:
+                found = f'{size[0]} x {size[1]} pixels'
+            elif why := _unwhole(f, form):
+                found = f'a {form} file {why}'
     if found:
         raise DataError(path, found, wanted, 'Fetch it again, make it smaller, or leave this image out.')
     return size
@@ -77,7 +86,8 @@ def _member(z, info, path):
         read = {(1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
         shape, fortran, dtype = read(f)
-        if dtype.hasobject: raise ValueError('Python objects, which are never loaded')
+        if dtype.hasobject:
+            raise ValueError('Python objects, which are never loaded')
         if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize + f.tell() != info.file_size:
             raise ValueError(f'{info.filename} is said to be {dtype} {shape}, but has {info.file_size} bytes')
         x = np.frombuffer(f.read(), dtype)
@@ -91,10 +101,12 @@ def safe_npz(
     try:
         with zipfile.ZipFile(regular_file(path)) as z:
             size = sum(i.file_size for i in z.infolist())
-            if size > most: raise ValueError(f'{size/2**20:,.0f} MiB unpacked, more than {most >> 20} MiB')
+            if size > most:
+                raise ValueError(f'{size/2**20:,.0f} MiB unpacked, more than {most >> 20} MiB')
             return {i.filename.removesuffix('.npy'): _member(z, i, path) for i in z.infolist()}
     except Exception as e:                                          # a damaged archive can fail anywhere
-        if isinstance(e, DataError): raise
+        if isinstance(e, DataError):
+            raise
         raise DataError(path, f'arrays that cannot be read ({type(e).__name__}: {str(e)[:100]})',
                         'an npz file of plain numbers',
                         'Fetch it again, or write it with numpy.savez.') from None
@@ -109,10 +121,14 @@ def sentence(
     "A caption, its blanks evened out"
     def no(found):
         raise DataError(where, entry + found, 'a sentence', 'Correct it, or remove it from the table.', line)
-    if not isinstance(text, str): no(f'the caption {str(text)[:40]!r} ({type(text).__name__})')
-    if '\0' in text or re.search('[\ud800-\udfff]', text): no('a caption with a NUL or half a character')
-    if len(text) > 10_000: no(f'a caption of {len(text)} characters')
-    if not (text := ' '.join(text.split())): no('an empty caption')
+    if not isinstance(text, str):
+        no(f'the caption {str(text)[:40]!r} ({type(text).__name__})')
+    if '\0' in text or re.search('[\ud800-\udfff]', text):
+        no('a caption with a NUL or half a character')
+    if len(text) > 10_000:
+        no(f'a caption of {len(text)} characters')
+    if not (text := ' '.join(text.split())):
+        no('an empty caption')
     return text
 
 def number(

@@ -46,15 +46,20 @@ def write_toy(
 # %% ../../nbs/1_data/01_scan_layout.ipynb #7ff681d9
 def open_npy(path, ok, wanted, remedy):
     "A memory-mapped array whose type and shape satisfy `ok`; nothing is ever unpickled"
-    with open(regular_file(path), 'rb') as f: magic = f.read(6)
-    if magic != b'\x93NUMPY': raise DataError(path, 'not an npy file', wanted, 'Write it with numpy.save.')
-    try: x = np.load(path, mmap_mode='r', allow_pickle=False)
+    with open(regular_file(path), 'rb') as f:
+        magic = f.read(6)
+    if magic != b'\x93NUMPY':
+        raise DataError(path, 'not an npy file', wanted, 'Write it with numpy.save.')
+    try:
+        x = np.load(path, mmap_mode='r', allow_pickle=False)
     except Exception as e:  # a damaged header can fail anywhere in numpy's parser
         raise DataError(path, f'an array that cannot be mapped ({str(e)[:120]})', wanted,
                         'It is cut off, damaged or holds Python objects: fetch it again, or write plain '
                         'numbers with numpy.save.') from None
-    if not (x.dtype.isnative and ok(x)): raise DataError(path, f'{x.dtype} {x.shape}', wanted, remedy)
-    if 0 in x.shape: raise DataError(path, f'an empty array {x.shape}', wanted, 'Fetch or write it again.')
+    if not (x.dtype.isnative and ok(x)):
+        raise DataError(path, f'{x.dtype} {x.shape}', wanted, remedy)
+    if 0 in x.shape:
+        raise DataError(path, f'an empty array {x.shape}', wanted, 'Fetch or write it again.')
     extra = os.path.getsize(path) - x.offset - x.nbytes
     if extra:
         raise DataError(path, f'{extra} bytes behind the array', 'one array and nothing else',
@@ -106,12 +111,14 @@ def _pick(x, idx, axis):
     """`x` at increasing indices along an axis; evenly spaced ones stay a view, so that a mapped file stays on
     disk"""
     gap = np.unique(np.diff(idx))
-    if len(gap) < 2: idx = slice(idx[0], idx[-1] + 1, gap[0] if len(gap) else 1)
+    if len(gap) < 2:
+        idx = slice(idx[0], idx[-1] + 1, gap[0] if len(gap) else 1)
     return x[(slice(None),)*axis + (idx,)]
 
 def _columns(regions, n, where):
     "Which of n region columns to keep, increasing, so that real regions stay first"
-    try: cols = np.atleast_1d(np.arange(n)[slice(None) if regions is None else regions])
+    try:
+        cols = np.atleast_1d(np.arange(n)[slice(None) if regions is None else regions])
     except (IndexError, TypeError, ValueError) as e:
         raise DataError(where, f'regions={regions!r} ({e})', f'indices or a slice in 0..{n-1}',
                         'Correct `regions`.') from None
@@ -188,7 +195,8 @@ def read_scan(
         raise DataError(folder, 'settings of a table (columns, separator)',
                         "none: SCAN's layout has no table",
                         'Leave them out.')
-    files = scan_files(folder, part); ims = files['ims.npy']
+    files = scan_files(folder, part)
+    ims = files['ims.npy']
     for p in filter(os.path.lexists, files.values()): own_file(p, folder, follow_links)
     captions, x = read_lines(files['caps.txt'], 'a sentence'), _features(ims, dims)
     at = files['ids.txt']
@@ -212,7 +220,8 @@ def read_scan(
 # %% ../../nbs/1_data/01_scan_layout.ipynb #3045e4c5
 def _counts(path, x):
     "How many regions of each row are real; all, where there is no such file"
-    if not os.path.lexists(path): return np.full(len(x), x.shape[1])
+    if not os.path.lexists(path):
+        return np.full(len(x), x.shape[1])
     num = open_npy(path, lambda a: a.dtype.kind in 'iu' and a.shape == x.shape[:1],
                    f'{len(x)} integers, a count for each feature row',
                'Save the counts with numpy.save, as integers, in the order of the features.')
@@ -225,7 +234,8 @@ def _counts(path, x):
 
 def _boxes(path, x):
     "Boxes of the regions as shares of width and height, or None"
-    if not os.path.lexists(path): return None
+    if not os.path.lexists(path):
+        return None
     b = open_npy(path, lambda a: a.dtype.kind == 'f' and a.shape == (*x.shape[:2], 4),
                  f'{(*x.shape[:2], 4)} floating-point numbers',
              'Save one box for each region, in the order of the features.')

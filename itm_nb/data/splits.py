@@ -38,7 +38,8 @@ class Split:
     def __post_init__(self):
         _check_split(self)
         _check_values(self)
-    def __len__(self): return len(self.img_ids)
+    def __len__(self):
+        return len(self.img_ids)
 
     def subset(self,
         images:np.ndarray,     # indices of the images to keep, in the order wanted
@@ -60,7 +61,8 @@ class Split:
 
 def _need(where, ok, found, wanted, remedy):
     "Raises DataError unless it is so"
-    if not ok: raise DataError(where, found, wanted, remedy)
+    if not ok:
+        raise DataError(where, found, wanted, remedy)
 
 def _check_split(s):
     "Sizes that agree; raises DataError"
@@ -163,10 +165,12 @@ PARTS = {'train': ('train',), 'val': ('dev', 'val'), 'test': ('test',), 'testall
 
 def _parts_named(parts, where)->set:
     "Our names of the parts in a list joined by commas; `test` means `testall` too"
-    if parts == '': return set(PARTS)
+    if parts == '':
+        return set(PARTS)
     said = [p.strip() for p in parts.split(',')] if isinstance(parts, str) else [None]
     named = {{'dev': 'val'}.get(p, p) for p in said}
-    if named <= set(PARTS): return named | ({'testall'} if 'test' in named else set())
+    if named <= set(PARTS):
+        return named | ({'testall'} if 'test' in named else set())
     raise DataError(where, f'captions_of_split={parts!r}', f'parts joined by commas, of {", ".join(PARTS)}',
                     'Correct captions_of_split.')
 
@@ -181,7 +185,8 @@ def first_captions(
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
         raise DataError(split.source, f'max_captions={n!r}', 'a whole number from 0 (all)',
                         'Correct max_captions.')
-    if not n or split.name not in parts or np.bincount(split.img_of).max() <= n: return split
+    if not n or split.name not in parts or np.bincount(split.img_of).max() <= n:
+        return split
     at = np.argsort(split.img_of, kind='stable')
     of = split.img_of[at]
     place = np.empty_like(at)
@@ -248,13 +253,17 @@ def fingerprint(
     def add(name, a):
         h.update(f'{name} {a.dtype.kind}{a.dtype.itemsize} {a.shape}\n'.encode())
         h.update(np.ascontiguousarray(a).tobytes())
-    if x is None: _add_files(h, split.files)
+    if x is None:
+        _add_files(h, split.files)
     else:
         rows = spread_rows(len(x), max(1, (64 << 20) // x[:1].nbytes))
         h.update(f'{x.shape} {len(rows)}\n'.encode())
-        for i in range(0, len(rows), 256): add('feats', x[rows[i:i+256]])
+        for i in range(0, len(rows), 256):
+            add('feats', x[rows[i:i+256]])
     for name in ('num', 'img_of', 'img_ids', 'cap_ids', 'gallery'):
-        if getattr(split, name) is not None: add(name, np.asarray(getattr(split, name), dtype=np.int64))
-    if split.boxes is not None: add('boxes', split.boxes[spread_rows(len(split), 4096)])
+        if getattr(split, name) is not None:
+            add(name, np.asarray(getattr(split, name), dtype=np.int64))
+    if split.boxes is not None:
+        add('boxes', split.boxes[spread_rows(len(split), 4096)])
     h.update(json.dumps(list(split.captions)).encode())
     return h.hexdigest()

@@ -31,8 +31,10 @@ def chosen(
     seed:int=None,     # of the sample; None: the first n
 )->np.ndarray:         # indices, increasing
     "Which images of a part to keep"
-    if n < 1: raise DataError('subset', f'{n} images of {part}', 'at least one', 'Correct the number.')
-    if seed is None: return np.arange(min(n, len(ids)))
+    if n < 1:
+        raise DataError('subset', f'{n} images of {part}', 'at least one', 'Correct the number.')
+    if seed is None:
+        return np.arange(min(n, len(ids)))
     draw = uniform(torch.from_numpy(np.asarray(ids, dtype=np.int64)), f'subset of {part}', 1, seed)[:,
         0].numpy()
     return np.sort(np.argsort(draw, kind='stable')[:n])
@@ -46,14 +48,18 @@ def _save_rows(path, x, rows, block=64 << 20):
         np.lib.format.write_array_header_1_0(f,
                                              dict(descr=np.lib.format.dtype_to_descr(x.dtype),
                                                   fortran_order=False, shape=shape))
-        for a in range(0, len(rows), step): f.write(np.ascontiguousarray(x[rows[a:a+step]]).tobytes())
-        f.flush(); os.fsync(f.fileno())
+        for a in range(0, len(rows), step):
+            f.write(np.ascontiguousarray(x[rows[a:a+step]]).tobytes())
+        f.flush()
+        os.fsync(f.fileno())
 
-def _save_lines(path, lines): write_atomic(path, ''.join(f'{l}\n' for l in lines).encode())
+def _save_lines(path, lines):
+    write_atomic(path, ''.join(f'{l}\n' for l in lines).encode())
 
 def _own(path, folder, follow):
     "A file of the folder, or one that its user's own link leads to"
-    try: return path if follow or not os.path.lexists(path) else in_folder(path, folder)
+    try:
+        return path if follow or not os.path.lexists(path) else in_folder(path, folder)
     except DataError as e:
         raise DataError(e.where, e.found, e.wanted,
                         'Put the file itself there; if the link is yours: --follow-links.') from None
@@ -69,8 +75,10 @@ def _cut_scan(folder, to, sizes, seed, follow)->dict:
         kept[part] = new = s.subset(rows)
         here = {k: to/p.name for k, p in files.items()}
         _save_rows(here['ims.npy'], s.feats, rows)
-        if os.path.lexists(files['num.npy']): _save_rows(here['num.npy'], s.num, rows)
-        if s.boxes is not None: _save_rows(here['boxes.npy'], s.boxes, rows)
+        if os.path.lexists(files['num.npy']):
+            _save_rows(here['num.npy'], s.num, rows)
+        if s.boxes is not None:
+            _save_rows(here['boxes.npy'], s.boxes, rows)
         _save_lines(here['caps.txt'], new.captions)
         _save_lines(here['ids.txt'], new.img_ids[new.img_of])
     return kept
@@ -99,7 +107,8 @@ _CUTS = dict(scan=_cut_scan, karpathy=_cut_karpathy)
 # %% ../../nbs/1_data/09_subset.ipynb #e9d89d7a
 def _cut_judgements(folder, to, layout, kept, follow)->int:
     "Write the judgements of kept pairs, by their new ids; how many there are"
-    if not os.path.lexists(path := _own(folder/'judgements.npz', folder, follow)): return 0
+    if not os.path.lexists(path := _own(folder/'judgements.npz', folder, follow)):
+        return 0
     parts = [p for p in kept if p != 'testall' or 'test' not in kept]
     now = [open_layout(to, p, layout) for p in parts]
     ids = {k: [np.concatenate([getattr(s, k) for s in x]) for x in ([kept[p] for p in parts], now)]
@@ -111,7 +120,8 @@ def _cut_judgements(folder, to, layout, kept, follow)->int:
         ok = (at[0] >= 0) & (at[1] >= 0)
         out[name] = np.column_stack([*(ids[k][1][x[ok]] for k, x in zip(ids, at)), a[ok,2:]])
     n = sum(map(len, out.values()))
-    if n: np.savez(to/path.name, **out)
+    if n:
+        np.savez(to/path.name, **out)
     return n
 
 # %% ../../nbs/1_data/09_subset.ipynb #c0e667f3
@@ -151,12 +161,14 @@ def subset(
         write_atomic(new/'subset.json', json.dumps(dict(of=folder.resolve().name, seed=seed, images=said,
                                                         judged=judged)).encode())
         wrong = [f.text for f in check_layout(new, layout) if f.level == 'error']
-        if wrong: raise DataError(folder, wrong[0], 'a folder without errors', 'Run itm_data check on it.')
+        if wrong:
+            raise DataError(folder, wrong[0], 'a folder without errors', 'Run itm_data check on it.')
         os.rename(new, to)
     except OSError as e:
         raise DataError(to, f'cannot be written ({e.strerror})', 'a writable place',
                         'Check permissions and disk.') from e
-    finally: shutil.rmtree(new, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return said | dict(judged=judged)
 
 # %% ../../nbs/1_data/09_subset.ipynb #6ecf1ce2

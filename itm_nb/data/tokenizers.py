@@ -110,7 +110,8 @@ def open_pieces(
         raise DataError(folder, 'no tokeniser', wanted, remedy)
     from transformers import AutoTokenizer
     safe = dict(local_files_only=True, use_fast=True, trust_remote_code=False)  # left open, it would ask
-    try: rules = AutoTokenizer.from_pretrained(str(folder), **safe).backend_tokenizer.to_str()
+    try:
+        rules = AutoTokenizer.from_pretrained(str(folder), **safe).backend_tokenizer.to_str()
     except Exception as e:                              # each of the many classes fails in its own way
         raise DataError(folder, f'a tokeniser that cannot be read ({str(e)[:80]})', wanted, remedy) from None
     return Pieces(rules, longest, folder)
@@ -120,7 +121,8 @@ def load(
 ):                 # Vocabulary or Pieces
     "Read a vocabulary of either kind"
     d = read_json(path)
-    if not (isinstance(d, dict) and d.get('format') == 'itm_nb pieces 1'): return Vocabulary.load(path)
+    if not (isinstance(d, dict) and d.get('format') == 'itm_nb pieces 1'):
+        return Vocabulary.load(path)
     if not isinstance(d.get('longest'), int):
         raise DataError(path, 'no length', 'what Pieces.save wrote', 'Build and save it again.')
     return Pieces(json.dumps(d.get('rules')), d['longest'], path)

@@ -38,7 +38,8 @@ def adaptive_weight(
     "Weight of the online negative, given the offline one (AOQ, method figure)"
     some = on > -torch.inf
     w = torch.where(some, beta - (off - torch.where(some, on, 0.))/alpha, 0.)
-    if clamp: w = w.clamp(min=0)
+    if clamp:
+        w = w.clamp(min=0)
     return w.detach() if detach else w
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #adde7000
@@ -59,18 +60,23 @@ def quintuplet(
     **kw,                    # of `adaptive_weight`
 )->dict:                     # 'online', 'offline', 'unanchored': (B,) losses
     "The terms around one positive in one direction (AOQ, method figure; OffTri, OffQuin, AdapOffQuin)"
-    if stage not in STAGES: raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
+    if stage not in STAGES:
+        raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
     at, some = STAGES.index(stage), on > -torch.inf
     given = some if off_ok is None else some & off_ok
     w = torch.where(given, adaptive_weight(on, off, **kw), 1.) if at == 3 else 1.
-    if at == 3 and reweight: w = reweight(w)
+    if at == 3 and reweight:
+        w = reweight(w)
     cost = dict(online=torch.where(some, hinge(pos if pos_on is None else pos_on, torch.where(some, on, 0.),
                                                m_on), 0.) * w)
-    if at > 0: cost['offline'] = _only(hinge(pos, off, m_off), off_ok)
-    if at > 1: cost['unanchored'] = _only(hinge(pos, unanchored, m_off), unanchored_valid)
+    if at > 0:
+        cost['offline'] = _only(hinge(pos, off, m_off), off_ok)
+    if at > 1:
+        cost['unanchored'] = _only(hinge(pos, unanchored, m_off), unanchored_valid)
     return cost
 
-def _only(x, ok): return x if ok is None else torch.where(ok, x, 0.)
+def _only(x, ok):
+    return x if ok is None else torch.where(ok, x, 0.)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #46585b5e
 PRESETS = dict(
@@ -86,9 +92,11 @@ def switches_of(
     **kw,        # single switches changed
 )->dict:
     "The switches of a preset; a switch that does not exist is an error"
-    if name not in PRESETS: raise ValueError(f'no preset called {name!r}; there are {sorted(PRESETS)}')
+    if name not in PRESETS:
+        raise ValueError(f'no preset called {name!r}; there are {sorted(PRESETS)}')
     odd = kw.keys() - PRESETS[name].keys()
-    if odd: raise ValueError(f'no switch called {sorted(odd)}; there are {sorted(PRESETS[name])}')
+    if odd:
+        raise ValueError(f'no switch called {sorted(odd)}; there are {sorted(PRESETS[name])}')
     return PRESETS[name] | kw
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #303bb422
@@ -124,7 +132,8 @@ def monitors(
     both, anchors = max(n['both'], 1.), max(n['anchors'], 1.)
     out = ({f'active_{k}': n[k]/anchors for k in ('online', 'offline', 'apart')}
            | dict(collisions=n['collisions']/anchors))
-    if not n['both']: return out
+    if not n['both']:
+        return out
     return out | dict(weight_mean=n['weight']/both, weight_min=float(least),
                       weight_negative=n['negative']/both, off_minus_on=n['gap']/both,
                       pulled=n['pulled']/both)
@@ -142,7 +151,8 @@ class WeightMonitor:
 
     def take(self, *given, **kw):   # of `tally`
         "Count a batch of all devices, unless somebody is only looking"
-        if not torch.is_grad_enabled(): return
+        if not torch.is_grad_enabled():
+            return
         sums, least = tally(*given, **kw)
         sums, least = gather(sums[None]).sum(0), gather(least[None]).amin()
         self.sums, self.least, self.run = (x.to(sums.device) for x in (self.sums, self.least, self.run))
@@ -153,8 +163,10 @@ class WeightMonitor:
         "Every weight the mean of all so far"
         return torch.where(self.run[1] > 0, self.run[0]/self.run[1].clamp(min=1), 1.).to(w).expand_as(w)
 
-    def monitor(self)->dict: return monitors(self.sums, self.least)
-    def state_dict(self)->dict: return dict(sums=self.sums, least=self.least, run=self.run)
+    def monitor(self)->dict:
+        return monitors(self.sums, self.least)
+    def state_dict(self)->dict:
+        return dict(sums=self.sums, least=self.least, run=self.run)
     def load_state_dict(self, d:dict):
         self.sums, self.least, self.run = (d[k].clone().to(self.run.device) for k in ('sums', 'least', 'run'))
 
@@ -186,9 +198,11 @@ def aoq_term(
     hyper = dict(alpha=alpha, beta=beta, clamp=clamp)
     def cost(n):
         x = n[f'{on}.pos']
-        if stage == 'online': return quintuplet(x, _one(n, on, -torch.inf), x, x, m_on, stage=stage)['online']
+        if stage == 'online':
+            return quintuplet(x, _one(n, on, -torch.inf), x, x, m_on, stage=stage)['online']
         given = _given(n, on, off)
-        if watch: watch.take(**given, **hyper, m_on=m_on, m_off=m_off, same=n.get(f'{off}.same'))
+        if watch:
+            watch.take(**given, **hyper, m_on=m_on, m_off=m_off, same=n.get(f'{off}.same'))
         changes = dict(permuted=lambda w: w[n[f'{off}.shuffle'].argsort()],
                        constant=lambda w: watch.mean(w))
         kw = hyper | dict(detach=detach, reweight=changes.get(placebo)) if stage == 'adap' else {}
@@ -196,7 +210,8 @@ def aoq_term(
     return LossTerm(cost, (on,) if stage == 'online' else (on, off), reduce=reduce)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #07dbc46a
-def _int64(x)->Tensor: return torch.as_tensor(np.asarray(x), dtype=torch.int64)
+def _int64(x)->Tensor:
+    return torch.as_tensor(np.asarray(x), dtype=torch.int64)
 
 def _second_draws(view)->dict:
     "Scores of second anchored draws, and whether they are negatives"
@@ -223,7 +238,8 @@ class Offline:
         "What is loaded with a batch; an anchor without negatives gets itself"
         at = self.sorted[torch.searchsorted(self.cap_ids[self.sorted], cap.contiguous())]
         d = self.draw(at, seed, epoch)
-        if self.second: d |= {f'{k[0]}4': v for k, v in self.second(at, seed, epoch).items() if k[1] == '3'}
+        if self.second:
+            d |= {f'{k[0]}4': v for k, v in self.second(at, seed, epoch).items() if k[1] == '3'}
         text = lambda x: self.cap_ids[torch.where(x < 0, at, x)]
         image = lambda x: self.img_ids[torch.where(x < 0, self.img_of[at], x)]
         both = ('3', '4') if self.wanted else ('3',)
@@ -255,7 +271,8 @@ class Offline:
         return dict(unanchored=score, unanchored_valid=valid, same=real & same)
 
 # %% ../../nbs/5_methods/04_aoq.ipynb #27ad10d8
-def _ids(x)->Tensor: return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+def _ids(x)->Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
 
 def kept(old, new, rows:int=4096)->float:   # (N, a), (N, b) ids, -1 where there is none
     "Which share of new lists was in the old ones"
@@ -280,12 +297,15 @@ class Refresh:
     def start_epoch(self, epoch:int):
         "Mine, if it is time"
         from itm_nb.models.encode import embed
-        if epoch % self.every or (self.lists and not epoch): return
+        if epoch % self.every or (self.lists and not epoch):
+            return
         new = mine_model(self.model, *embed(self.model, self.train), self.train.img_of.cpu(), self.h)
-        if self.lists: self.share = torch.tensor([kept(self.lists[k].idx, new[k].idx) for k in new]).mean()
+        if self.lists:
+            self.share = torch.tensor([kept(self.lists[k].idx, new[k].idx) for k in new]).mean()
         self.lists.update(new)
 
-    def monitor(self)->dict: return {} if self.share.isnan() else dict(lists_kept=self.share.item())
+    def monitor(self)->dict:
+        return {} if self.share.isnan() else dict(lists_kept=self.share.item())
     def state_dict(self)->dict:
         return dict(share=self.share) | {k: _ids(x.idx) for k, x in self.lists.items()}
     def load_state_dict(self, d:dict):
@@ -317,13 +337,15 @@ def lists_of(
 )->tuple:          # 'i2t', 't2i' -> Lists; how many captions, how many images are used
     "Mined lists, if they belong to these data and are long enough"
     wanted = 'lists: the folder of a finished run of the template mine'
-    if not folder: raise DataError('aoq', 'no mined lists', wanted, "Mine first, or say placebo='random'.")
+    if not folder:
+        raise DataError('aoq', 'no mined lists', wanted, "Mine first, or say placebo='random'.")
     at = Path(folder)/'lists' if (Path(folder)/'lists').is_dir() else Path(folder)
     n, m = len(split), len(split.captions)
     lists, want = load_lists(at, dict(data=fingerprint(split))), depth(m, n, share)
     for side, h, most in zip(('i2t', 't2i'), want, (m, n)):
         have = lists[side].idx.shape[1] if side in lists else 0
-        if have >= min(h, most): continue
+        if have >= min(h, most):
+            continue
         raise DataError(at, f'lists of {have} entries ({side})', f'{h}, as share={share:g} asks for',
                         'Mine deeper or use a smaller share.')
     return lists, *want
@@ -335,8 +357,10 @@ def _draws(train, tied, share, folder, random, refresh=0, model=None):
     img_of = torch.as_tensor(np.asarray(train.split.img_of), dtype=torch.int64)
     if random and refresh:
         raise ValueError("refresh has nothing to do where placebo='random': nothing is mined")
-    if random: return lambda purpose: Anywhere(img_of, len(train.split), purpose), ()
-    if refresh and model is None: raise ValueError('refresh: give the model that is trained')
+    if random:
+        return lambda purpose: Anywhere(img_of, len(train.split), purpose), ()
+    if refresh and model is None:
+        raise ValueError('refresh: give the model that is trained')
     lists, *h = (lists_of(folder, train.split, share) if folder or not refresh
                  else ({}, *depth(len(img_of), len(train.split), share)))
     return (lambda purpose: Draw(lists, img_of, *h, tied, purpose),
@@ -344,7 +368,8 @@ def _draws(train, tied, share, folder, random, refresh=0, model=None):
 
 def _stopped(on, pool, switches, s)->bool:
     "Is the weight detached? As said; else as the preset has it, and always beside another online negative"
-    if 'detach' in switches: return switches['detach']
+    if 'detach' in switches:
+        return switches['detach']
     return s['detach'] or pool is not None or on not in ('hardest', hardest)
 
 def aoq(
@@ -370,7 +395,8 @@ def aoq(
     sources = dict(on=Source(pool, on if callable(on) else ONLINE[on]))
     hyper = margin, m_off, alpha, beta, placebo, watch
     term = aoq_term(stage, 'on', 'off', s['clamp'], detach, s['reduce'], *hyper)
-    if stage == 'online': return Method(sources, dict(aoq=term))
+    if stage == 'online':
+        return Method(sources, dict(aoq=term))
     draw_of, keeper = _draws(train, s['tied'], share, lists, placebo == 'random', refresh, model)
     second = draw_of('offline/second') if placebo == 'second' else None
     off = Offline(draw_of('offline'), train.split, second, stage != 'tri', s['true_pairs'],
@@ -380,8 +406,10 @@ def aoq(
 
 def _known(stage, placebo):
     "Refuse an unknown stage or control with ValueError"
-    if stage not in STAGES: raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
-    if not placebo: return
+    if stage not in STAGES:
+        raise ValueError(f'stage is one of {STAGES}, not {stage!r}')
+    if not placebo:
+        return
     if placebo not in PLACEBOS:
         raise ValueError(f'no placebo called {placebo!r}; there are {sorted(PLACEBOS)}')
     if stage not in PLACEBOS[placebo]:
@@ -399,8 +427,10 @@ def uncounted(
     "Inside, batch normalisation uses the statistics of the batch and leaves its running ones alone"
     norms = [(m, m.momentum, m.num_batches_tracked.clone())
              for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
-    for m, *_ in norms: m.momentum = 0.
-    try: yield
+    for m, *_ in norms:
+        m.momentum = 0.
+    try:
+        yield
     finally:
         for m, momentum, n in norms:
             m.momentum = momentum
@@ -410,7 +440,8 @@ def _spoken(s:Step, max_len, one_more, steps)->Tensor:   # (B,)
     "Minus log-probability of every anchor's sentence, given the regions of its image"
     feats, num = image_inputs(s.batch)[:2]
     labels, keep = caption_targets(s.batch['tokens'], s.batch['lengths'], max_len, one_more=one_more)
-    with uncounted(s.model.image_tower): states = s.encode(s.model.image_tower.states, feats, num)
+    with uncounted(s.model.image_tower):
+        states = s.encode(s.model.image_tower.states, feats, num)
     return caption_cost(s.model.captioner, states.float(), num, labels, keep, steps)
 
 def caption(
@@ -420,12 +451,14 @@ def caption(
     model=None,                # must have a captioner
 )->Method:                     # one source without negatives, one term
     "VSRN's auxiliary captioning loss (sec. 3.4), to be added to a method"
-    if preset not in CAPTION: raise ValueError(f'no preset called {preset!r}; there are {sorted(CAPTION)}')
+    if preset not in CAPTION:
+        raise ValueError(f'no preset called {preset!r}; there are {sorted(CAPTION)}')
     if model is not None and not hasattr(model, 'captioner'):
         raise ValueError('this model has no captioner; set image=vsrn, and captioner to its width')
     p = CAPTION[preset]
     def pool(view):
-        if not view.i2t: return None
+        if not view.i2t:
+            return None
         cost = _spoken(view.step, max_len, p['one_more'], p['steps'])
         none = cost.detach()[:,None][:,:0]
         return Candidates(none, none.bool(), view.positive(), lambda idx: {}, dict(cost=cost))

@@ -42,7 +42,8 @@ def merge(
 )->Tensor:                   # (..., 3) moments of both together
     "Moments of two sets of numbers together (Chan, Golub and LeVeque 1979)"
     n, gap = a[...,0] + b[...,0], b[...,1] - a[...,1]
-    share = b[...,0] / n.clamp(min=1); mean = a[...,1] + gap*share
+    share = b[...,0] / n.clamp(min=1)
+    mean = a[...,1] + gap*share
     more = gap**2 * a[...,0]*share if variance == 'exact' else b[...,0] * (b[...,1]-mean)**2
     return torch.stack([n, mean, a[...,2] + b[...,2] + more], -1)
 
@@ -94,7 +95,8 @@ def posterior(
     monotone:bool=False,
 )->Tensor:                  # shape and type of `score`
     "Probability that a candidate of this score is a match in truth, i.e. a false negative"
-    if space == 'log': return torch.sigmoid(log_odds(score, m, prior, monotone))
+    if space == 'log':
+        return torch.sigmoid(log_odds(score, m, prior, monotone))
     mean, var = m[:,1].to(score.dtype), variances(m).to(score.dtype)
     fp, fn = (torch.exp(-(score-mu)**2/(2*v)) / torch.sqrt(2*torch.pi*v) for mu, v in zip(mean, var))
     return fp / (fp + (1-prior)/prior*fn)
@@ -109,7 +111,8 @@ def floor_of(
     "Candidates that score no higher than this are never drawn"
     if floor not in ('global', 'per_anchor', 'none'):
         raise ValueError(f"floor is 'global', 'per_anchor' or 'none', not {floor!r}")
-    if floor == 'none': return torch.full_like(pos, -torch.inf)[:,None]
+    if floor == 'none':
+        return torch.full_like(pos, -torch.inf)[:,None]
     return (m[0,1].to(pos.dtype).expand_as(pos) if floor == 'global' else pos)[:,None] - margin
 
 def weights(
@@ -130,7 +133,8 @@ def weights(
     "How readily each candidate is drawn (FNE code; see the formula above)"
     ok = eligible & (score > floor_of(m, pos, margin, floor))
     P = posterior(score, m, prior, **kw)
-    if shuffle is not None: P = _permuted(P, ok, shuffle)
+    if shuffle is not None:
+        P = _permuted(P, ok, shuffle)
     suspect = (m[0,0] > min_count) & (1-P < 1-threshold)
     w = torch.where(suspect, torch.exp(-tau*P), torch.exp(-tau*(score-pos[:,None])**2) if cutdown else 1.)
     return torch.where(ok, w, 0.)
@@ -149,13 +153,15 @@ def fallback_negative(
     fallback:str='hardest',     # 'hardest', 'hinge' (as released) or 'none'
 )->tuple:                       # (B, 1) places, (B, 1) is that a negative?
     "The negative of an anchor all of whose weights are 0"
-    if fallback == 'hardest': idx = torch.where(eligible, score, -torch.inf).argmax(1, keepdim=True)
+    if fallback == 'hardest':
+        idx = torch.where(eligible, score, -torch.inf).argmax(1, keepdim=True)
     elif fallback == 'hinge':
         idx = torch.where(eligible, (margin+score-pos[:,None]).clamp(min=0), 0.).argmax(1, keepdim=True)
     elif fallback == 'none':
         none = torch.zeros_like(pos[:,None])
         return none.long(), none.bool()
-    else: raise ValueError(f"fallback is 'hardest', 'hinge' or 'none', not {fallback!r}")
+    else:
+        raise ValueError(f"fallback is 'hardest', 'hinge' or 'none', not {fallback!r}")
     return idx, eligible.gather(1, idx)
 
 def with_fallback(
@@ -177,7 +183,8 @@ class Statistics:
     ):
         for k, v, known in (('variance', variance, ('exact', 'drift')), ('window', window, ('epoch', 'run')),
                             ('negatives', kw.get('negatives', 'all'), ('hardest', 'all'))):
-            if v not in known: raise ValueError(f'{k} is one of {known}, not {v!r}')
+            if v not in known:
+                raise ValueError(f'{k} is one of {known}, not {v!r}')
         self.variance, self.window, self.mask_same = variance, window, mask_same
         self.start, self.kw = start, kw
         self.moments, self.epoch = torch.zeros(2, 3, dtype=torch.double), -1
@@ -185,10 +192,13 @@ class Statistics:
     def observe(self, step:Step):
         "Take in a batch (of all devices together)"
         self.moments = self.moments.to(step.img.device)
-        if step.epoch < self.start: return
-        if self.window == 'epoch' and step.epoch != self.epoch: self.moments = torch.zeros_like(self.moments)
+        if step.epoch < self.start:
+            return
+        if self.window == 'epoch' and step.epoch != self.epoch:
+            self.moments = torch.zeros_like(self.moments)
         self.epoch = step.epoch
-        with torch.no_grad(): score = step.model.matrix(step.all_images.detach(), step.all_texts.detach())
+        with torch.no_grad():
+            score = step.model.matrix(step.all_images.detach(), step.all_texts.detach())
         same = step.all_img[:,None] == step.all_img if self.mask_same else None
         self.moments = merge(self.moments, observed(score, same, **self.kw), self.variance)
 
@@ -198,7 +208,8 @@ class Statistics:
         sd = lambda q, n: (q/max(n-1, 1))**.5
         return dict(accepted=n, pos_mean=mp, pos_sd=sd(qp, n), neg_mean=mn, neg_sd=sd(qn, k))
 
-    def state_dict(self)->dict: return dict(moments=self.moments, epoch=torch.tensor(self.epoch))
+    def state_dict(self)->dict:
+        return dict(moments=self.moments, epoch=torch.tensor(self.epoch))
     def load_state_dict(self, d:dict):
         self.moments, self.epoch = d['moments'].double().to(self.moments.device), int(d['epoch'])
 
@@ -226,7 +237,8 @@ def _checked(kw):
     if odd := kw.keys() - names:
         raise ValueError(f'no setting called {sorted(odd)}; there are {sorted(names)}')
     for k in kw.keys() & _KNOWN:
-        if kw[k] not in _KNOWN[k]: raise ValueError(f'{k} is one of {_KNOWN[k]}, not {kw[k]!r}')
+        if kw[k] not in _KNOWN[k]:
+            raise ValueError(f'{k} is one of {_KNOWN[k]}, not {kw[k]!r}')
     if not 0 < kw.get('prior', .5) < 1:
         raise ValueError(f"prior is {kw['prior']}; wanted a share between 0 and 1")
 
@@ -251,11 +263,13 @@ def fne_pick(
         mix = dict(shuffle=view.uniform(f'{purpose}/permuted', score.shape[1])) if permuted else {}
         w = weights(score, pos, m, eligible, margin, floor=floor, **mix, **kw)
         idx, ok = draw_at(w, view.uniform(purpose))
-        if some: idx = place.gather(1, idx)
+        if some:
+            idx = place.gather(1, idx)
         if not on_cpu or not ok.all():
             other, may = fallback_negative(c.score, pos, c.eligible, margin, fallback)
             idx, ok = torch.where(ok, idx, other), ok | may
-        if torch.is_grad_enabled(): return Selection(idx, ok)
+        if torch.is_grad_enabled():
+            return Selection(idx, ok)
         # only whoever looks on wants to know
         whole = torch.zeros_like(c.score).scatter_add(1, place, w) if some else w
         return Selection(idx, ok, torch.where(ok | (fallback == 'hinge'), with_fallback(whole, idx), 0.))
@@ -278,10 +292,12 @@ def fne_parts(
     **kw                       # window, negatives, variance, ...: of `Statistics`, instead of the preset's
 )->tuple:                      # (Bank, Statistics, settings of the selector)
     "The state and the settings of a preset, to be put together at will"
-    if preset not in PRESETS: raise ValueError(f'no preset {preset!r}; there are {sorted(PRESETS)}')
+    if preset not in PRESETS:
+        raise ValueError(f'no preset {preset!r}; there are {sorted(PRESETS)}')
     p = PRESETS[preset]
     bank, statistics = (dict(fill_from=start), dict(start=start)) if start >= 0 else ({}, {})
-    if first: bank['start'] = first
+    if first:
+        bank['start'] = first
     memory = Bank(queue, momentum, seed=seed, **p['bank'] | bank)
     return memory, Statistics(**p['statistics'] | statistics | kw), dict(p['pick'])
 
@@ -297,7 +313,8 @@ def true_share(
 
 def _prior(prior, world):
     "A number, or what the world knows"
-    if prior != 'known': return prior
+    if prior != 'known':
+        return prior
     if world is None:
         raise ValueError("prior='known' needs a world that knows the truth (data='scenes'); give a number")
     return true_share(world)
@@ -311,8 +328,10 @@ def _chosen(pick, statistics, margin, prior, given, kw):
     if pick not in ('draw', 'uniform', 'hardest'):
         raise ValueError(f"pick is 'draw', 'uniform' or 'hardest', not {pick!r}")
     dead = kw.keys() & _DEAD.get(pick, kw.keys()) or (pick != 'draw' and prior != PRIOR and {'prior'})
-    if dead: raise ValueError(f'pick={pick!r} knows no {", ".join(sorted(dead))}')
-    if pick == 'hardest': return hardest
+    if dead:
+        raise ValueError(f'pick={pick!r} knows no {", ".join(sorted(dead))}')
+    if pick == 'hardest':
+        return hardest
     plain = dict(threshold=1., cutdown=False) if pick == 'uniform' else {}
     return fne_pick(statistics, margin=margin, prior=prior, **given | kw | plain)
 
@@ -337,7 +356,8 @@ def fne(
     **kw                    # tau, floor, ...: of `fne_pick`; variance, least, mask_same: of `Statistics`
 )->Method:
     "A hinge against one negative per anchor, drawn from batch and memory (FNE)"
-    if model is not None: refuse(model, queue)
+    if model is not None:
+        refuse(model, queue)
     changed = {k: v for k, v in dict(negatives=negatives, window=window, first=first).items() if v}
     changed |= {k: kw.pop(k) for k in ('variance', 'least', 'mask_same') if k in kw}
     bank, statistics, given = parts or fne_parts(preset, queue, momentum, seed, start, **changed)
@@ -349,7 +369,8 @@ def fne(
 # %% ../../nbs/5_methods/06_fne.ipynb #5930590e
 def only_own(view:DirectedStep)->Candidates:
     "The other side of the batch without the own pair only: captions of the same image stay, as released"
-    with torch.no_grad(): score = view.matrix(view.anchor.detach(), view.other.detach())
+    with torch.no_grad():
+        score = view.matrix(view.anchor.detach(), view.other.detach())
     at = torch.arange(len(score), device=score.device)
     eligible = torch.ones_like(score, dtype=torch.bool)
     eligible[at, at+view.step.first] = False
@@ -369,7 +390,8 @@ def bank_source(
     **kw                    # of `fne`
 )->Source:
     "FNE's draw as a source, in the place of another"
-    if pool not in ('memory', 'batch'): raise ValueError(f"pool is 'memory' or 'batch', not {pool!r}")
+    if pool not in ('memory', 'batch'):
+        raise ValueError(f"pool is 'memory' or 'batch', not {pool!r}")
     suits = model if pool == 'memory' else None
     source = fne(margin=margin, seed=seed, model=suits, world=world, **kw).sources['bank']
     return source if pool == 'memory' else Source(in_batch, source.selector, stateful=source.stateful[1:])

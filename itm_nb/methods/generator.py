@@ -40,7 +40,8 @@ def word_classes(
     from textblob.en import tag                                   # slow to import, and only wanted here
     tags = [t for _, t in tag(' '.join(said), tokenize=False)] if said else []
     # a word the tagger splits: every word is a unit of its own
-    if len(tags) != len(said): return ['entity']*len(said)
+    if len(tags) != len(said):
+        return ['entity']*len(said)
     out = []
     for k, t in enumerate(tags):
         before, after = (tags[k-1] if k else ''), (tags[k+1] if k+1 < len(tags) else '')
@@ -158,7 +159,8 @@ class Lexicon:
         return cls(tuple(names), mask, off, torch.tensor(table, dtype=torch.int64))
 
     @property
-    def ordinary(self)->Tensor: return (~self.special).nonzero()[:,0]            # ids of words
+    def ordinary(self)->Tensor:
+        return (~self.special).nonzero()[:,0]            # ids of words
 
     def key(self, tokens:Tensor)->Tensor:   # (.., L) -> (..)
         "One number per sentence; the same spelling has the same number"
@@ -171,7 +173,8 @@ class Lexicon:
         return ' '.join(self.names[i] for i in tokens.tolist() if i in self._words)
 
     @cached_property
-    def _words(self)->frozenset: return frozenset(self.ordinary.tolist())
+    def _words(self)->frozenset:
+        return frozenset(self.ordinary.tolist())
 
 def lexicon(
     vocab,              # Vocabulary or Pieces
@@ -190,12 +193,14 @@ def units_of(
     units='chunk',      # as in `Captions.of`
 ):                      # what `Captions.of` takes
     "Units of sentences; where words are cut into pieces, the units of the words become units of pieces"
-    if not isinstance(units, str) or isinstance(vocab, Vocabulary): return units
+    if not isinstance(units, str) or isinstance(vocab, Vocabulary):
+        return units
     vocab.encode(list(sentences)[:1])
     out = []                                     # sets how long a sentence may be
     for s, e in zip(sentences, vocab.made.encode_batch(list(sentences))):
         spans, word = {}, [-1 if w is None else w for w in e.word_ids]
-        for w, (a, b) in zip(word, e.offsets): spans.setdefault(w, [a, b])[1] = b
+        for w, (a, b) in zip(word, e.offsets):
+            spans.setdefault(w, [a, b])[1] = b
         said = [s[a:b].lower() for w, (a, b) in sorted(spans.items()) if w >= 0]
         groups = chunk(said) if units == 'chunk' else [[k] for k in range(len(said))]
         out.append([[p-1 for p, w in enumerate(word) if w in u] for u in groups])
@@ -211,7 +216,8 @@ def refill_law(
     z = logits/temperature
     return (z if never is None else z.masked_fill_(never, -torch.inf)).softmax(-1)
 
-def _below(x, most): return torch.minimum(x, torch.nextafter(most, torch.zeros_like(most)))
+def _below(x, most):
+    return torch.minimum(x, torch.nextafter(most, torch.zeros_like(most)))
 
 def draw_words(
     law:Tensor,       # (n, V)
@@ -353,14 +359,17 @@ class TextGenerator:
 
     def before_step(self, step):
         "Forget the gradients of the last step"
-        if self.opt: self.opt.zero_grad(set_to_none=True)
+        if self.opt:
+            self.opt.zero_grad(set_to_none=True)
 
     def after_step(self, step):
         "Learn; on several devices from what all of them saw"
-        if not self.opt: return
+        if not self.opt:
+            return
         if dist.is_available() and dist.is_initialized():
             for p in self.model.parameters():
-                if p.grad is not None: dist.all_reduce(p.grad)
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
         self.opt.step()
 
     def state_dict(self)->dict:
@@ -377,7 +386,8 @@ class TextGenerator:
             if k.startswith('opt.'):
                 i, name = k[4:].split('.', 1)
                 moments.setdefault(int(i), {})[name] = v.clone()
-        if self.opt: self.opt.load_state_dict(self.opt.state_dict() | dict(state=moments))
+        if self.opt:
+            self.opt.load_state_dict(self.opt.state_dict() | dict(state=moments))
 
 # %% ../../nbs/5_methods/07_generator.ipynb #548b534a
 def refill(
@@ -416,7 +426,8 @@ def judge_of(
     part:str='train',
 ):  # (image ids, sentences) -> (n,) half units of truth, 255 where it is no sentence of good grammar; None
     "A judge of sentences, by the drawn world; None where there is none"
-    if world is None: return None
+    if world is None:
+        return None
     ids = np.asarray(world.split(part).img_ids)
     order = np.argsort(ids, kind='stable')
     facts = world.scenes(part).facts
@@ -534,8 +545,10 @@ class Synthetic:
 
 def _check(g):
     "Raise ValueError for a setting that is not possible"
-    if g.drop not in ('mask', 'penalty'): raise ValueError(f"drop is 'mask' or 'penalty', not {g.drop!r}")
-    if g.words not in ('model', 'random'): raise ValueError(f"words is 'model' or 'random', not {g.words!r}")
+    if g.drop not in ('mask', 'penalty'):
+        raise ValueError(f"drop is 'mask' or 'penalty', not {g.drop!r}")
+    if g.words not in ('model', 'random'):
+        raise ValueError(f"words is 'model' or 'random', not {g.words!r}")
     if odd := set(g.misled) - {'writer', 'heads'}:
         raise ValueError(f"misled are 'writer' and 'heads', not {sorted(odd)}")
     if g.copies < 1 or g.draws < 0 or g.temperature <= 0:
@@ -562,9 +575,12 @@ def _refilled(g, s, tokens, there, copies, hit):
             place, z = refill(model, _seen(s, model, shuffled), tokens, copies, hit)
             return place, z, mlm_loss(place, z, there, copies.shape) if learns else None
     also, w, generates = {}, g.writer, g.words == 'model' and g.draws > 0
-    if g.learns: place, z, also['mlm'] = read(s.model)
-    if not generates: return upload(hit.flatten().nonzero()[:,0], there.device), None, also
-    if w is None and g.learns and 'writer' not in g.misled: return place, z.detach(), also
+    if g.learns:
+        place, z, also['mlm'] = read(s.model)
+    if not generates:
+        return upload(hit.flatten().nonzero()[:,0], there.device), None, also
+    if w is None and g.learns and 'writer' not in g.misled:
+        return place, z.detach(), also
     place, z, taught = read(w.model if w else s.model, 'writer' in g.misled, w is not None and not w.static)
     return place, z.detach(), also | (dict(taught=taught) if taught is not None else {})
 
@@ -595,7 +611,8 @@ def _true(g, s, made, eligible):
     "Which of the clean sentences are true of their image, as the oracle knows"
     b, j = eligible.nonzero(as_tuple=True)
     out = torch.zeros_like(eligible)
-    if not len(b): return out
+    if not len(b):
+        return out
     said = [g.known.lexicon.say(x) for x in made[b,j].cpu()]
     out[b,j] = torch.as_tensor(g.knows(s.img[b].cpu().numpy(), said) == 2, device=eligible.device)
     return out
@@ -611,7 +628,8 @@ def _score(g, s, made, eligible, lengths):
             k = eligible[r].flatten().byte().argsort(descending=True, stable=True)[:n]
             for b, j in zip(r[k//max(N, 1)].split(g.rows), (k % max(N, 1)).split(g.rows)):
                 txt = made[b,j,:long]
-                if len(b): score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, there[b])).to(score)
+                if len(b):
+                    score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, there[b])).to(score)
     return score
 
 def _read(g, s, e, lengths):
@@ -633,12 +651,15 @@ def _read(g, s, e, lengths):
 def _rescore(g, s, made, eligible, hit, tokens, lengths, idx, most):
     "Scores of the selected sentences, with gradient, and what the heads say of their words"
     (B, k), L, m = idx.shape, made.shape[2], s.model
-    if not k: return {'': torch.zeros(B, 0, device=made.device), 'tokens': made}
+    if not k:
+        return {'': torch.zeros(B, 0, device=made.device), 'tokens': made}
     e = made.gather(1, idx[...,None].expand(-1, -1, L))
     score, states = _read(g, s, e, lengths)
     out = {'': score, 'tokens': e}
-    if g.tally and torch.is_grad_enabled(): g.tally.look(e, eligible.gather(1, idx), s.img, s.cap)
-    if not g.heads: return out
+    if g.tally and torch.is_grad_enabled():
+        g.tally.look(e, eligible.gather(1, idx), s.img, s.cap)
+    if not g.heads:
+        return out
     was = hit.repeat_interleave(g.draws, 1).gather(1, idx[...,None].expand(-1, -1, L))
     out |= dict(disc=m.stream.disc(states), kept=e == tokens[:,None], word=(tokens != 0)[:,None].expand_as(e),
                 hit=was)
@@ -647,7 +668,8 @@ def _rescore(g, s, made, eligible, hit, tokens, lengths, idx, most):
 def _masked_places(hit, most, exact):
     "Places masked, in the flattened (B, k, L); not `exact`: `most` a sentence, those among them"
     # counting the exact places would stop the stream of an accelerator
-    if exact: return hit.flatten().nonzero()[:,0]
+    if exact:
+        return hit.flatten().nonzero()[:,0]
     rows = hit.flatten(0, 1)
     at = rows.byte().argsort(dim=1, descending=True, stable=True)[:,:most]
     return (torch.arange(len(rows), device=hit.device)[:,None]*hit.shape[-1] + at).flatten()

@@ -27,7 +27,8 @@ class Momentum:
     ):
         if buffers not in ('own', 'copied'):
             raise ValueError(f"buffers are 'own' or 'copied', not {buffers!r}")
-        if not 0 <= keep <= 1: raise ValueError(f'keep is {keep}; wanted a share, 0 to 1')
+        if not 0 <= keep <= 1:
+            raise ValueError(f'keep is {keep}; wanted a share, 0 to 1')
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.keep, self.buffers, self.dropout = keep, buffers, dropout
 
@@ -35,9 +36,11 @@ class Momentum:
     def follow(self, model:nn.Module):
         "Move towards the model"
         mine, its = list(self.model.parameters()), [p.detach() for p in model.parameters()]
-        if mine: torch._foreach_lerp_(mine, its, 1-self.keep)
+        if mine:
+            torch._foreach_lerp_(mine, its, 1-self.keep)
         if self.buffers == 'copied':
-            for a, b in zip(self.model.buffers(), model.buffers()): a.copy_(b)
+            for a, b in zip(self.model.buffers(), model.buffers()):
+                a.copy_(b)
 
     @torch.no_grad()
     def vectors(self, step:Step)->tuple:   # (B, D) images, (B, D) sentences: of all devices
@@ -174,7 +177,8 @@ def refuse(
 ):
     "Raise where a memory would have to keep more than single vectors: cross-attention, cross-encoders"
     kind = getattr(model, 'config', {}).get('similarity', 'cosine')
-    if kind not in ('cosine', 'two_modes'): raise ValueError(_WHY.format(kind, size))
+    if kind not in ('cosine', 'two_modes'):
+        raise ValueError(_WHY.format(kind, size))
 
 def _refuse(step:Step, ring:Ring):
     "The same by what comes out of the towers, for models that do not say what they are"
@@ -205,13 +209,15 @@ def _scores(view:DirectedStep, *others:Tensor)->Tensor:   # (K1, D), (K2, D), ..
     if getattr(model.matrix, '__func__', None) is not Model.matrix:
         return torch.cat([view.matrix(anchor, o) for o in others], 1).contiguous()
     out = anchor.new_empty(len(anchor), stops[-1])
-    for o, a, b in zip(others, stops, stops[1:]): torch.mm(anchor, o.T, out=out[:, a:b])
+    for o, a, b in zip(others, stops, stops[1:]):
+        torch.mm(anchor, o.T, out=out[:, a:b])
     return out
 
 def _bar(score:Tensor, same:Tensor)->Tensor:
     "Scores with -inf at the few that are of the same image"
     # no waiting for how many there are
-    if score.device.type != 'cpu': return score.masked_fill_(same, -torch.inf)
+    if score.device.type != 'cpu':
+        return score.masked_fill_(same, -torch.inf)
     score.view(-1)[torch.from_numpy(same.numpy().reshape(-1).nonzero()[0])] = -torch.inf
     return score
 
@@ -219,5 +225,6 @@ def _again(view:DirectedStep, new:Tensor, old:Tensor, idx:Tensor)->Tensor:   # (
     "Scores of selected candidates, with gradient to the anchors"
     flat, n = idx.flatten(), len(new)
     rows = new[flat.clamp(max=n-1)]
-    if len(old): rows = torch.where((flat < n)[:,None], rows, old[(flat-n).clamp(min=0)])
+    if len(old):
+        rows = torch.where((flat < n)[:,None], rows, old[(flat-n).clamp(min=0)])
     return view.at(rows, torch.arange(len(flat), device=idx.device).view(idx.shape))

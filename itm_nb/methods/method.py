@@ -44,7 +44,8 @@ class Method:
     def but(self, **sources)->'Method':   # name=Source
         "The same terms on other sources: `vsepp().but(on=Source(in_batch, semi_hard))`"
         odd = sources.keys() - self.sources.keys()
-        if odd: raise ValueError(f'no source called {sorted(odd)}; there are {sorted(self.sources)}')
+        if odd:
+            raise ValueError(f'no source called {sorted(odd)}; there are {sorted(self.sources)}')
         return replace(self, sources=self.sources|sources)
 
     def stateful(self)->list:   # each once, in the order of the sources
@@ -56,7 +57,8 @@ def proposals(method:Method, view:DirectedStep)->Iterator:   # of (name of the s
     "What every source that has something for this direction proposes, and what it selects"
     for name, source in method.sources.items():
         c = source.pool(view)
-        if c is not None: yield name, c, source.selector(c, view)
+        if c is not None:
+            yield name, c, source.selector(c, view)
 
 def scores(
     method:Method,
@@ -66,7 +68,8 @@ def scores(
     "Let every source propose, select and re-score"
     named = {}
     for name, c, picked in proposals(method, view):
-        if seen is not None: seen.append((view, name, c, picked))
+        if seen is not None:
+            seen.append((view, name, c, picked))
         named |= {f'{name}.{k}' if k else name: v for k, v in (c.rescore(picked.idx)|c.also).items()}
         named |= {f'{name}.valid': picked.valid, f'{name}.pos': c.pos}
     return named
@@ -101,7 +104,8 @@ def fetches(
     for fetch in dict.fromkeys(s.fetch for s in method.sources.values() if s.fetch):
         got = fetch(cap, seed, epoch)
         clash = sorted(got.keys() & out.keys())
-        if clash: raise ValueError(f'two sources fetch {clash}: rename one')
+        if clash:
+            raise ValueError(f'two sources fetch {clash}: rename one')
         out |= got
     return out
 

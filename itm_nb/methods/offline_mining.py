@@ -45,7 +45,8 @@ def _merge(best, S:Tensor, first:int, h:int, own_q:Tensor, own_k:Tensor):
     r, c = (S > floor).nonzero(as_tuple=True)
     other = own_q[r] != own_k[c]
     r, c = r[other], c[other]
-    if not len(r): return best
+    if not len(r):
+        return best
     n = torch.bincount(r, minlength=len(S))
     place = torch.arange(len(r), device=S.device) - (n.cumsum(0) - n)[r]
     more_v = S.new_full((len(S), int(n.max())), -torch.inf)
@@ -74,7 +75,8 @@ def search(
                       value=-torch.inf if x.is_floating_point() else -1) for x in best)
         val.append(v.cpu())
         idx.append(i.masked_fill(v == -torch.inf, -1).int().cpu())
-        if tick: tick(r.stop - r.start)
+        if tick:
+            tick(r.stop - r.start)
     return Lists(torch.cat(idx), torch.cat(val))
 
 def ordered(
@@ -97,11 +99,13 @@ def _sampled(q, k, idx, keys=2**20, queries=2**22, pairs=2**21):
     cols, n = max(1, keys//D), max(1, min(queries//D, pairs//w))
     out = torch.empty(idx.shape)
     for a in range(0, len(q), n):
-        at = idx[a:a+n].clamp(min=0).flatten().long(); part = at//cols
+        at = idx[a:a+n].clamp(min=0).flatten().long()
+        part = at//cols
         by = part.argsort(stable=True)  # by block of keys, then by row: as CSR wants it
         at, row, x, s, b = at[by], by//w, q[a:a+n].double(), torch.empty(len(by)), 0
         for p, e in enumerate(torch.bincount(part).cumsum(0).tolist()):
-            if e == b: continue
+            if e == b:
+                continue
             y = k[p*cols:(p+1)*cols].double()
             first = torch.searchsorted(row[b:e], torch.arange(len(x)+1))
             where = torch.sparse_csr_tensor(first, at[b:e] - p*cols, x.new_zeros(e-b), (len(x), len(y)),
@@ -171,8 +175,10 @@ def _summed_in_fp32():
     at = torch.backends.cuda.matmul
     old = at.allow_fp16_reduced_precision_reduction
     at.allow_fp16_reduced_precision_reduction = False
-    try: yield
-    finally: at.allow_fp16_reduced_precision_reduction = old
+    try:
+        yield
+    finally:
+        at.allow_fp16_reduced_precision_reduction = old
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #5e7a4223
 def mine(
@@ -189,7 +195,8 @@ def mine(
     wide = min(int(h*(1 + slack)) + 8, len(k))
     eps = (q.shape[1] + 2) * 2**-24 * (q.norm(dim=1) * k.norm(dim=1).max()).cpu()
     with exact_matmul(), _summed_in_fp32(), torch.no_grad():
-        if how == 'faiss': idx, v, rest = _faiss(q, k, own_q, own_k, wide)
+        if how == 'faiss':
+            idx, v, rest = _faiss(q, k, own_q, own_k, wide)
         else:
             look, more = _halved(q, k) if how == 'half' else (lambda r, c: q[r] @ k[c].T, 0*eps)
             idx, v = search(look, own_q, own_k, wide, **blocks)
@@ -218,7 +225,8 @@ def mine_scores(
     wide, M = min(h + 8, len(own_k)), len(own_k)
     with torch.no_grad():
         idx, v = search(score, own_q, own_k, wide, rows, cols, tick)
-        found = ordered(idx, v, h); rest = v[:,-1]
+        found = ordered(idx, v, h)
+        rest = v[:,-1]
         redo = (found.score[:,-1] == rest) & (rest > -torch.inf) & (wide < M)
         for a in sorted({int(i)//rows*rows for i in redo.nonzero()}):
             r = slice(a, min(a + rows, len(own_q)))
@@ -241,7 +249,8 @@ def estimate(
         t = time.perf_counter()
         (q @ k.T).sum().item()
         return time.perf_counter() - t
-    once(); rate = 2*len(q)*len(k)*dim / min(once() for _ in range(3))
+    once()
+    rate = 2*len(q)*len(k)*dim / min(once() for _ in range(3))
     return dict(seconds=4*n_q*n_k*dim/rate, gflops=rate/1e9, mib_per_100=(n_q + n_k)*100*8/2**20)
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #0c35fed6
@@ -275,7 +284,8 @@ def save_lists(
                 np.save(f, np.asarray(x), allow_pickle=False)
                 f.flush()
                 os.fsync(f.fileno())
-            files[name] = sha256_of(tmp); os.replace(tmp, folder/name)
+            files[name] = sha256_of(tmp)
+            os.replace(tmp, folder/name)
     whole = dict(format='itm_nb lists 1', about=about, files=files)
     write_atomic(folder/'lists.json', (json.dumps(whole, indent=1, sort_keys=True) + '\n').encode())
 
@@ -286,7 +296,8 @@ def load_lists(
     "Read lists, if they are whole and belong to this model, data and split"
     folder = Path(folder)
     at, again = folder/'lists.json', 'Mine the lists again.'
-    if not at.is_file(): raise DataError(folder, 'no lists.json', 'a folder of finished lists', again)
+    if not at.is_file():
+        raise DataError(folder, 'no lists.json', 'a folder of finished lists', again)
     d = read_json(at)
     d = d if isinstance(d, dict) else {}
     have, files = d.get('about'), d.get('files')
@@ -294,9 +305,11 @@ def load_lists(
         dict) or set(files) - set(_FILES):
         raise DataError(at, 'not a list file', "format 'itm_nb lists 1'", again)
     for k, v in about.items():
-        if have.get(k) != v: raise DataError(at, f'lists of {k} {have.get(k)!r}', f'{v!r}', again)
+        if have.get(k) != v:
+            raise DataError(at, f'lists of {k} {have.get(k)!r}', f'{v!r}', again)
     for name, sha in files.items():
-        if (folder/name).is_file() and sha256_of(folder/name) == sha: continue
+        if (folder/name).is_file() and sha256_of(folder/name) == sha:
+            continue
         raise DataError(folder/name, 'missing or changed', f'SHA-256 {sha}', again)
     maps = {n: np.load(folder/n, mmap_mode='r', allow_pickle=False) for n in files}
     return {s: Lists(maps[f'{s}_idx.npy'], maps[f'{s}_score.npy'])
@@ -338,7 +351,8 @@ class Draw:
     purpose:str='offline'   # name of the random numbers: others are second draws
 
     @cached_property
-    def own(self)->Own: return own_captions(self.img_of, len(self.lists['i2t'].idx))
+    def own(self)->Own:
+        return own_captions(self.img_of, len(self.lists['i2t'].idx))
 
     def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) -> (B,) T3, I3, T4, I4; -1: none
         "The draws of AOQ (dossier: released code, data loader)"
@@ -355,7 +369,8 @@ class Anywhere:
     purpose:str='offline'   # name of the random numbers
 
     @cached_property
-    def own(self)->Own: return own_captions(self.img_of, self.images)
+    def own(self)->Own:
+        return own_captions(self.img_of, self.images)
 
     def __call__(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # as `Draw`
         "Any caption of another image, any other image"
@@ -406,13 +421,15 @@ def mine_model(
 def foresee(model, img, txt)->dict:   # as `mine_model`
     "As `estimate`, for any model: one block is timed"
     n, m = len(img), len(txt)
-    if are_vectors(img): return estimate(n, m, img.shape[1], device=img.device)
+    if are_vectors(img):
+        return estimate(n, m, img.shape[1], device=img.device)
     some, other = img[:min(n, 64)], txt[:min(m, 1024)]
     def once():
         t = time.perf_counter()
         model.matrix(some, other).sum().item()
         return time.perf_counter() - t
-    once(); seconds = min(once() for _ in range(2))
+    once()
+    seconds = min(once() for _ in range(2))
     return dict(seconds=2*seconds*n*m/(len(some)*len(other)), pairs_per_s=len(some)*len(other)/seconds,
                 mib_per_100=(n + m)*100*8/2**20)
 
@@ -440,7 +457,8 @@ def report(
         out[side] = dict(used=h, positive=p.mean().item(), first=s[ok[:,0],0].mean().item(),
                          last=s[ok[:,-1],-1].mean().item(),
                          beats=(s[:,0] > p).double().mean().item())
-        if is_true is None: continue
+        if is_true is None:
+            continue
         q = torch.arange(len(idx))[:,None].expand_as(idx)
         i, t = (q, idx) if side == 'i2t' else (idx, q)
         true = np.asarray(is_true(i[ok].numpy(), t[ok].numpy()), dtype=np.float32)

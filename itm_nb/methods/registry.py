@@ -36,7 +36,8 @@ def named(
     **kw,                  # settings; each maker takes those it knows
 )->Method:
     "A method by name, e.g. `fne(tau=5.)`; `a|b` adds methods, `a,on=SOURCE` replaces the source `on`"
-    if not allow_code and (paths := own_code(name)): raise DataError(paths[0], *_NOT_OURS)
+    if not allow_code and (paths := own_code(name)):
+        raise DataError(paths[0], *_NOT_OURS)
     return functools.reduce(operator.or_, [_part(text, kw, allow_code) for text in split_outside(name, '|')])
 
 _NOT_OURS = ("code of one's own, named where only the package's names count",
@@ -48,21 +49,28 @@ def split_outside(text, sign)->list:
     "Cut at a sign that stands outside brackets and quotation marks"
     out, depth, quote = [''], 0, ''
     for ch in text:
-        if quote: quote = '' if ch == quote else quote
-        elif ch in '"\'': quote = ch
-        else: depth += (ch in '([{') - (ch in ')]}')
-        if ch == sign and not depth and not quote: out.append('')
-        else: out[-1] += ch
+        if quote:
+            quote = '' if ch == quote else quote
+        elif ch in '"\'':
+            quote = ch
+        else:
+            depth += (ch in '([{') - (ch in ')]}')
+        if ch == sign and not depth and not quote:
+            out.append('')
+        else:
+            out[-1] += ch
     return [x.strip() for x in out]
 
 def _call(text)->tuple:
     "'fne(tau=5.)' -> ('fne', {'tau': 5.}); values are Python literals, nothing is executed"
     path, bracket, rest = text.partition('(')
-    if not bracket: return text, {}
+    if not bracket:
+        return text, {}
     try:
         call = ast.parse(f'f({rest}', mode='eval').body
         own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AttributeError): own = None
+    except (SyntaxError, ValueError, AttributeError):
+        own = None
     if own is None or not isinstance(call, ast.Call) or not isinstance(call.func,
         ast.Name) or call.args or None in own:
         raise ValueError(f"{text!r} is no method; wanted e.g. fne(tau=5.0, preset='faithful')")
@@ -95,9 +103,12 @@ def _part(text, kw, allow_code)->Method:
 
 def _maker(path, known, what, allow_code):
     "What is registered under a name, or lies at a path of one's own"
-    if path in known: return known[path]
-    if ':' not in path: raise ValueError(f'no {what} called {path!r}; there are {sorted(known)}')
-    if not allow_code: raise DataError(path, *_NOT_OURS)
+    if path in known:
+        return known[path]
+    if ':' not in path:
+        raise ValueError(f'no {what} called {path!r}; there are {sorted(known)}')
+    if not allow_code:
+        raise DataError(path, *_NOT_OURS)
     return found(path)
 
 def _made(path, maker, kind, kw, own):
@@ -111,8 +122,10 @@ def _made(path, maker, kind, kw, own):
             raise ValueError(f'{path} has no setting {odd[0]!r}; {hint}')
         maker = maker(**{k: v for k, v in kw.items() if k in known} | own)
     # a user's function may return (sources, terms)
-    if kind is Method and isinstance(maker, tuple): maker = Method(*maker)
-    if isinstance(maker, kind): return maker
+    if kind is Method and isinstance(maker, tuple):
+        maker = Method(*maker)
+    if isinstance(maker, kind):
+        return maker
     raise DataError(path, f'a {type(maker).__name__}', f'a {kind.__name__}, or a function that returns one',
                     'Return it from the function.')
 
@@ -156,9 +169,11 @@ def found(
 
 def _defined(x, module, path):
     "Refuse by kind what was not written in that very file: it would be called"
-    if isinstance(x, (Method, Source)): return x
+    if isinstance(x, (Method, Source)):
+        return x
     ours = (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__ == module.__name__
-    if ours: return x
+    if ours:
+        return x
     kind = (f'{type(x).__name__} of {x.__module__}' if callable(x)
             and isinstance(getattr(x, '__module__', None), str) else type(x).__name__)
     raise DataError(path, f'a {kind}', 'a function or class that is defined in that file',
@@ -166,7 +181,8 @@ def _defined(x, module, path):
 
 def _run(load, place):
     "Whatever goes wrong inside someone's module is said with its name"
-    try: return load()
+    try:
+        return load()
     except Exception as e:
         raise DataError(place, f'{type(e).__name__}: {e}', 'an importable module',
                         'Import it alone to see the whole error.') from e
@@ -177,7 +193,8 @@ def _place_of(place)->Path:
     at = Path.cwd().joinpath(*place.split('.'))
     if all(part.isidentifier() for part in place.split('.')):
         for file in (at.with_name(at.name + '.py'), at/'__init__.py'):
-            if file.is_file(): return file
+            if file.is_file():
+                return file
     raise DataError(place, 'no module below the current folder', _WANTED_PATH,
                     'Go to its folder, or name its file: path/to/file.py:name.')
 
@@ -201,8 +218,11 @@ def _file(path:Path):
     def load():
         spec = importlib.util.spec_from_file_location(key, path)
         sys.modules[key] = module = importlib.util.module_from_spec(spec)
-        try: spec.loader.exec_module(module)
-        except BaseException: del sys.modules[key]; raise
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
         return module
     return sys.modules.get(key) or _run(load, path)
 
@@ -221,7 +241,9 @@ def code_of(
     "A hash of the source a name's paths lead to, for records: the whole file, or in a notebook the function"
     def source(path):
         place, _, fn = path.rpartition(':')
-        if path in SOURCES: return Path(inspect.getsourcefile(SOURCES[path])).read_bytes()
-        if place == '__main__': return inspect.getsource(found(path)).encode()
+        if path in SOURCES:
+            return Path(inspect.getsourcefile(SOURCES[path])).read_bytes()
+        if place == '__main__':
+            return inspect.getsource(found(path)).encode()
         return (Path(place) if place.endswith('.py') else _place_of(place)).read_bytes()
     return '+'.join(hashlib.sha256(source(p)).hexdigest()[:12] for p in _paths(name))

@@ -48,17 +48,22 @@ def softmax_of_copies(
     copies:str='sum',         # what they are: 'negatives', 'masked', or positives by 'out' or 'sum'
 )->Tensor:                    # (B,)
     "InfoNCE where other captions of the photo stand in the batch; ValueError for an unknown kind"
-    if copies not in COPIES: raise ValueError(f'copies is one of {COPIES}, not {copies!r}')
-    if copies == 'masked': return infonce(pos, neg, ok & ~same, temperature)
-    if copies == 'negatives': return infonce(pos, neg, ok, temperature)
+    if copies not in COPIES:
+        raise ValueError(f'copies is one of {COPIES}, not {copies!r}')
+    if copies == 'masked':
+        return infonce(pos, neg, ok & ~same, temperature)
+    if copies == 'negatives':
+        return infonce(pos, neg, ok, temperature)
     z = torch.cat([pos[:,None], neg.masked_fill(~ok, -torch.inf)], 1)/temperature
     mine = torch.cat([torch.ones_like(pos[:,None], dtype=torch.bool), same & ok], 1)
-    if copies == 'sum': return z.logsumexp(1) - z.masked_fill(~mine, -torch.inf).logsumexp(1)
+    if copies == 'sum':
+        return z.logsumexp(1) - z.masked_fill(~mine, -torch.inf).logsumexp(1)
     return (z.logsumexp(1, keepdim=True) - z).masked_fill(~mine, 0.).sum(1)/mine.sum(1)
 
 def multi_positive(temperature:float=.05, copies:str='sum')->Method:
     "InfoNCE in which other captions of the photo are positives (copies: see `softmax_of_copies`)"
-    if copies not in COPIES: raise ValueError(f'copies is one of {COPIES}, not {copies!r}')
+    if copies not in COPIES:
+        raise ValueError(f'copies is one of {COPIES}, not {copies!r}')
     read = lambda n: [n[k] for k in ('all.pos', 'all', 'all.valid', 'all.same')]
     cost = lambda n: softmax_of_copies(*read(n), temperature, copies)
     return Method(dict(all=Source(with_copies, every)), dict(softmax=LossTerm(cost, ('all',))))
@@ -148,10 +153,14 @@ def passes(
 )->Tensor:                    # (B, K) bool
     "Which candidates are far enough from the positive to be negatives"
     ok, p = torch.ones_like(score, dtype=torch.bool), pos[:,None]
-    if absolute is not None: ok &= ~(score > p - absolute)
-    if relative is not None: ok &= ~(score > p - p.abs()*relative)
-    if highest is not None: ok &= ~(score > highest)
-    if lowest is not None: ok &= ~(score < lowest)
+    if absolute is not None:
+        ok &= ~(score > p - absolute)
+    if relative is not None:
+        ok &= ~(score > p - p.abs()*relative)
+    if highest is not None:
+        ok &= ~(score > highest)
+    if lowest is not None:
+        ok &= ~(score < lowest)
     return ok
 
 def filter_mined(
@@ -181,7 +190,8 @@ def filtered(
     "A pool without the candidates somebody suspects"
     def kept(view:DirectedStep)->Candidates:
         c = pool(view)
-        if c is None: return None
+        if c is None:
+            return None
         ok, about = keep(c, view), c.about or dict
         return replace(c, score=c.score.masked_fill(~ok, -torch.inf), eligible=c.eligible & ok,
                        about=lambda: about() | dict(suspected=c.eligible & ~ok))
@@ -198,8 +208,10 @@ def margin_filter(
     model=None,               # what is to be trained; one that a memory does not suit is refused
 )->Method:
     "A hinge against the hardest that a margin lets pass (NV-Retriever); ValueError for an unknown pool"
-    if pool not in ('memory', 'batch'): raise ValueError(f"pool is 'memory' or 'batch', not {pool!r}")
-    if pool == 'memory' and model is not None: refuse(model, queue)
+    if pool not in ('memory', 'batch'):
+        raise ValueError(f"pool is 'memory' or 'batch', not {pool!r}")
+    if pool == 'memory' and model is not None:
+        refuse(model, queue)
     bank = Bank(queue, momentum, seed=seed) if pool == 'memory' else None
     keep = lambda c, view: passes(c.score, c.pos.detach(), absolute or None, relative or None)
     from_ = bank.pool if bank else in_batch
@@ -237,21 +249,26 @@ class Guide:
 
     def before_step(self, step:Step):
         "Keep a copy of the model, once"
-        if self.frozen is not None or step.epoch < self.start: return
+        if self.frozen is not None or step.epoch < self.start:
+            return
         self.frozen = Momentum(step.model, 1., dropout=False)
-        if self.waiting: self.frozen.model.load_state_dict(self.waiting)
+        if self.waiting:
+            self.frozen.model.load_state_dict(self.waiting)
         self.waiting = {}
 
     def vectors(self, step:Step)->tuple:   # (N, D) images, (N, D) sentences: of all devices
         "What the guide makes of a batch"
         return step.get((id(self), 'vectors'), lambda: self.frozen.vectors(step))
 
-    def state_dict(self)->dict: return self.frozen.model.state_dict() if self.frozen else self.waiting
+    def state_dict(self)->dict:
+        return self.frozen.model.state_dict() if self.frozen else self.waiting
 
     def load_state_dict(self, d:dict):
         "Go on with that guide"
-        if self.frozen: self.frozen.model.load_state_dict(d)
-        else: self.waiting = {k: v.clone() for k, v in d.items()}
+        if self.frozen:
+            self.frozen.model.load_state_dict(d)
+        else:
+            self.waiting = {k: v.clone() for k, v in d.items()}
 
 # %% ../../nbs/5_methods/08_rivals.ipynb #dc508b9e
 class _Guided:
@@ -270,7 +287,8 @@ class _Guided:
         "What the guide leaves"
         with torch.no_grad():
             images, texts = self.guide.vectors(view.step)
-            if self.by == 'captions': images = texts
+            if self.by == 'captions':
+                images = texts
             s = self.score(view, images, texts)
             own = s.diagonal(view.step.first)      # by the same product, so that a duplicate ties
         return guide_keeps(s, own, self.slack, self.relative)
@@ -299,8 +317,10 @@ def gist(
     model=None,              # what is to be trained; one without single vectors is refused
 )->Method:
     "InfoNCE without the candidates a frozen guide prefers (GISTEmbed); ValueError for an unknown guide"
-    if by not in ('pairs', 'captions'): raise ValueError(f"by is 'pairs' or 'captions', not {by!r}")
-    if model is not None: refuse(model)
+    if by not in ('pairs', 'captions'):
+        raise ValueError(f"by is 'pairs' or 'captions', not {by!r}")
+    if model is not None:
+        refuse(model)
     guide = Guide(start)
     pool = _Guided(guide, slack, relative, by, within, copies)
     cost = lambda n: infonce(n['guided.pos'], n['guided'], n['guided.valid'], temperature)
@@ -321,7 +341,8 @@ def threshold_step(
     "One step of Adam (.9, .98) on the gradient alpha - share; the threshold stays in [-1, 1]"
     lam, m, v = state.unbind(1)
     g = (alpha - share)/(alpha if normalize else 1.)
-    if clip: g = g.clamp(-alpha*clip, alpha*clip)
+    if clip:
+        g = g.clamp(-alpha*clip, alpha*clip)
     m, v = .9*m + .1*g, .98*v + .02*g**2
     lam = lam - rate*(m/(1 - .9**n))/((v/(1 - .98**n)).sqrt() + eps)
     return torch.stack([lam.clamp(-1, 1), m, v], 1)
@@ -355,7 +376,8 @@ class Thresholds:
         count:str='visits',       # what corrects Adam: own updates; 'epoch' as released
     ):
         for k, v, known in (('first', first, ('quantile', 'one')), ('count', count, ('visits', 'epoch'))):
-            if v not in known: raise ValueError(f'{k} is one of {known}, not {v!r}')
+            if v not in known:
+                raise ValueError(f'{k} is one of {known}, not {v!r}')
         self.alpha, self.rate, self.start, self.first, self.count = alpha, rate, start, first, count
         # threshold, both moments, number of visits
         self.kept = {s: torch.zeros(0, 4, dtype=torch.double) for s in ('i2t', 't2i')}
@@ -416,7 +438,8 @@ def glofnd(
     count:str='visits',
 )->Method:
     "InfoNCE without the candidates above a learned threshold of their anchor (GloFND)"
-    if not 0 <= alpha < 1: raise ValueError(f'alpha is {alpha}; wanted a share, 0 to less than 1')
+    if not 0 <= alpha < 1:
+        raise ValueError(f'alpha is {alpha}; wanted a share, 0 to less than 1')
     lines = Thresholds(alpha, rate, start, first, count)
     def pool(view:DirectedStep)->Candidates:
         c = filtered(everything, lines.keeps)(view)

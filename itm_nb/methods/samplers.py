@@ -70,7 +70,8 @@ class Step:
 
     def get(self, key, make:Callable):   # key: what it is; make: () -> value
         "Made at the first asking, shared afterwards"
-        if key not in self.made: self.made[key] = make()
+        if key not in self.made:
+            self.made[key] = make()
         return self.made[key]
 
     def image(self, b:dict, model=None):   # b: of a loader; model: None: the step's
@@ -92,11 +93,14 @@ def searching(
 ):
     "Inside: no gradient and no dropout"
     was = getattr(model, 'training', False)
-    if was: model.eval()
+    if was:
+        model.eval()
     try:
-        with torch.no_grad(): yield
+        with torch.no_grad():
+            yield
     finally:
-        if was: model.train()
+        if was:
+            model.train()
 
 @dataclass
 class DirectedStep:
@@ -105,7 +109,8 @@ class DirectedStep:
     side:str             # 'i2t' or 't2i'
 
     def __post_init__(self):
-        s = self.step; self.i2t = self.side == 'i2t'
+        s = self.step
+        self.i2t = self.side == 'i2t'
         self.anchor, self.other = (s.images, s.all_texts) if self.i2t else (s.texts, s.all_images)
         self.anchor_ids, self.other_ids = s.img, s.all_img  # a sentence's identity as a positive is its image
 
@@ -116,7 +121,8 @@ class DirectedStep:
 
     def search(self, other)->Tensor:   # K encodings -> (B, K) without gradient
         "Scores of the step's anchors with candidates, for looking only"
-        with searching(self.step.model): return self.matrix(self.anchor.detach(), other.detach())
+        with searching(self.step.model):
+            return self.matrix(self.anchor.detach(), other.detach())
 
     def pairs(self, anchor, other)->Tensor:   # n and n encodings -> (n,)
         "Anchor i with candidate i"
@@ -141,12 +147,14 @@ def _search(view:DirectedStep)->Tensor:   # (B, K) without gradient, -inf where 
         for at in range(0, len(score), 1024):
             score[at:at+1024].masked_fill_(view.anchor_ids[at:at+1024,None] == view.other_ids, -torch.inf)
         return score
-    with searching(view.step.model): return _block(view, 'search', make)
+    with searching(view.step.model):
+        return _block(view, 'search', make)
 
 def _block(view:DirectedStep, name:str, change:Callable)->Tensor:   # (B, K)
     "Scores of a batch: on one device one matrix for both directions; on several, one for each"
     s = view.step
-    if s.world > 1: return s.get((name, view.side), lambda: change(view.matrix(view.anchor, view.other)))
+    if s.world > 1:
+        return s.get((name, view.side), lambda: change(view.matrix(view.anchor, view.other)))
     score = s.get(name, lambda: change(s.model.matrix(s.images, s.texts)))
     return score if view.i2t else score.T
 
@@ -158,7 +166,8 @@ def in_batch(view:DirectedStep)->Candidates:
 
 def _who(view:DirectedStep)->dict:
     "Who the candidates of a batch are, and why some are not eligible"
-    s = view.step; same = s.img[:,None] == s.all_img
+    s = view.step
+    same = s.img[:,None] == s.all_img
     return {'image': s.all_img, 'caption': s.all_cap, 'own pair': same & (s.cap[:,None] == s.all_cap),
             'same image': same}
 
@@ -215,7 +224,8 @@ def draw_at(
     u:Tensor,     # (B, k) numbers in [0, 1)
 )->tuple:         # (B, k) places, (B, 1) was there anything to draw from?
     "Where the running sum of the weights first exceeds the share `u` of their sum; never at weight 0"
-    cum = w.double().cumsum(1); whole = cum[:,-1:]
+    cum = w.double().cumsum(1)
+    whole = cum[:,-1:]
     point = torch.minimum(u*whole, torch.nextafter(whole, torch.zeros_like(whole)))
     return torch.searchsorted(cum.contiguous(), point, right=True).clamp(max=w.shape[1]-1), whole > 0
 
@@ -226,7 +236,8 @@ def draw(
 )->Callable:                    # a selector
     "Draw candidates with probability proportional to their weights"
     def pick(c:Candidates, view:DirectedStep)->Selection:
-        if not c.score.shape[1]: return _best(c.score)
+        if not c.score.shape[1]:
+            return _best(c.score)
         w = c.eligible.double() if weights is None else weights(c, view).double().masked_fill(~c.eligible, 0.)
         idx, ok = draw_at(w, view.uniform(purpose, k))
         return Selection(idx, ok.expand_as(idx), w)
@@ -241,7 +252,8 @@ def exclude_false_negatives(
     plain = lambda ids: ids.cpu().numpy()
     def barred(view:DirectedStep)->Candidates:
         c = pool(view)
-        if c is None: return None
+        if c is None:
+            return None
         who, s = c.about(), view.step
         true = (is_true(plain(s.img), plain(who['caption'])) if view.i2t
                 else is_true(plain(who['image']), plain(s.cap)).T)

@@ -33,7 +33,8 @@ def synthetic(
     squash:bool=False,   # compare sigmoids, as the authors' code does with raw scores of its cross-encoder
 )->Tensor:               # (B,), 0 where no sentence counts
     "Mean hinge of the synthetic sentences"
-    if squash: pos, neg = pos.sigmoid(), neg.sigmoid()
+    if squash:
+        pos, neg = pos.sigmoid(), neg.sigmoid()
     return average(hinge(pos[:,None], neg, margin), ok)
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #33a113c3
@@ -68,14 +69,16 @@ def discrimination(
     floor:float=0.,        # as in `word_loss`
 )->Tensor:                 # (B,), 0 where no word counts
     "Weighted cross-entropy of replaced against kept words"
-    if per not in ('words', 'weights'): raise ValueError(f"per is 'words' or 'weights', not {per!r}")
+    if per not in ('words', 'weights'):
+        raise ValueError(f"per is 'words' or 'weights', not {per!r}")
     weight = logits.new_tensor(weights)[kept.long()]
     logits = logits.masked_fill(~ok[...,None], 0.)  # what does not count has no gradient, not even NaN
     cost = mean_where(weight*word_loss(logits, kept.long(), floor=floor), ok)
     return cost/mean_where(weight, ok).clamp(min=torch.finfo(weight.dtype).tiny) if per == 'weights' else cost
 
 # %% ../../nbs/5_methods/08_tags_dc.ipynb #963e4ab7
-def _real(n, s, key): return n[f'{s}.{key}'] & n[f'{s}.valid'][...,None]
+def _real(n, s, key):
+    return n[f'{s}.{key}'] & n[f'{s}.valid'][...,None]
 
 def synthetic_term(source:str='syn', weight:float=1., margin:float=.2, squash:bool=False)->LossTerm:
     "The caption must score above the synthetic sentences of its image"
@@ -112,7 +115,8 @@ def pool_switches(
     **kw,        # single switches changed
 )->dict:
     "What a preset asks of the generator; a switch that does not exist is an error"
-    if name not in PRESETS: raise ValueError(f'no preset called {name!r}; there are {sorted(PRESETS)}')
+    if name not in PRESETS:
+        raise ValueError(f'no preset called {name!r}; there are {sorted(PRESETS)}')
     known = PRESETS[name]['pool']
     if odd := kw.keys() - known.keys():
         raise ValueError(f'no switch called {sorted(odd)}; there are {sorted(known)}')
@@ -129,7 +133,8 @@ def tags_terms(
     preset:str='corrected',      # name in `PRESETS`
 )->dict:                         # name -> LossTerm; a part with weight 0 is left out
     "The terms of TAGS (two weights) or TAGS-DC (four)"
-    if preset not in PRESETS: raise ValueError(f'no preset called {preset!r}; there are {sorted(PRESETS)}')
+    if preset not in PRESETS:
+        raise ValueError(f'no preset called {preset!r}; there are {sorted(PRESETS)}')
     cost = PRESETS[preset]['cost']
     made = dict(synthetic=(synthetic, lambda w: synthetic_term(source, w, margin, squash)),
                 mlm=(mlm, lambda w: mlm_term(source, w)),
@@ -178,9 +183,12 @@ def _text_generator(
         raise ValueError(f"sharing is 'shared', 'unshared' or 'static', not {sharing!r}")
     if sharing == 'static' and not generator:
         raise ValueError("sharing='static' needs a finished run that writes: generator=...")
-    if sharing == 'shared' or not generator: _streaming(model, 'the model in training')
-    if sharing == 'shared': return None
-    if generator: made = _streaming(from_pretrained(Path(generator)/'best'), 'the run that writes')
+    if sharing == 'shared' or not generator:
+        _streaming(model, 'the model in training')
+    if sharing == 'shared':
+        return None
+    if generator:
+        made = _streaming(from_pretrained(Path(generator)/'best'), 'the run that writes')
     else:
         with torch.random.fork_rng():
             torch.manual_seed(purpose_key('writer', seed) % 2**63)
@@ -215,16 +223,19 @@ def tags(
     "Synthetic negatives for the images of a batch (TAGS; with discrimination and correction TAGS-DC)"
     learns, heads, pool_of = (mlm > 0 and hasattr(model, 'stream'), discrimination + correction > 0,
                               pool_switches(preset, **switches))
-    if heads or pool_of['blind']: _streaming(model, 'the model in training')
+    if heads or pool_of['blind']:
+        _streaming(model, 'the model in training')
     if honest and world is None:
         raise ValueError("honest=True needs a world that knows the truth: data='scenes'")
     w = None if words == 'random' else _text_generator(sharing, generator, model, rate, seed)
     terms = tags_terms('syn', synthetic, mlm if learns else 0., discrimination, correction, margin,
                        isinstance(model, CrossEncoder), preset)
-    if w and not w.static: terms['taught'] = mlm_term(name='taught')
+    if w and not w.static:
+        terms['taught'] = mlm_term(name='taught')
     known, misled = (captions_of(train, model, vocab, units),
                      (misled,) if isinstance(misled, str) else tuple(misled))
-    if pool_of['special']: _reading(model, known.lexicon)
+    if pool_of['special']:
+        _reading(model, known.lexicon)
     pool = Synthetic(known, copies, draws, tau, writer=w, words=words, learns=learns, misled=misled,
                      heads=heads, corrects=correction > 0,
                      tally=Tally(known.lexicon, judge_of(world)), knows=judge_of(world) if honest else None,

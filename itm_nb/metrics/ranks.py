@@ -67,20 +67,24 @@ class Tally:
             raise DataError('scores', 'NaN or an infinite score', 'finite scores',
                             'Give what shall come last a low finite score.')
         self.max = max(self.max, m)
-        if self.reach is None: self.reach = 2*m
+        if self.reach is None:
+            self.reach = 2*m
 
     @property
-    def lost(self): return self.max > self.reach or self.held > _KEEP
+    def lost(self):
+        return self.max > self.reach or self.held > _KEEP
 
     # d: 0 if its rows are the queries, 1 if its columns; which of them; their own scores
     def add(self, S:Tensor, d:int, at:slice, pos:Tensor):
         "Count what stands before the right answers for certain, keep what cannot be decided yet"
-        if self.lost: return
+        if self.lost:
+            return
         a, b = (tie_threshold(pos, self.tie*x, self.ties) for x in (self.scale or self.max, self.reach))
         lo, hi = torch.minimum(a, b), torch.maximum(a, b)
         sure = _reaching(S, hi, d)
         self.counts[d][at] += sure
-        if self.tie == 0 or self.scale is not None: return
+        if self.tie == 0 or self.scale is not None:
+            return
         q = (_reaching(S, lo, d) != sure).nonzero().squeeze(1)
         T = S[:,q].T if d else S[q]
         close = (T >= lo[q,None]) & (T < hi[q,None])
@@ -90,7 +94,8 @@ class Tally:
     def close(self, d:int, pos:Tensor):
         "(Q,) final counts of one direction, and the bars they were counted with"
         cut = tie_threshold(pos, self.tie*self.max, self.ties)
-        for q,s in self.near[d]: self.counts[d].index_add_(0, q, (s >= cut[q]).long())
+        for q,s in self.near[d]:
+            self.counts[d].index_add_(0, q, (s >= cut[q]).long())
         return self.counts[d], cut
 
 # %% ../../nbs/3_metrics/00_ranks.ipynb #8e332bce
@@ -113,9 +118,11 @@ def _home(score, img, R, C, tally, own, best):
             own[j.to(own.device)] = S[(img[j]-R[r].start).to(S.device), (j-C[c].start).to(S.device)].to(own)
         j = slice(first[r], first[r+1])
         best.scatter_reduce_(0, img[j].to(own.device), own[j], 'amax')
-        for c in home: tally.add(waiting[c][-1][1], 0, R[r], best[R[r]])
+        for c in home:
+            tally.add(waiting[c][-1][1], 0, R[r], best[R[r]])
         for c in [c for c in waiting if C[c].stop <= first[r+1]]:  # every sentence of c has met its image
-            for _,S in waiting.pop(c): tally.add(S, 1, C[c], own[C[c]])
+            for _,S in waiting.pop(c):
+                tally.add(S, 1, C[c], own[C[c]])
     return homes
 
 def _walk(
@@ -133,7 +140,8 @@ def _walk(
     homes = _home(score, img, R, C, tally, own, best)
     for c,col in enumerate(C):
         for r,row in enumerate(R):
-            if c in homes[r]: continue
+            if c in homes[r]:
+                continue
             S = score(row, col)
             tally.see(S)
             tally.add(S, 0, row, best[row])
@@ -145,7 +153,8 @@ def _checked(img_of, N:int, M:int, unasked:bool=False)->Tensor:
     "(M,) int64 image of each sentence on the CPU, checked"
     x = torch.from_numpy(as_array(img_of))
     def need(ok, found, wanted, remedy=''):
-        if not ok: raise DataError('img_of', found, wanted, remedy)
+        if not ok:
+            raise DataError('img_of', found, wanted, remedy)
     need(N > 0 and M > 0, f'{N} images and {M} sentences', 'at least one of each')
     need(x.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8), f'type {x.dtype}',
          'integer image indices')
@@ -164,10 +173,12 @@ def _reader(block, order):
     a scorer knows them again"""
     look = [None, None]
     def score(r, c):
-        if look[0] != c: look[:] = [c, c if order is None else order[c]]
+        if look[0] != c:
+            look[:] = [c, c if order is None else order[c]]
         S = torch.as_tensor(block(r, look[1]))
         want = (r.stop-r.start, c.stop-c.start)
-        if S.shape != want: raise DataError('scores', f'a block of {tuple(S.shape)}', f'{want}')
+        if S.shape != want:
+            raise DataError('scores', f'a block of {tuple(S.shape)}', f'{want}')
         return S if S.dtype == torch.float64 else S.float()
     return score
 
@@ -203,7 +214,8 @@ def ranks_blocks(
     while True:
         tally = Tally((N, M), tie, ties, scale, like.device)
         own, best = _walk(score, img, N, tally, rows, cols, like.dtype, like.device)
-        if not tally.lost: return _without_own(tally, own, best, img, order)
+        if not tally.lost:
+            return _without_own(tally, own, best, img, order)
         scale = tally.max
 
 # %% ../../nbs/3_metrics/00_ranks.ipynb #3dbbd1f1
@@ -220,7 +232,8 @@ def ranks_of(
     def block(r, c):
         if isinstance(scores, Tensor):
             S = scores.detach()[r, c if isinstance(c, slice) else c.to(scores.device)]
-        else: S = torch.from_numpy(np.array(scores[r, c if isinstance(c, slice) else c.numpy()]))
+        else:
+            S = torch.from_numpy(np.array(scores[r, c if isinstance(c, slice) else c.numpy()]))
         return S if S.is_floating_point() else S.double()
     return ranks_blocks(block, *scores.shape, img_of, ties, tie, **kw)
 
@@ -230,24 +243,29 @@ def exact_matmul():
     "Full fp32 products inside: no autocast, no TF32, no bf16 passes"
     try:
         old = torch.get_float32_matmul_precision()
-        def put(x): torch.set_float32_matmul_precision(x)
+        def put(x):
+            torch.set_float32_matmul_precision(x)
         new = 'highest'
     # the settings were made through torch's newer interface, and the two must not be mixed
     except RuntimeError:
         at = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
         old, new = [b.fp32_precision for b in at], ['ieee']*2
         def put(xs):
-            for b,x in zip(at, xs): b.fp32_precision = x
+            for b,x in zip(at, xs):
+                b.fp32_precision = x
     put(new)
     try:
-        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False): yield
-    finally: put(old)
+        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+            yield
+    finally:
+        put(old)
 
 class DotScores:
     "Blocks of `img @ txt.T` in fp32; the columns of the last block are kept ready"
     def __init__(self, img, txt, device=None):
         self.img, self.txt = (torch.as_tensor(x).detach() for x in (img, txt))
-        if device is not None: self.img, self.txt = self.img.to(device), self.txt.to(device)
+        if device is not None:
+            self.img, self.txt = self.img.to(device), self.txt.to(device)
         both = (self.img, self.txt)
         if any(x.ndim != 2 or not x.is_floating_point() for x in both) or len({x.shape[1] for x in both}) > 1:
             raise DataError('embeddings', ' and '.join(f'{tuple(x.shape)} {x.dtype}' for x in both),
@@ -259,7 +277,8 @@ class DotScores:
         return self.img[r].float() @ self.ready.T
     def _pick(self, c):
         "Rows in any order, into one buffer: fresh ones for every block would scatter the heap"
-        if len(self.buf) < len(c): self.buf = self.txt.new_empty(len(c), self.txt.shape[1])
+        if len(self.buf) < len(c):
+            self.buf = self.txt.new_empty(len(c), self.txt.shape[1])
         return torch.index_select(self.txt, 0, c.to(self.txt.device), out=self.buf[:len(c)])
 
 def ranks(
@@ -299,7 +318,8 @@ def galleries(
     **kw                # passed to `ranks`
 )->Ranks:
     "Ranks of embeddings where every query is searched in its own gallery"
-    if gallery is None: return ranks(img, txt, img_of, **kw)
+    if gallery is None:
+        return ranks(img, txt, img_of, **kw)
     return in_galleries(lambda i, j, own: ranks(img[i], txt[j], own, **kw), img_of, gallery)
 
 # %% ../../nbs/3_metrics/00_ranks.ipynb #34b63ee3

@@ -34,7 +34,8 @@ def relevant(
     shape:tuple,        # (Q, K)
 )->sparse.csr_matrix:   # bool, (Q, K)
     "Right answers of each query, in one form; DataError where they do not fit"
-    if given is None: return sparse.csr_matrix(shape, dtype=bool)
+    if given is None:
+        return sparse.csr_matrix(shape, dtype=bool)
     if isinstance(given, dict):
         q = np.repeat(np.array(list(given), dtype=np.int64), [len(v) for v in given.values()])
         k = np.concatenate([np.asarray(list(v), dtype=np.int64) for v in given.values()]) if given else q
@@ -46,7 +47,8 @@ def relevant(
     res = sparse.csr_matrix(given if sparse.issparse(given) else as_array(given)).astype(bool)
     res.sum_duplicates()
     res.eliminate_zeros()
-    if res.shape != tuple(shape): raise DataError('right answers', f'shape {res.shape}', f'{tuple(shape)}')
+    if res.shape != tuple(shape):
+        raise DataError('right answers', f'shape {res.shape}', f'{tuple(shape)}')
     return res
 
 # %% ../../nbs/3_metrics/01_relevance.ipynb #a2fd36fe
@@ -132,7 +134,8 @@ def many_positives(
     lost = positives.get('missing', {})
     out, every, look = relevant(ignore, (N, M)), slice(None), Tally((0, 0), 0., ties)
     with exact_matmul():
-        for s in block_slices(N, rows): look.see(part(s, every))
+        for s in block_slices(N, rows):
+            look.see(part(s, every))
         i2t, t2i = (relevant(positives.get(d), shape) for d,shape in (('i2t', (N, M)), ('t2i', (M, N))))
         lost = {d: _missing(lost.get(d), Q) for d, Q in (('i2t', N), ('t2i', M))}
         how = tie*look.max, ties, rows
@@ -148,11 +151,13 @@ def match_summary(
     res = {d: dict(map_r=100*float(m.ap.mean()), rp=100*float(m.rp.mean()))
            | {f'r{k}': 100*float((m.first < k).mean()) for k in ks}
            if len(m.query) else {} for d,m in matches.items()}
-    if all(res.values()): res['map_r'] = sum(x['map_r'] for x in res.values()) / len(res)
+    if all(res.values()):
+        res['map_r'] = sum(x['map_r'] for x in res.values()) / len(res)
     return res
 
 # %% ../../nbs/3_metrics/01_relevance.ipynb #51c00a0e
-def _choose(n, k): return gammaln(n+1) - gammaln(k+1) - gammaln(n-k+1)
+def _choose(n, k):
+    return gammaln(n+1) - gammaln(k+1) - gammaln(n-k+1)
 
 def _reach(tied:np.ndarray, own:np.ndarray, k)->np.ndarray:
     "(Q,) chance that one of `own` answers is among the first `k` of `tied` in random order (hypergeometric)"
@@ -167,7 +172,8 @@ def _expected(ahead, tied, own, ks)->dict:
     cdf = lambda k: float(_reach(tied, own, k - ahead).mean())
     lo, hi = 0, int((ahead + tied).max())
     # the median of all queries' ranks pooled
-    while hi - lo > 1: lo, hi = (lo, mid) if cdf(mid := (lo+hi)//2) >= .5 else (mid, hi)
+    while hi - lo > 1:
+        lo, hi = (lo, mid) if cdf(mid := (lo+hi)//2) >= .5 else (mid, hi)
     return {f'r{k}': 100*cdf(k) for k in ks} | dict(medr=float(hi),
                                                     meanr=float((ahead + (tied-own)/(own+1) + 1).mean()))
 

@@ -26,7 +26,8 @@ class Bounds:
     judged:float           # share of the picks that was judged
     n:int                  # picks
 
-def _count(x): return int(as_array(x).sum())
+def _count(x):
+    return int(as_array(x).sum())
 
 def bounds(
     true,         # picks judged true: a count, counts, or a mask
@@ -58,13 +59,15 @@ def _sums(values, clusters):
     sound = bool(np.isfinite(values).all())
     if values.ndim != 1 or not len(values) or not sound:
         raise DataError('values', f'shape {values.shape}, finite: {sound}', 'a row of finite numbers')
-    if clusters is None: return values, np.ones_like(values)
+    if clusters is None:
+        return values, np.ones_like(values)
     if len(clusters) != len(values):
         raise DataError('clusters', f'{len(clusters)} labels', f'one for each of the {len(values)} values')
     of = np.unique(as_array(clusters), return_inverse=True)[1].ravel()
     return np.bincount(of, values), np.bincount(of).astype(float)
 
-def _ratio(s, n, axis=-1): return s.sum(axis) / n.sum(axis)
+def _ratio(s, n, axis=-1):
+    return s.sum(axis) / n.sum(axis)
 
 def _pieces(k:int, draws:int, seed:int):
     """How often each of `k` clusters is in each of `draws` samples (uint8: never above 255 in practice), a
@@ -76,7 +79,8 @@ def _pieces(k:int, draws:int, seed:int):
         yield np.bincount(at.ravel(), minlength=m*k).reshape(m, k).clip(max=255).astype(np.uint8)
 
 @lru_cache(maxsize=4)
-def _samples(k:int, draws:int, seed:int)->tuple: return tuple(_pieces(k, draws, seed))
+def _samples(k:int, draws:int, seed:int)->tuple:
+    return tuple(_pieces(k, draws, seed))
 
 def _drawn(s, n, draws:int, seed:int)->np.ndarray:
     """Means of `draws` samples of clusters, drawn with replacement; every row of a table is judged by the
@@ -94,7 +98,8 @@ def bootstrap(
 )->tuple:               # mean, lower end, upper end (nan with a single cluster: it says nothing about others)
     "Mean with a percentile interval over resampled clusters"
     s, c = _sums(values, clusters)
-    if len(s) < 2: return float(_ratio(s, c)), math.nan, math.nan
+    if len(s) < 2:
+        return float(_ratio(s, c)), math.nan, math.nan
     return (float(_ratio(s, c)), *map(float, np.quantile(_drawn(s, c, n, seed), [(1-level)/2, (1+level)/2])))
 
 # %% ../../nbs/3_metrics/02_statistics.ipynb #dfd581f9
@@ -134,7 +139,8 @@ def paired(
         raise DataError('paired', f'{a.shape} and {b.shape} values', 'the same queries on both sides')
     s, c = _sums(a-b, clusters)
     d = float(_ratio(s, c))
-    if len(s) < 2: return Difference(d, math.nan, math.nan, math.nan, len(s))
+    if len(s) < 2:
+        return Difference(d, math.nan, math.nan, math.nan, len(s))
     draws = _drawn(s, c, n, seed)
     flip = stats.permutation_test((s,), lambda x, axis: x.sum(axis), permutation_type='samples',
                                   vectorized=True, n_resamples=n,
@@ -156,7 +162,8 @@ def corrected_t(
     from scipy import stats
     d = np.asarray(differences, dtype=np.float64)
     k = len(d)
-    if k < 2: return Difference(float(d.mean()), math.nan, math.nan, math.nan, k)
+    if k < 2:
+        return Difference(float(d.mean()), math.nan, math.nan, math.nan, k)
     se = math.sqrt((1/k + n_test/n_train) * d.var(ddof=1))
     mean = float(d.mean())
     half = float(stats.t.ppf((1+level)/2, k-1)) * se

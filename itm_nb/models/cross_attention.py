@@ -53,9 +53,12 @@ def over_queries(
 )->Tensor:          # (n, K, Q, m)
     """Normalise the products of every source element over the queries (SCAN, sec. 3.1; `raw_feature_norm`
     of the release)"""
-    if norm.startswith('clipped'): x = F.leaky_relu(x, .1)
-    if norm.endswith('l1norm'): return x / (x.abs().sum(2, keepdim=True) + 1e-8)
-    if norm.endswith('l2norm'): return _UnitQueries.apply(x)
+    if norm.startswith('clipped'):
+        x = F.leaky_relu(x, .1)
+    if norm.endswith('l1norm'):
+        return x / (x.abs().sum(2, keepdim=True) + 1e-8)
+    if norm.endswith('l2norm'):
+        return _UnitQueries.apply(x)
     return x.masked_fill(~keep.unsqueeze(1), -torch.inf).softmax(2) if norm == 'softmax' else x
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #bb4f8259
@@ -66,7 +69,8 @@ def focus(
 )->Tensor:         # (n, K, Q, m) sums to 1 over the sources, or to 0 where none is kept
     "Drop the sources that do not earn their share (BFAN, eq. 5-7)"
     with torch.no_grad():
-        if focal == 'equal': keep = a*size.view(-1, 1, 1, 1) > a.sum(1, keepdim=True)
+        if focal == 'equal':
+            keep = a*size.view(-1, 1, 1, 1) > a.sum(1, keepdim=True)
         else:
             root = a.sqrt()
             keep = a*root.sum(1, keepdim=True) > (a*root).sum(1, keepdim=True)
@@ -85,7 +89,8 @@ def attention(
 )->Tensor:                 # (n, K, Q, m) sums to 1 over the real sources
     "How much of every source element each query gathers; padded sources get nothing (rule b)"
     z = over_queries(x, query, norm) * sharp
-    if not source.all(): z = z.masked_fill(~source[:,:,None,None], -torch.inf)
+    if not source.all():
+        z = z.masked_fill(~source[:,:,None,None], -torch.inf)
     a = z.softmax(1)
     return focus(a, source.sum(1), focal) if focal else a
 
@@ -110,8 +115,10 @@ def aggregate(
     lse:float=6.,    # LogSumExp only: large is like Max
 )->Tensor:           # (n, m)
     "One score from the queries that are real (SCAN, eq. 4-5, 10)"
-    if agg == 'LogSumExp': return (r*lse).masked_fill(~keep, -torch.inf).logsumexp(1) / lse
-    if agg == 'Max': return r.masked_fill(~keep, -torch.inf).max(1).values
+    if agg == 'LogSumExp':
+        return (r*lse).masked_fill(~keep, -torch.inf).logsumexp(1) / lse
+    if agg == 'Max':
+        return r.masked_fill(~keep, -torch.inf).max(1).values
     total = r.masked_fill(~keep, 0.).sum(1)
     return total / keep.sum(1) if agg == 'Mean' else total
 
@@ -160,7 +167,8 @@ def part(
     lanes:bool=True,
 )->Part:
     "One part; padding becomes zero"
-    if not mask.all(): x = x.masked_fill(~mask.unsqueeze(-1), 0.)
+    if not mask.all():
+        x = x.masked_fill(~mask.unsqueeze(-1), 0.)
     columns = x.transpose(0, 1).flatten(0, 1) if lanes else None
     return Part(x, mask, torch.linalg.vector_norm(x, dim=-1), x @ x.mT if gram else None, columns)
 
@@ -173,7 +181,8 @@ def parts(
     "Sort by size and cut; every part is padded to its own longest set only"
     order = mask.sum(1).argsort(descending=True, stable=True)
     sizes, many, longest, at = mask.sum(1)[order].tolist(), [], [], 0
-    if len(set(sizes)) > 1: x, mask = x[order], mask[order]
+    if len(set(sizes)) > 1:
+        x, mask = x[order], mask[order]
     while at < len(sizes):
         longest.append(max(sizes[at], 1))
         many.append(min(max(most//longest[-1], 1), len(sizes)-at))
@@ -197,8 +206,10 @@ class CrossAttention:
                 raw, first = (s.x.flatten(0, 1) @ q.lanes.T).view(*s.keep.shape, *q.keep.T.shape), s
             x = raw if s is first else raw.permute(3, 2, 1, 0).contiguous()
             given = x, s.keep, s.gram, q.keep.T[None], q.size.T[None]
-            if x.requires_grad: y = checkpoint(side, *given, use_reentrant=False, preserve_rng_state=False)
-            else: y = side(*given)
+            if x.requires_grad:
+                y = checkpoint(side, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y = side(*given)
             score = score + (y if s is img else y.T)
         return score
 
@@ -249,5 +260,6 @@ def cross_attention(
     **kw,       # its settings
 )->CrossAttention:
     "A score by name; ValueError for an unknown one"
-    if name not in SCORES: raise ValueError(f'no cross-attention called {name!r}; there are {sorted(SCORES)}')
+    if name not in SCORES:
+        raise ValueError(f'no cross-attention called {name!r}; there are {sorted(SCORES)}')
     return SCORES[name](**kw)

@@ -119,8 +119,10 @@ class TwoModes(nn.Module):
         "States of words that see the regions: of all, or at the places asked for"
         return self.stream.look(regions, tokens, at)
 
-    def pairs(self, img:Tensor, txt:Tensor)->Tensor: return (img*txt).sum(-1)      # (B, D), (B, D) -> (B,)
-    def matrix(self, img:Tensor, txt:Tensor)->Tensor: return img @ txt.T           # (N, D), (M, D) -> (N, M)
+    def pairs(self, img:Tensor, txt:Tensor)->Tensor:
+        return (img*txt).sum(-1)      # (B, D), (B, D) -> (B,)
+    def matrix(self, img:Tensor, txt:Tensor)->Tensor:
+        return img @ txt.T           # (N, D), (M, D) -> (N, M)
 
     def blind(self, img:Tensor, tokens:Tensor)->Tensor:   # (B, D), (B, L) -> (B,)
         "The like of the release's positive: the second word alone, before the mean image of the batch"
@@ -137,7 +139,8 @@ def shortlist(
 )->Tensor:           # (N, M)
     "Pairs among the best of their image or of their sentence"
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    for dim in (0, 1): keep.scatter_(dim, scores.topk(min(most, scores.shape[dim]), dim).indices, True)
+    for dim in (0, 1):
+        keep.scatter_(dim, scores.topk(min(most, scores.shape[dim]), dim).indices, True)
     return keep
 
 def ceiling(
@@ -240,13 +243,16 @@ def from_uniter(
     for k, v in found.items():
         hit = next((b + k[len(a):] for a, b in _NAMES if k.startswith(a)
                     and not k.endswith('mask_embedding.weight')), None)
-        if hit: ours[hit] = v
-        elif k not in _DECODERS: rest[k] = v
+        if hit:
+            ours[hit] = v
+        elif k not in _DECODERS:
+            rest[k] = v
     ours = _first_heads(ours, rest, restart)
     own = model.state_dict()
     shape = lambda d, k: tuple(d[k].shape) if k in d else 'missing'
     for k in sorted(own.keys() | ours.keys()):
-        if shape(own, k) == shape(ours, k): continue
+        if shape(own, k) == shape(ours, k):
+            continue
         raise DataError(k, f'{shape(ours, k)} in the checkpoint', f'{shape(own, k)}',
                         'Build the model with the sizes of the checkpoint.')
     model.load_state_dict(ours)
@@ -266,11 +272,13 @@ def to_uniter(
     kind:str='tags2',       # name in `KINDS`
 )->dict:                    # name -> tensor
     "A checkpoint as the authors' programs read it"
-    if kind not in KINDS: raise ValueError(f'no kind called {kind!r}; there are {sorted(KINDS)}')
+    if kind not in KINDS:
+        raise ValueError(f'no kind called {kind!r}; there are {sorted(KINDS)}')
     keep, out = (*KINDS[kind], 'uniter.'), {}
     for k, v in model.state_dict().items():
         name = next(a + k[len(b):] for a, b in _NAMES if k.startswith(b))
-        if name.startswith(keep): out[name] = v
+        if name.startswith(keep):
+            out[name] = v
     words = out['uniter.embeddings.word_embeddings.weight']
     out |= {k: words for k in _DECODERS if k.startswith(keep)}
     extra = ('uniter.', 'itm_output.') + ('feat_regress.', 'region_classifier.')*(kind == 'pretrained')

@@ -36,7 +36,8 @@ def embed(
 )->tuple:              # encodings of N images and M sentences: (N, D) and (M, D) vectors, or `States`
     "Encodings of all images and all sentences, in evaluation mode"
     model.eval()
-    def blocks(n, side): return torch.arange(n).split(block//8 if _is_network(model, side) else block)
+    def blocks(n, side):
+        return torch.arange(n).split(block//8 if _is_network(model, side) else block)
     img = [model.image(*image_inputs(b)) for b in map(batches.images, blocks(len(batches.mask), 'image'))]
     txt = [model.text(b['tokens'], b['lengths'])
            for b in map(batches.texts, blocks(len(batches.lengths), 'text'))]
@@ -50,7 +51,8 @@ def rank_encoded(
     """Ranks of encodings, each image and sentence inside its own gallery; beyond them it holds a block of
     scores"""
     (model, img, txt), n = encoded[0], len(encoded)
-    if n == 1 and are_vectors(img): return galleries(img, txt, split.img_of, split.gallery)
+    if n == 1 and are_vectors(img):
+        return galleries(img, txt, split.img_of, split.gallery)
     def rank(i, j, own):
         here = [(m, a[torch.as_tensor(i, device=a.device)], b[torch.as_tensor(j, device=b.device)])
                 for m, a, b in encoded]
@@ -65,8 +67,10 @@ def scores_of(
 )->Callable:          # (indices of images, indices of sentences) -> what `metrics.many_positives` takes
     "Scores of parts of a split: two sets of vectors, or the matrix of the models' mean scores"
     (_, img, txt), n = encoded[0], len(encoded)
-    if n == 1 and are_vectors(img): return lambda i, j: (img[i].cpu(), txt[j].cpu())
-    def rows(r, b): return sum(m.matrix(a[r], x) for (m, a, _), x in zip(encoded, b))/n
+    if n == 1 and are_vectors(img):
+        return lambda i, j: (img[i].cpu(), txt[j].cpu())
+    def rows(r, b):
+        return sum(m.matrix(a[r], x) for (m, a, _), x in zip(encoded, b))/n
     @torch.no_grad()
     def matrix(i, j):
         i, j = torch.as_tensor(i, device=txt.device), torch.as_tensor(j, device=txt.device)
@@ -84,7 +88,8 @@ def rank_split(
 # %% ../../nbs/4_models/10_encode.ipynb #e3911e9f
 def save_ranks(path, r:Ranks):
     "Ranks as a file; written whole or not at all"
-    if not leads(): return
+    if not leads():
+        return
     tmp = Path(path).with_name('ranks.tmp.npz')
     np.savez(tmp, i2t=np.asarray(r.i2t, 'int32'), t2i=np.asarray(r.t2i, 'int32'))
     sync(tmp)
@@ -93,4 +98,5 @@ def save_ranks(path, r:Ranks):
 
 def load_ranks(path)->Ranks:
     "Ranks from a file"
-    with np.load(path, allow_pickle=False) as z: return Ranks(z['i2t'], z['t2i'])
+    with np.load(path, allow_pickle=False) as z:
+        return Ranks(z['i2t'], z['t2i'])

@@ -113,7 +113,8 @@ def pooling(
     name:str,   # 'mean', 'max', 'topk' or 'gpo'
 ):              # callable (B, R, D), (B,) -> (B, D)
     "A pooling by name; ValueError for an unknown one"
-    if name not in POOLS: raise ValueError(f'no pooling called {name!r}; there are {sorted(POOLS)}')
+    if name not in POOLS:
+        raise ValueError(f'no pooling called {name!r}; there are {sorted(POOLS)}')
     return POOLS[name]()
 
 # %% ../../nbs/4_models/00_encoders.ipynb #d541a41e
@@ -144,7 +145,8 @@ class RegionTower(nn.Module):
     def only_real(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
         "On the CPU: a vector for every real region, zeros for padding, on which no product is spent"
         keep = _places(num, feats.shape[1])
-        if len(keep) == feats.shape[0]*feats.shape[1]: return self.states(feats)
+        if len(keep) == feats.shape[0]*feats.shape[1]:
+            return self.states(feats)
         y = self.states(feats.flatten(0, 1)[keep])
         return y.new_zeros(feats.shape[0]*feats.shape[1], y.shape[1]).index_copy(0, keep,
             y).view(*feats.shape[:2], -1)
@@ -152,7 +154,8 @@ class RegionTower(nn.Module):
     def forward(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, dim)
         """One vector for every image; a linear map and a mean commute, so the mean is taken first where
         that is all there is"""
-        if self.pool is mean_pool and not self.mlp: return self.linear(mean_pool(self.drop(feats), num))
+        if self.pool is mean_pool and not self.mlp:
+            return self.linear(mean_pool(self.drop(feats), num))
         whole = self.norm or feats.device.type != 'cpu'  # the published normalisation sees padding too
         return self.pool(self.states(feats) if whole else self.only_real(feats, num), num)
 
@@ -187,7 +190,8 @@ class MeanTower(nn.Module):
 
     def mean(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, d_word)
         "The mean of the word vectors; on the CPU padding is not even looked up"
-        if tokens.device.type != 'cpu': return mean_pool(self.words(tokens), lengths)
+        if tokens.device.type != 'cpu':
+            return mean_pool(self.words(tokens), lengths)
         at = _places(lengths, tokens.shape[1])
         x = self.words(tokens.flatten()[at])
         return x.new_zeros(len(tokens), x.shape[1]).index_add(0, at//tokens.shape[1], x) / lengths[:,
@@ -196,7 +200,8 @@ class MeanTower(nn.Module):
     def forward(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, dim)
         """One vector for every sentence; with mean pooling the mean is taken before the linear map, at a
         tenth of the products"""
-        if self.pool is mean_pool: return self.linear(self.mean(tokens, lengths))
+        if self.pool is mean_pool:
+            return self.linear(self.mean(tokens, lengths))
         return self.pool(self.states(tokens, lengths), lengths)
 
 # %% ../../nbs/4_models/00_encoders.ipynb #84907ecf
@@ -256,5 +261,6 @@ def tower(
     **kw,       # its arguments
 )->nn.Module:
     "A tower by name; ValueError names what there is"
-    if kind not in TOWERS: raise ValueError(f'no tower called {kind!r}; there are {sorted(TOWERS)}')
+    if kind not in TOWERS:
+        raise ValueError(f'no tower called {kind!r}; there are {sorted(TOWERS)}')
     return TOWERS[kind](**kw)

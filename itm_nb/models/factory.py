@@ -73,7 +73,8 @@ def model_of(
 )->nn.Module:
     "A model with fresh weights; ValueError for an unknown kind"
     kind = config['similarity']
-    if kind not in MODELS: raise ValueError(f'no similarity called {kind!r}; there are {sorted(MODELS)}')
+    if kind not in MODELS:
+        raise ValueError(f'no similarity called {kind!r}; there are {sorted(MODELS)}')
     return MODELS[kind](**{k: v for k, v in config.items() if k != 'similarity'})
 
 # %% ../../nbs/4_models/09_factory.ipynb #9440ca7a

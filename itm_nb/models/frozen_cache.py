@@ -41,14 +41,19 @@ def _taken_down(net, wanted):
     """While this holds, states behind the wanted layers are put into the dictionary that it gives, as they
     come"""
     found, got = layer_stack(net)[1], {}
-    def note(i): return lambda module, args, out: got.__setitem__(i, out)
-    def first(module, args, kw): got[0] = args[0] if args else kw['hidden_states']
+    def note(i):
+        return lambda module, args, out: got.__setitem__(i, out)
+    def first(module, args, kw):
+        got[0] = args[0] if args else kw['hidden_states']
     numbers = [i for i in wanted if isinstance(i, int)]
     hooks = [found[i-1].register_forward_hook(note(i)) for i in numbers if i]
-    if 0 in numbers: hooks.append(found[0].register_forward_pre_hook(first, with_kwargs=True))
-    try: yield got
+    if 0 in numbers:
+        hooks.append(found[0].register_forward_pre_hook(first, with_kwargs=True))
+    try:
+        yield got
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 @contextmanager
 def going_on(
@@ -59,13 +64,18 @@ def going_on(
 ):
     "While this holds, the network does not compute its first layers: it goes on from the given states"
     first = list(layer_stack(net)[1])[:start]
-    def passed(x, *args, **kw): return (x,) if as_tuple else x
-    def given(*args, **kw): return (states,) if as_tuple else states
-    for layer in first: layer.forward = passed
+    def passed(x, *args, **kw):
+        return (x,) if as_tuple else x
+    def given(*args, **kw):
+        return (states,) if as_tuple else states
+    for layer in first:
+        layer.forward = passed
     first[-1].forward = given
-    try: yield
+    try:
+        yield
     finally:
-        for layer in first: del layer.forward
+        for layer in first:
+            del layer.forward
 
 def layer_states(
     made,            # `VisionTower` or `TextTower`
@@ -74,16 +84,21 @@ def layer_states(
 )->dict:             # layer -> (B, L, D)
     "States behind the wanted layers; looked up where they are kept"
     kept = made.kept
-    if kept and kept.serves(inputs) and not kept.pooled: return kept.layers_of(made, inputs, wanted)
+    if kept and kept.serves(inputs) and not kept.pooled:
+        return kept.layers_of(made, inputs, wanted)
     return _computed(made, inputs, wanted)
 
 def _computed(made, inputs, wanted):
     "The same from the network itself"
-    with _taken_down(made.net, wanted) as got: out = made.computed(*inputs)
-    if 'out' in wanted: got['out'] = out.last_hidden_state
-    if 'pooler' in wanted: got['pooler'] = out.pooler_output.flatten(1)[:,None]
+    with _taken_down(made.net, wanted) as got:
+        out = made.computed(*inputs)
+    if 'out' in wanted:
+        got['out'] = out.last_hidden_state
+    if 'pooler' in wanted:
+        got['pooler'] = out.pooler_output.flatten(1)[:,None]
     got = {k: _flat(x) for k, x in got.items()}
-    if len(inputs) == 1: return got
+    if len(inputs) == 1:
+        return got
     return {k: x[:, :inputs[0].shape[1]] for k, x in got.items()}      # without what a tower appends
 
 # %% ../../nbs/4_models/02_frozen_cache.ipynb #0000000b
@@ -91,18 +106,23 @@ def pool_of(
     name:str,      # 'mean', 'max', 'first', 'last', 'all', or 'top3' and the like
 )->Callable:       # (B, L, D) states, (B,) how many are real, how many come before the patches -> (B, D)
     "A pooling by name; ValueError for an unknown one"
-    def patches(pool): return lambda x, n, skip: pool(x[:, skip:], n-skip)
+    def patches(pool):
+        return lambda x, n, skip: pool(x[:, skip:], n-skip)
     k = int(name[3:]) if name.startswith('top') and name[3:].isdecimal() else 0
-    if k: return patches(lambda x, n: topk_pool(x, n, k))
-    def last(x, n, skip): return x[torch.arange(len(x), device=x.device), n-1]
+    if k:
+        return patches(lambda x, n: topk_pool(x, n, k))
+    def last(x, n, skip):
+        return x[torch.arange(len(x), device=x.device), n-1]
     known = dict(mean=patches(mean_pool), max=patches(max_pool), last=last,
                  all=lambda x, n, skip: mean_pool(x, n), first=lambda x, n, skip: x[:, 0])
-    if name in known: return known[name]
+    if name in known:
+        return known[name]
     raise ValueError(f"no pooling called {name!r}; there are {sorted(known)}, 'top3' and the like")
 
 def _counts(made, inputs, x)->Tensor:   # (B,)
     "How many of the states are real"
-    if isinstance(made, TextTower) and x.shape[1] > 1: return inputs[1]
+    if isinstance(made, TextTower) and x.shape[1] > 1:
+        return inputs[1]
     return torch.full((len(x),), x.shape[1], device=x.device)
 
 def pooled_states(
@@ -141,12 +161,17 @@ def reading_of(
 )->Reading:               # None: nothing can be kept
     "What to keep for a tower as it stands"
     n, text = frozen_layers(made.net), isinstance(made, TextTower)
-    if n < 1 or text and made.kind == 'all' and not states: return None
-    if text and made.fill and n <= layers(made.net): return None
-    if n <= layers(made.net): return Reading((n,), start=n)
-    if states: return Reading(('out',))
+    if n < 1 or text and made.kind == 'all' and not states:
+        return None
+    if text and made.fill and n <= layers(made.net):
+        return None
+    if n <= layers(made.net):
+        return Reading((n,), start=n)
+    if states:
+        return Reading(('out',))
     pool = dict(pooler='first', cls='first', last='last', mean='mean', all='all').get(made.kind)
-    if pool is None: return Reading(('out',))
+    if pool is None:
+        return Reading(('out',))
     return Reading(('pooler' if made.kind == 'pooler' else 'out',), (pool,))
 
 # %% ../../nbs/4_models/02_frozen_cache.ipynb #00000011
@@ -161,7 +186,8 @@ def network_print(
     h = hashlib.sha256(json.dumps(net.config.to_dict(), sort_keys=True, default=str).encode())
     h.update(repr([getattr(made, k, None) for k in ('mean', 'std', 'size', 'skip', 'even', 'fill')]).encode())
     for k, x in net.state_dict().items():
-        if reading.start and depth.get(k, 0) > reading.start: continue
+        if reading.start and depth.get(k, 0) > reading.start:
+            continue
         h.update(f'{k} {tuple(x.shape)}\n'.encode())
         h.update(x.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
@@ -196,7 +222,8 @@ def picture_print(
 def _digest(path, whole=1 << 30)->str:
     "Hash of a file; of a long one, of 1,024 evenly spaced pieces"
     size = os.path.getsize(path)
-    if size <= whole: return sha256_of(path)
+    if size <= whole:
+        return sha256_of(path)
     h = hashlib.sha256(str(size).encode())
     with open(path, 'rb') as f:
         for at in np.linspace(0, size-65536, 1024).astype(np.int64).tolist():
@@ -207,10 +234,12 @@ def _digest(path, whole=1 << 30)->str:
 def _opened(path:Path, key):
     """The note and the array of a whole file; None where there is none, or a damaged one (and then this is
     said)"""
-    if not path.with_suffix('.json').exists(): return None
+    if not path.with_suffix('.json').exists():
+        return None
     try:
         note = read_json(path.with_suffix('.json'))
-        if note['key'] != key or note['sha256'] != _digest(path): raise ValueError('its hash does not fit')
+        if note['key'] != key or note['sha256'] != _digest(path):
+            raise ValueError('its hash does not fit')
         return note, np.load(path, mmap_mode='r', allow_pickle=False)
     except (DataError, OSError, ValueError, KeyError, TypeError) as e:
         warnings.warn(f'{path.name}: damaged states are computed again ({str(e)[:80]})')
@@ -232,18 +261,23 @@ def stored(
 )->tuple:                # (note, array mapped from the file)
     "The array of a file, made where it is not there or damaged"
     with _alone(path):
-        if (found := _opened(path, key)) is not None: return found
+        if (found := _opened(path, key)) is not None:
+            return found
         left = path.parent.glob(f'.{path.stem}.*.tmp')
-        for old in (path.with_suffix('.json'), *left): old.unlink(missing_ok=True)
+        for old in (path.with_suffix('.json'), *left):
+            old.unlink(missing_ok=True)
         tmp = path.with_name(f'.{path.stem}.{os.getpid()}.tmp')
         try:
             x = np.lib.format.open_memmap(tmp, mode='w+', dtype=np.float32, shape=shape)
-            for at, values in blocks(): x[at] = values
+            for at, values in blocks():
+                x[at] = values
             x.flush()
             del x
-            with open(tmp, 'rb') as f: os.fsync(f.fileno())
+            with open(tmp, 'rb') as f:
+                os.fsync(f.fileno())
             os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
+        finally:
+            tmp.unlink(missing_ok=True)
         note = dict(more, format=_FORMAT, key=key, shape=shape, sha256=_digest(path))
         write_atomic(path.with_suffix('.json'), (json.dumps(note)+'\n').encode())
         return _opened(path, key)
@@ -277,12 +311,14 @@ class KeptFiles:
 def _gone_on(kept, made, x):
     "The network from the kept states on"
     start = dict(zip(kept.reading.layers, x.split(kept.widths, -1)))[kept.reading.start]
-    if kept.grid: start = start.transpose(1, 2).unflatten(2, kept.grid)
+    if kept.grid:
+        start = start.transpose(1, 2).unflatten(2, kept.grid)
     return going_on(made.net, kept.reading.start, start, kept.as_tuple)
 
 def _blank(made, inputs):
     "Inputs of the right size: a picture's pixels are not looked at any more"
-    if len(inputs) == 2: return inputs
+    if len(inputs) == 2:
+        return inputs
     return (inputs[0].new_zeros(len(inputs[0]), made.size, made.size, 3),)
 
 class KeptStates:
@@ -338,8 +374,10 @@ class KeptStates:
 
 class Looked:
     "Kept states of pictures, where pixels are expected"
-    def __init__(self, files:KeptFiles, at:np.ndarray): self.files, self.at = files, at
-    def __len__(self): return len(self.at)
+    def __init__(self, files:KeptFiles, at:np.ndarray):
+        self.files, self.at = files, at
+    def __len__(self):
+        return len(self.at)
     def __getitem__(self, idx)->Tensor:   # slice or (B,) indices -> (B, L, D)
         "Some of them"
         return self.files.rows(np.atleast_1d(self.at[idx.numpy() if torch.is_tensor(idx) else idx]))
@@ -371,14 +409,16 @@ def _probe(made, reading, inputs)->dict:
     "What the note says of a network; None: it cannot be gone on with from its states alone"
     was, made.kept = made.kept, None
     try:
-        with torch.no_grad(), _taken_down(made.net, reading.layers) as got: made.computed(*inputs)
+        with torch.no_grad(), _taken_down(made.net, reading.layers) as got:
+            made.computed(*inputs)
         x = got.get(reading.start) if reading.start else None
         as_tuple = isinstance(x, tuple)
         x = x[0] if as_tuple else x
         grid = list(x.shape[2:]) if x is not None and x.ndim == 4 else None
         note = dict(widths=read(made, inputs, reading)[1], grid=grid, as_tuple=as_tuple)
         return note if not reading.start or _goes_on(made, reading, note, inputs) else None
-    finally: made.kept = was
+    finally:
+        made.kept = was
 
 @torch.no_grad()
 def _goes_on(made, reading, note, inputs)->bool:
@@ -390,18 +430,23 @@ def _goes_on(made, reading, note, inputs)->bool:
     made.eval()
     try:
         whole = _flat(made.computed(*inputs).last_hidden_state)
-        with _gone_on(trial, made, x): again = _flat(made.computed(*inputs).last_hidden_state)
-        if keep.shape == whole.shape[:2]: again, whole = again[keep], whole[keep]
+        with _gone_on(trial, made, x):
+            again = _flat(made.computed(*inputs).last_hidden_state)
+        if keep.shape == whole.shape[:2]:
+            again, whole = again[keep], whole[keep]
         return torch.allclose(again, whole, atol=1e-4)
     # layers that hand on more than states
-    except (TypeError, RuntimeError, ValueError, IndexError): return False
-    finally: made.train(learning)
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        return False
+    finally:
+        made.train(learning)
 
 def _fits(folder, shape)->bool:
     "Is there room for the states?"
     size, at = 4*math.prod(shape), Path(folder)
     at.mkdir(parents=True, exist_ok=True)
-    if size <= shutil.disk_usage(at).free/2: return True
+    if size <= shutil.disk_usage(at).free/2:
+        return True
     warnings.warn(f'{size/2**30:.0f} GiB of states are not kept: too little room on the disk. '
                   'Mean pooling keeps one vector an item')
     return False
@@ -412,7 +457,8 @@ def _part(made, reading, note, folder, items, inputs, per, progress):
     key = _key(made, reading, items)
     path = Path(folder)/f'states-{key[:16]}.npy'
     shape = (int(starts[-1]), sum(note['widths']))
-    if not path.exists() and not _fits(folder, shape): return None
+    if not path.exists() and not _fits(folder, shape):
+        return None
     def blocks():
         step = 64 if isinstance(made, VisionTower) else 128
         for at in tqdm(range(0, len(per), step), desc='frozen network, once', disable=not progress,
@@ -438,7 +484,8 @@ def keep_sentences(
     "Let a frozen text network read every sentence once"
     made.kept, reading, at = None, reading or reading_of(made), next(made.parameters()).device
     note = reading and _probe(made, reading, tuple(x[:2].to(at) for x in encoded[0]))
-    if note is None: return None
+    if note is None:
+        return None
     rows = [sentence_rows(*e) for e in encoded]
     return _put(made, reading, note, [_sentences(made, reading, note, folder, r, progress) for r in rows])
 
@@ -467,7 +514,8 @@ def keep_pictures(
     made.kept, reading, at = None, reading or reading_of(made), next(made.parameters()).device
     one = torch.zeros(1, made.size, made.size, 3, device=at)
     note = reading and _probe(made, reading, (one,))
-    if note is None: return None
+    if note is None:
+        return None
     each = read(made, (one,), reading)[0].shape[1]
     found = [_pictures(made, reading, note, folder, frame, each, *p, progress) for p in parts]
     return _put(made, reading, note, found)
@@ -476,7 +524,8 @@ def _pictures(made, reading, note, folder, frame, each, files, pixels, progress)
     "One part: names, states, where they begin"
     opened, at = [], next(made.parameters()).device         # pictures are decoded only if they are looked at
     def inputs(s):
-        if not opened: opened.append(pixels())
+        if not opened:
+            opened.append(pixels())
         return (torch.as_tensor(opened[0][s]).to(at),)
     items, per = picture_print(files, made.size, frame), np.full(len(files), each)
     found = _part(made, reading, note, folder, items, inputs, per, progress)

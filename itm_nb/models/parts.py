@@ -42,14 +42,17 @@ def _part(word, at)->Part:
     "One block"
     m = _PART.fullmatch(word.strip())
     blocks = "'net:4:mean', 'net:pooler', 'bag', 'regions:0-15:top3'"
-    if not m: raise ValueError(f'{at}: {word.strip()!r} is no block; blocks are {blocks} and the like')
+    if not m:
+        raise ValueError(f'{at}: {word.strip()!r} is no block; blocks are {blocks} and the like')
     source, where, pool, weight = m[1], m[2] or '', m[3] or '', float(m[4] or 1)
     if source == 'net' and not where:
         raise ValueError(f"{at}: {word!r} names no layer; 'net:-1:mean' is the last")
     if where and (source == 'bag' or source == 'regions' and where in ('out', 'pooler')):
         raise ValueError(f'{at}: {word!r} cannot be')
-    if pool: pool_of(pool)
-    if where == 'pooler': pool = 'first'
+    if pool:
+        pool_of(pool)
+    if where == 'pooler':
+        pool = 'first'
     return Part(source, where, pool, weight)
 
 def parse(
@@ -93,7 +96,8 @@ class Blocks(nn.Module):
     ):
         "Set centre and factor"
         n = total = length = 0
-        for x in batches(): n, total = n+len(x), total+x.double().sum(0)
+        for x in batches():
+            n, total = n+len(x), total+x.double().sum(0)
         self.centre.copy_(total/n)
         for x in batches():
             parts = (x-self.centre).split(self.widths, -1)
@@ -113,7 +117,8 @@ class Bag(nn.Module):
         # row 0: unseen, and padding
         self.table = nn.Parameter(torch.empty(n_rows+1, width).uniform_(-.1, .1))
         self.register_buffer('row', torch.zeros(n_words, dtype=torch.int64))           # of each piece
-        with torch.no_grad(): self.table[0] = 0
+        with torch.no_grad():
+            self.table[0] = 0
 
     @torch.no_grad()
     def start(self,
@@ -122,7 +127,8 @@ class Bag(nn.Module):
     ):
         "Give every seen piece its row"
         self.row.copy_(torch.where(seen, seen.cumsum(0), 0))
-        if words is not None: self.table[1:] = words[:len(seen)][seen]
+        if words is not None:
+            self.table[1:] = words[:len(seen)][seen]
 
     def forward(self, tokens:Tensor, lengths:Tensor, words:Tensor=None)->Tensor:   # -> (B, width)
         "Means"
@@ -151,10 +157,12 @@ def _inner(kind, net, wanted):
 def _asked(parts, net)->tuple:
     "The layers that blocks of a network ask for, counted from 0"
     def one(where):
-        if where in ('out', 'pooler'): return where
+        if where in ('out', 'pooler'):
+            return where
         n = layers(net)
         k = int(where) + (n+1 if int(where) < 0 else 0)
-        if not 0 <= k <= n: raise ValueError(f'layer {where} of a network that has {n}')
+        if not 0 <= k <= n:
+            raise ValueError(f'layer {where} of a network that has {n}')
         return k
     return tuple(one(p.where) for p in parts if p.source == 'net')
 
@@ -166,9 +174,12 @@ def _grouped(groups, each)->tuple:
 def _reading(made, asked, pools)->Reading:
     "What to keep of a network whose states are blocks; None: nothing can be kept"
     n = frozen_layers(made.net) if made else -1
-    if n < 1: return None
-    if n > layers(made.net): return Reading(asked, pools)
-    if getattr(made, 'fill', 0): return None
+    if n < 1:
+        return None
+    if n > layers(made.net):
+        return Reading(asked, pools)
+    if getattr(made, 'fill', 0):
+        return None
     below = {k for k in asked if isinstance(k, int) and k <= n}
     return Reading(tuple(sorted(below | {n})), start=n)
 
@@ -193,11 +204,13 @@ class TextParts(nn.Module):
         width = self.words.shape[1] if net else d_word
         self.bag = Bag(n_words, n_rows, width) if any(p.source == 'bag' for p in self.order) else None
         two = torch.ones(1, 2, dtype=torch.int64), torch.tensor([2])
-        with torch.no_grad(): each = [x.shape[-1] for x in self.found(*two)]
+        with torch.no_grad():
+            each = [x.shape[-1] for x in self.found(*two)]
         self.blocks = Blocks(*_grouped(groups, each), dim, dropout)
 
     @property
-    def inner(self): return self.reader
+    def inner(self):
+        return self.reader
     @property
     def words(self)->Tensor: return self.reader.net.get_input_embeddings().weight if self.reader else None
     @property
@@ -223,8 +236,10 @@ class TextParts(nn.Module):
 
 def _of_net(made, inputs, asked, pools)->list:
     "Blocks of a network"
-    if not asked: return []
-    if pools: return pooled_states(made, inputs, asked, pools)
+    if not asked:
+        return []
+    if pools:
+        return pooled_states(made, inputs, asked, pools)
     got = layer_states(made, inputs, asked)
     return [got[k] for k in asked]
 
@@ -248,9 +263,11 @@ class ImageParts(nn.Module):
         self.blocks = Blocks(*_grouped(groups, each), dim, dropout)
 
     @property
-    def inner(self): return self.eye
+    def inner(self):
+        return self.eye
     @property
-    def reading(self)->Reading: return _reading(self.eye, self.asked, self.pools)
+    def reading(self)->Reading:
+        return _reading(self.eye, self.asked, self.pools)
 
     @torch.no_grad()
     def _widths(self):
@@ -258,7 +275,8 @@ class ImageParts(nn.Module):
 
     def found(self, feats, num)->list:   # regions or pixels, (B,) -> of (B, width) or (B, R, width)
         "The blocks in their order, as they come"
-        if self.eye is None: return [_regions(feats, num, p) for p in self.order]
+        if self.eye is None:
+            return [_regions(feats, num, p) for p in self.order]
         got = _of_net(self.eye, (feats,), self.asked, self.pools)
         return got if self.pools else [x[:, self.eye.skip:] for x in got]
 
@@ -281,7 +299,8 @@ def _regions(feats, num, part):
     if part.where and not -feats.shape[1] <= int(b) < feats.shape[1]:
         raise ValueError(f'image_parts: region {part.where} of {feats.shape[1]}')
     x = feats[:, some]
-    if not part.pool: return x
+    if not part.pool:
+        return x
     return pool_of(part.pool)(x, num if not part.where
                               else torch.full((len(x),), x.shape[1], device=x.device), 0)
 
@@ -290,8 +309,10 @@ def _network(source, side, parts, size=0, n_words=0, freeze='')->dict:
     "Arguments of the network inside; none where there is none"
     asks = any(p.source == 'net' for g in parts for p in g)
     setting = dict(text='text_model', vision='vision')[side]
-    if source is None and asks: raise ValueError(f'{side} parts ask for a network: name one ({setting})')
-    if source is None: return {}
+    if source is None and asks:
+        raise ValueError(f'{side} parts ask for a network: name one ({setting})')
+    if source is None:
+        return {}
     own = describe(source, side, source.config.get('projection_dim', 1), size=size, n_words=n_words,
                    freeze=freeze)
     return dict(net={k: own[k] for k in ('net', 'freeze', 'mean', 'std', 'size') if k in own})
@@ -310,7 +331,8 @@ def describe_text(
     "A text tower out of parts; ValueError where they contradict the settings"
     groups = parse(parts, sets, 'text_parts')
     sources = {p.source for g in groups for p in g}
-    if 'regions' in sources: raise ValueError('text_parts: a sentence has no regions')
+    if 'regions' in sources:
+        raise ValueError('text_parts: a sentence has no regions')
     bag = dict(n_words=n_words, n_rows=n_rows, d_word=d_word) if 'bag' in sources else {}
     return dict(kind='text_parts', parts=FORMS.get(parts, parts), dim=dim, dropout=dropout, sets=sets, **bag,
                 **_network(source, 'text', groups, n_words=n_words, freeze=freeze))
@@ -342,7 +364,8 @@ def tower(
 )->nn.Module:
     "A tower by name, of this notebook or of those before; ValueError for an unknown one"
     known = encoders.TOWERS | pretrained.TOWERS | vsrn.TOWERS | TOWERS
-    if kind not in known: raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
+    if kind not in known:
+        raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
     return known[kind](**kw)
 
 def network_of(

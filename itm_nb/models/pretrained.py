@@ -37,7 +37,8 @@ class Network:
 
     @property
     # CLIP, SigLIP and the like: two networks in one
-    def pair(self)->bool: return {'vision_config', 'text_config'} <= self.config.keys()
+    def pair(self)->bool:
+        return {'vision_config', 'text_config'} <= self.config.keys()
 
 @contextmanager
 def _quiet():
@@ -46,10 +47,12 @@ def _quiet():
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
         logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 _LABELS = {'architectures', 'transformers_version', 'dtype', 'torch_dtype', '_name_or_path', 'id2label',
            'label2id', 'auto_map'}
@@ -72,7 +75,8 @@ _PROGRAMS = {'auto_map', 'custom_pipelines', 'use_pretrained_backbone', 'quantiz
 
 def _inert(config):
     "A description without what would be run or fetched, at any depth"
-    if isinstance(config, list): return [_inert(x) for x in config]
+    if isinstance(config, list):
+        return [_inert(x) for x in config]
     return {k: _inert(v) for k, v in config.items() if k not in _PROGRAMS} if isinstance(config,
         dict) else config
 
@@ -85,8 +89,10 @@ def _known(config, where, strict=True):
         raise DataError(where, f'model_type {kind!r}',
                         f'a type of network that transformers knows, e.g. {near or ["vit", "bert", "clip"]}')
     with _quiet():
-        if strict: _spelt(_inert(config), CONFIG_MAPPING[kind](), where)
-        try: return AutoConfig.for_model(**_inert(config))
+        if strict:
+            _spelt(_inert(config), CONFIG_MAPPING[kind](), where)
+        try:
+            return AutoConfig.for_model(**_inert(config))
         except Exception as e:  # every kind of network checks its settings in its own way
             raise DataError(where, f'settings that {kind} refuses ({str(e)[:120]})',
                             'the description of a network') from None
@@ -99,9 +105,11 @@ def _slim(c)->dict:
 def _place(name, models):
     "The folder of a name: itself, below `models`, or among the networks fetched earlier"
     for at in (Path(name), Path(models or 'models')/name):
-        if (at/'config.json').is_file(): return at
+        if (at/'config.json').is_file():
+            return at
     from transformers.utils import cached_file
-    try: return Path(cached_file(name, 'config.json', local_files_only=True)).parent
+    try:
+        return Path(cached_file(name, 'config.json', local_files_only=True)).parent
     except Exception:  # not a name, not there, not whole: all the same to the user
         at = Path(models or 'models')/name
         raise DataError(name, 'no network of this name',
@@ -115,12 +123,14 @@ def find(
 )->Network:
     "A network by name (DataError if there is none); one given as a description has no weights"
     if name.lstrip().startswith('{'):
-        try: config = json.loads(name)
+        try:
+            config = json.loads(name)
         except ValueError as e:
             raise DataError('network', f'broken JSON ({e})', 'the description of a network',
                             'Check quotes.') from None
         return Network(_slim(_known(config, 'network')))
-    if name.endswith('.json'): return Network(_slim(_known(read_json(name), name)))
+    if name.endswith('.json'):
+        return Network(_slim(_known(read_json(name), name)))
     folder = _place(name, models)
     return Network(_slim(_known(read_json(folder/'config.json'), folder/'config.json', strict=False)), folder)
 
@@ -136,19 +146,22 @@ def _maker(c):
     "The class of a bare network; None where `transformers` has none"
     import transformers
     listed = transformers.AutoModel._model_mapping
-    if type(c) not in listed: return getattr(transformers, type(c).__name__.replace('Config', 'Model'), None)
+    if type(c) not in listed:
+        return getattr(transformers, type(c).__name__.replace('Config', 'Model'), None)
     return listed[type(c)][0] if isinstance(listed[type(c)], (list, tuple)) else listed[type(c)]
 
 def _lacks(config, side)->str:
     "Why a network cannot be a tower; '' where it can"
     made = _maker(_known(config, 'network', strict=False))
     needs = dict(vision='pixel_values', text='input_ids')[side]
-    if made is None: return 'no bare network of this type'
+    if made is None:
+        return 'no bare network of this type'
     takes = inspect.signature(made.forward).parameters
     given = _GIVEN[side] | {'self'}
     must = {k for k, v in takes.items() if v.default is v.empty and v.kind is v.POSITIONAL_OR_KEYWORD} - given
     called = made.main_input_name
-    if needs not in takes or called != needs: return f'it is called with {called}, not {needs}'
+    if needs not in takes or called != needs:
+        return f'it is called with {called}, not {needs}'
     if side == 'text' and 'attention_mask' not in takes:
         return 'it takes no attention_mask, so it would read the padding'
     return f'it also wants {", ".join(sorted(must))}' if must else ''
@@ -165,7 +178,8 @@ def suited(
         known = f'one of {", ".join(PAIRS)}, or a single network'
         raise DataError(where, f'{kind}, several networks that cannot be taken apart', known)
     why = _lacks(source.config[f'{side}_config'] if source.pair else source.config, side)
-    if not why: return source
+    if not why:
+        return source
     wanted = dict(vision='one that sees pixel_values',
                   text='one that reads input_ids under an attention_mask')[side]
     raise DataError(where, f'{kind} cannot be the {side} tower: {why}', wanted,
@@ -181,13 +195,15 @@ def network(
     with _quiet():
         if type(c) in transformers.AutoModel._model_mapping:
             made = transformers.AutoModel.from_config(c, dtype=torch.float32)
-        else: made = _maker(c)._from_config(c, dtype=torch.float32)
+        else:
+            made = _maker(c)._from_config(c, dtype=torch.float32)
     return made.get_encoder() if c.is_encoder_decoder else made
 
 def _without_pooler(net, pool):
     "Drop a pooler nobody asks: its weights would never learn"
     p = getattr(net, 'pooler', None)
-    if pool != 'pooler' and isinstance(p, nn.Module) and any(True for _ in p.parameters()): net.pooler = None
+    if pool != 'pooler' and isinstance(p, nn.Module) and any(True for _ in p.parameters()):
+        net.pooler = None
     return net
 
 def _joint(width, dim, project):
@@ -201,13 +217,16 @@ def _joint(width, dim, project):
         raise ValueError(f"project is {project!r}; there are 'linear', 'plain', 'none'")
     lin = nn.Linear(width, dim, bias=project == 'linear')
     nn.init.xavier_uniform_(lin.weight)
-    if lin.bias is not None: nn.init.zeros_(lin.bias)
+    if lin.bias is not None:
+        nn.init.zeros_(lin.bias)
     return lin
 
 def _pool(name, also):
     "A pooling over states, or None for one of the network's own vectors"
-    if name in also: return None
-    if name not in POOLS: raise ValueError(f'no pooling called {name!r}; there are {sorted([*POOLS, *also])}')
+    if name in also:
+        return None
+    if name not in POOLS:
+        raise ValueError(f'no pooling called {name!r}; there are {sorted([*POOLS, *also])}')
     return pooling(name)
 
 # %% ../../nbs/4_models/01_pretrained.ipynb #cf8ff412
@@ -244,11 +263,14 @@ def freeze_parts(
             raise ValueError(f"cannot freeze {part!r}; there are 'all', 'embeddings', a number of layers, "
                              f"'stats'")
         top = n+1 if part == 'all' else 0 if part == 'embeddings' else int(part)
-        if part.isdecimal() and top > n: raise ValueError(f'cannot freeze {top} layers: there are {n}')
+        if part.isdecimal() and top > n:
+            raise ValueError(f'cannot freeze {top} layers: there are {n}')
         for k, p in net.named_parameters():
-            if depth[k] <= top: p.requires_grad_(False)
+            if depth[k] <= top:
+                p.requires_grad_(False)
     still = lambda m: [p.requires_grad for p in m.parameters()]
-    if still(net) and not any(still(net)): return [net]
+    if still(net) and not any(still(net)):
+        return [net]
     return kept + [m for m in net.modules() if still(m) and not any(still(m))]
 
 # %% ../../nbs/4_models/01_pretrained.ipynb #96999248
@@ -257,11 +279,14 @@ def _train(self, mode:bool=True):
     # all of it: to walk through hundreds of modules costs a third of a small step
     if self.frozen and self.frozen[0] is self.net:
         self.training = mode
-        if self.net.training: self.net.eval()
-        for m in self.children(): m is self.net or m.train(mode)
+        if self.net.training:
+            self.net.eval()
+        for m in self.children():
+            m is self.net or m.train(mode)
         return self
     nn.Module.train(self, mode)
-    for m in self.frozen if mode else (): m.eval()
+    for m in self.frozen if mode else ():
+        m.eval()
     return self
 
 @torch.no_grad()
@@ -334,7 +359,8 @@ class VisionTower(nn.Module):
 def _inputs_of(net, resized):   # callable (B, 3, S, S) -> dict
     "How a network wants to be given pictures"
     takes = inspect.signature(net.forward).parameters
-    if 'spatial_shapes' in takes: return partial(_in_patches, side=net.config.patch_size)
+    if 'spatial_shapes' in takes:
+        return partial(_in_patches, side=net.config.patch_size)
     return (partial(dict, interpolate_pos_encoding=True) if resized and 'interpolate_pos_encoding' in takes
             else dict)
 
@@ -362,9 +388,12 @@ def _places(net)->tuple:   # (limit or 0, number that padding must have or None)
     number (RoBERTa)"""
     n = getattr(net.config, 'max_position_embeddings', 0) or 0
     for name, m in net.named_modules():
-        if not isinstance(m, nn.Embedding) or not ('position' in name or name.endswith('wpe')): continue
-        if m.num_embeddings < n: continue                     # a table of distances, not of places
-        if m.padding_idx is not None: return m.num_embeddings - m.padding_idx - 1, m.padding_idx
+        if not isinstance(m, nn.Embedding) or not ('position' in name or name.endswith('wpe')):
+            continue
+        if m.num_embeddings < n:
+            continue                     # a table of distances, not of places
+        if m.padding_idx is not None:
+            return m.num_embeddings - m.padding_idx - 1, m.padding_idx
         return m.num_embeddings - getattr(m, 'offset', 0), None
     return max(n, 0), None
 
@@ -372,7 +401,8 @@ def longest(
     net:dict,      # description of a text network
 )->int:            # 0: no limit
     "How many tokens a text network can read"
-    with torch.device('meta'): return _places(network(net))[0]       # nothing is allocated or drawn
+    with torch.device('meta'):
+        return _places(network(net))[0]       # nothing is allocated or drawn
 
 @torch.no_grad()
 def _probe_text(self)->int:
@@ -383,8 +413,10 @@ def _probe_text(self)->int:
     self.net.eval()
     out = self.net(input_ids=ids, **given)
     self.net.train()
-    if self.kind != 'pooler': return out.last_hidden_state.shape[-1]
-    if getattr(out, 'pooler_output', None) is None: raise ValueError('this network has no pooler')
+    if self.kind != 'pooler':
+        return out.last_hidden_state.shape[-1]
+    if getattr(out, 'pooler_output', None) is None:
+        raise ValueError('this network has no pooler')
     return out.pooler_output.shape[-1]
 
 class TextTower(nn.Module):
@@ -460,8 +492,10 @@ def describe(
         pool = 'pooler' if side == 'vision' else PAIRS[source.config['model_type']]
         net = dict(net[f'{side}_config'])
         more = dict(project='plain' if clip else 'none')
-    if side == 'vision': more |= _constants(source) | dict(size=size)
-    if side == 'vision' and not source.folder and size: net['image_size'] = size
+    if side == 'vision':
+        more |= _constants(source) | dict(size=size)
+    if side == 'vision' and not source.folder and size:
+        net['image_size'] = size
     if side == 'text' and n_words:
         if source.folder is None:
             net |= dict(vocab_size=n_words, pad_token_id=0, bos_token_id=n_words-1, eos_token_id=n_words-1)
@@ -491,7 +525,8 @@ def tower(
 )->nn.Module:
     "A tower by name, of this notebook or of the one before; ValueError for an unknown one"
     known = encoders.TOWERS | TOWERS
-    if kind not in known: raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
+    if kind not in known:
+        raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
     return known[kind](**kw)
 
 # %% ../../nbs/4_models/01_pretrained.ipynb #3eecca13
@@ -514,7 +549,8 @@ def _loaded_half(source, side)->tuple:   # (the network of a tower, names of its
     made = _maker(c)
     how = dict(config=c, dtype=torch.float32, local_files_only=True, use_safetensors=True,
                output_loading_info=True)
-    with _quiet(): whole, note = made.from_pretrained(str(source.folder), **how)
+    with _quiet():
+        whole, note = made.from_pretrained(str(source.folder), **how)
     half = (getattr(whole, f'{side}_model') if source.pair else whole.get_encoder() if c.is_encoder_decoder
             else whole)
     lost = {id(p) for k, p in whole.named_parameters() if k in note['missing_keys']}
@@ -526,22 +562,26 @@ def fill(
     source:Network,
 )->nn.Module:            # the same tower, with the weights of the source where it has some
     "Put a network's weights into a tower; DataError where one is missing"
-    if source.folder is None: return made
+    if source.folder is None:
+        return made
     wanted, again = 'model.safetensors with every weight of the network', 'Fetch the network again.'
     side = 'visual' if isinstance(made, VisionTower) else 'text'
     if not any(source.folder.glob('*.safetensors')):
         raise DataError(source.folder, 'no safetensors file', wanted,
                         'Convert the weights: other formats can run code when read.')
     held = _weight(source.folder, [f'{side}_projection.weight'])
-    try: half, missing = _loaded_half(source, 'vision' if side == 'visual' else 'text')
+    try:
+        half, missing = _loaded_half(source, 'vision' if side == 'visual' else 'text')
     except Exception as e:
         raise DataError(source.folder, f'weights that do not fit ({str(e)[:120]})', wanted, again) from None
     have = half.state_dict()
     lost = sorted(k for k, _ in made.net.named_parameters() if k not in have or k in missing)
-    if lost: raise DataError(source.folder, f'no weight {lost[0]} ({len(lost)} are missing)', wanted, again)
+    if lost:
+        raise DataError(source.folder, f'no weight {lost[0]} ({len(lost)} are missing)', wanted, again)
     made.net.load_state_dict({k: have.get(k, v) for k, v in made.net.state_dict().items()})
     if source.pair and isinstance(made.joint, nn.Linear):
-        if not held: raise DataError(source.folder, f'no {side}_projection.weight', wanted, again)
+        if not held:
+            raise DataError(source.folder, f'no {side}_projection.weight', wanted, again)
         made.joint.weight.copy_(held[f'{side}_projection.weight'])
     return made
 
@@ -549,10 +589,12 @@ def weights_print(
     source:Network,
 )->str:              # 64 hexadecimal digits; '' where there are no weights
     "SHA-256 of a network's weight files: another network of the same name is noticed"
-    if source.folder is None: return ''
+    if source.folder is None:
+        return ''
     h = hashlib.sha256()
     for f in sorted(source.folder.glob('*.safetensors')):
-        with open(f, 'rb') as file: h.update(hashlib.file_digest(file, 'sha256').digest())
+        with open(f, 'rb') as file:
+            h.update(hashlib.file_digest(file, 'sha256').digest())
     return h.hexdigest()
 
 def temperature(
@@ -573,7 +615,8 @@ def groups(
     "Every weight that learns, in exactly one group"
     scale = {}
     for name, t in model.named_modules():
-        if not isinstance(t, (VisionTower, TextTower)): continue
+        if not isinstance(t, (VisionTower, TextTower)):
+            continue
         depth = depths(t.net)
         top = layers(t.net) + 1
         scale |= {'.'.join(filter(None, (name, 'net', k))): rate*decay**(top-v) for k, v in depth.items()}

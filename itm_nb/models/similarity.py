@@ -27,12 +27,16 @@ class States:
     x:Tensor       # (n, L, ...) vectors (or ids) of the parts
     mask:Tensor    # (n, L) which parts are real
 
-    def __len__(self): return len(self.x)
+    def __len__(self):
+        return len(self.x)
     # idx: slice, or a tensor of indices
-    def __getitem__(self, idx): return States(self.x[idx], self.mask[idx])
-    def detach(self): return States(self.x.detach(), self.mask)
+    def __getitem__(self, idx):
+        return States(self.x[idx], self.mask[idx])
+    def detach(self):
+        return States(self.x.detach(), self.mask)
     @property
-    def device(self): return self.x.device
+    def device(self):
+        return self.x.device
 
     def wide(self, size:int)->'States':   # L -> size
         "The same with more padding"
@@ -45,7 +49,8 @@ def are_vectors(
     "One vector for every item: then scores of all with all are one product, and a memory can hold thousands"
     return isinstance(e, Tensor) and e.ndim == 2 and e.is_floating_point()
 
-def _long(e)->int: return (e if isinstance(e, Tensor) else e.x).shape[1]  # parts of an item, padding included
+def _long(e)->int:
+    return (e if isinstance(e, Tensor) else e.x).shape[1]  # parts of an item, padding included
 
 def _wide(e, size):
     "An encoding that keeps the parts of its items, with more padding"
@@ -55,10 +60,12 @@ def join(
     parts:list,    # encodings of one kind
 ):                 # one encoding of all items
     "Encodings one after the other"
-    if are_vectors(parts[0]): return torch.cat(parts)
+    if are_vectors(parts[0]):
+        return torch.cat(parts)
     size = max(map(_long, parts))
     parts = [_wide(p, size) for p in parts]
-    if isinstance(parts[0], Tensor): return torch.cat(parts)
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
     return States(torch.cat([p.x for p in parts]), torch.cat([p.mask for p in parts]))
 
 # %% ../../nbs/4_models/06_similarity.ipynb #5590cd6e
@@ -66,12 +73,15 @@ def gather(
     e,       # encoding, or a tensor of ids; the same number of rows on every device
 ):           # the same of all devices, in the order of their ranks
     "Everybody's encodings or ids, with gradient; on one device simply what was given"
-    if e is None or devices()[1] == 1: return e
-    if isinstance(e, Tensor) and (e.ndim == 1 or are_vectors(e)): return Gather.apply(e.contiguous())
+    if e is None or devices()[1] == 1:
+        return e
+    if isinstance(e, Tensor) and (e.ndim == 1 or are_vectors(e)):
+        return Gather.apply(e.contiguous())
     size = torch.tensor(_long(e), device=e.device)
     dist.all_reduce(size, dist.ReduceOp.MAX)
     e = _wide(e, int(size))
-    if isinstance(e, Tensor): return Gather.apply(e.contiguous())
+    if isinstance(e, Tensor):
+        return Gather.apply(e.contiguous())
     return States(gather(e.x), gather(e.mask.byte()).bool())
 
 # %% ../../nbs/4_models/06_similarity.ipynb #d24cd59d
@@ -138,7 +148,8 @@ class Model(nn.Module):
                              f"{text['dim']} have no cosine")
         self.config = dict(similarity='cosine', image=dict(image), text=dict(text))
         self.image_tower, self.text_tower = tower(**image), tower(**text)
-        if captioner: self.config['captioner'], self.captioner = dict(captioner), Captioner(**captioner)
+        if captioner:
+            self.config['captioner'], self.captioner = dict(captioner), Captioner(**captioner)
 
     # -> (B, D) images, (B, D) sentences
     def forward(self, feats:Tensor, num:Tensor, tokens:Tensor, lengths:Tensor)->tuple:
@@ -172,5 +183,6 @@ def image_inputs(
 )->tuple:        # what a model's `image` takes
     "Features or pictures, how many regions are real, and the seven numbers of each box"
     num = b['mask'].sum(1)
-    if num.device.type != 'cpu': num.host = on_host(b['mask']).sum(1)
+    if num.device.type != 'cpu':
+        num.host = on_host(b['mask']).sum(1)
     return (b['feats'], num) + ((box_features(b['boxes']),) if 'boxes' in b else ())

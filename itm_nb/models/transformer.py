@@ -46,7 +46,8 @@ class Regions(nn.Module):
     )->Tensor:                 # (B, R, dim), zero where there is no region
         "A vector for every region"
         x = self.img_layer_norm(self.img_linear(feats)) + kind
-        if self.pos_linear is not None: x = x + self.pos_layer_norm(self.pos_linear(boxes))
+        if self.pos_linear is not None:
+            x = x + self.pos_layer_norm(self.pos_linear(boxes))
         return self.dropout(self.LayerNorm(x))*mask[...,None]
 
 # %% ../../nbs/4_models/05_transformer.ipynb #27d91192
@@ -137,8 +138,10 @@ class Stream(nn.Module):
 
 def _start(m):
     "Initial weights of BERT"
-    if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
-    if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
+    if isinstance(m, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(m.weight, std=.02)
+    if isinstance(m, nn.Linear):
+        nn.init.zeros_(m.bias)
     if isinstance(m, nn.Embedding) and m.padding_idx is not None:
         nn.init.zeros_(m.weight[m.padding_idx:m.padding_idx+1].detach())
 
@@ -151,8 +154,10 @@ def _words(name, v, own):
     """A table of words: our last word, a mask for vocabularies without one, keeps its start; rows that no
     token has are left out"""
     table = name.endswith('word_embeddings.weight') or name in ('mlm.bias', 'cor.bias')
-    if not table or own is None or v.shape == own.shape: return v
-    if v.shape[1:] != own.shape[1:] or len(v) < len(own)-1: return v
+    if not table or own is None or v.shape == own.shape:
+        return v
+    if v.shape[1:] != own.shape[1:] or len(v) < len(own)-1:
+        return v
     return torch.cat([v[:len(own)-1], own[-1:]])
 
 def load_bert(

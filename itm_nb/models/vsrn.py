@@ -82,10 +82,13 @@ class VSRNTower(nn.Module):
     def states(self, feats:Tensor, num:Tensor)->Tensor:   # (B, R, d_in), (B,) -> (B, R, dim)
         "The regions after reasoning: what the GRU and the captioner read; zero where not real"
         keep = real(num, feats.shape[1])
-        if keep.device.type != 'cpu': keep.host = real(on_host(num), feats.shape[1])
+        if keep.device.type != 'cpu':
+            keep.host = real(on_host(num), feats.shape[1])
         v = self.linear(self.drop(feats)).masked_fill(~keep.unsqueeze(-1), 0.)
-        if self.early_norm: v = region_norm(v, self.over)
-        for block in self.blocks.values(): v = block(v, keep)
+        if self.early_norm:
+            v = region_norm(v, self.over)
+        for block in self.blocks.values():
+            v = block(v, keep)
         return region_norm(v, self.over)
 
     def read(self, states:Tensor, num:Tensor)->Tensor:   # (B, R, dim), (B,) -> (B, dim)
@@ -103,7 +106,8 @@ def last_state(
     lengths:Tensor,     # (B,) how many are real
 )->Tensor:              # (B, dim)
     "The state after the last real element"
-    if (on_host(lengths) == x.shape[1]).all(): return gru(x)[1][0]
+    if (on_host(lengths) == x.shape[1]).all():
+        return gru(x)[1][0]
     return run_gru(gru, x, lengths)[1][0]
 
 # %% ../../nbs/4_models/03_vsrn.ipynb #fe35dc1d
@@ -134,7 +138,8 @@ def tower(
 )->nn.Module:
     "A tower by name, of this notebook or of those before; ValueError for an unknown one"
     known = encoders.TOWERS | pretrained.TOWERS | TOWERS
-    if kind not in known: raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
+    if kind not in known:
+        raise ValueError(f'no tower called {kind!r}; there are {sorted(known)}')
     return known[kind](**kw)
 
 # %% ../../nbs/4_models/03_vsrn.ipynb #5364f9d5
@@ -226,7 +231,8 @@ _WIDTH_1 = re.compile(r'Rs_GCN_\d+\.(g|theta|phi|W\.0)\.weight$')
 def released_name(module:nn.Module, name:str)->str:
     "What the release calls a weight of a tower; ValueError for another module"
     for ours, theirs in _NAMES[type(module)]:
-        if re.match(ours, name): return re.sub(ours, theirs, name)
+        if re.match(ours, name):
+            return re.sub(ours, theirs, name)
     raise ValueError(f'{type(module).__name__} has a weight {name!r} that the releases do not know')
 
 def to_released(
@@ -248,7 +254,8 @@ def from_released(
     odd = sorted(state.keys() - want.keys())
     for found, wanted in ((odd, 'no further keys'), (wrong, 'the shapes of this model'),
                           (missing, 'these keys too')):
-        if not found: continue
+        if not found:
+            continue
         raise DataError(where, f'{len(found)} keys: {", ".join(found[:4])}', wanted,
                         'Build the model with the sizes of the file')
     own = module.state_dict()

@@ -33,7 +33,8 @@ _ANSI = re.compile(r'\x1b\[[0-9;]*m')
 
 def _reason(e)->str:
     "Why a cell failed, in one line; where a method of one's own did, its file and line"
-    if e.ename == 'MemoryError' or 'allocate memory' in e.evalue: return one_line(MemoryError())
+    if e.ename == 'MemoryError' or 'allocate memory' in e.evalue:
+        return one_line(MemoryError())
     if e.ename == 'CellExecutionError':                    # an error whose text could not even be made
         return f'a cell ended without a reason, as it does without memory: {one_line(MemoryError())}'
     why = ' '.join(f'{e.ename}: {e.evalue}'.split()).removesuffix(':')
@@ -55,7 +56,8 @@ def _no_kernel(e)->str:
     if 'before replying' in said or type(e).__name__ == 'NoSuchKernel':
         return (f'the kernel python3 cannot start ({said}); look at `jupyter kernelspec list`, '
                 'and renew it: python -m ipykernel install --sys-prefix')
-    if said == 'Kernel died': return 'the kernel died (out of memory, or killed)'
+    if said == 'Kernel died':
+        return 'the kernel died (out of memory, or killed)'
     return said
 
 # %% ../../nbs/7_runs/04_execution.ipynb #3626117c
@@ -64,18 +66,24 @@ def forward_signal(
 ):
     "A signal handler that asks the process training in `out` to save and stop"
     def handler(signum, frame):
-        try: os.kill(_trainer(out), signal.SIGTERM)
+        try:
+            os.kill(_trainer(out), signal.SIGTERM)
         # nobody trains yet: there is nothing to save
-        except (OSError, ValueError): raise KeyboardInterrupt from None
+        except (OSError, ValueError):
+            raise KeyboardInterrupt from None
     return handler
 
 def _trainer(out)->int:
     "The process that holds the lock of a run folder; ValueError where none does, whatever stands in it"
     with open(out/'lock') as f:
-        try: fcntl.flock(f, fcntl.LOCK_SH|fcntl.LOCK_NB)
-        except BlockingIOError: pid = int(f.read())
-        else: raise ValueError('nobody trains here')
-    if pid < 2: raise ValueError(f'{pid} is no process that trains')
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH|fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = int(f.read())
+        else:
+            raise ValueError('nobody trains here')
+    if pid < 2:
+        raise ValueError(f'{pid} is no process that trains')
     return pid
 
 @contextmanager
@@ -89,12 +97,16 @@ def driving(
     before = {k: os.environ.get(k) for k in more}
     handlers = {s: signal.signal(s, forward_signal(out)) for s in (signal.SIGTERM, signal.SIGINT)}
     os.environ |= more
-    try: yield
+    try:
+        yield
     finally:
-        for s, handler in handlers.items(): signal.signal(s, handler or signal.SIG_DFL)
+        for s, handler in handlers.items():
+            signal.signal(s, handler or signal.SIG_DFL)
         for k, v in before.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
 
 def execute(
     notebook:Path,       # template
@@ -108,27 +120,34 @@ def execute(
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     # said below
-    for name in ('papermill', 'nbclient', 'traitlets'): logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ('papermill', 'nbclient', 'traitlets'):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with driving(out, values.get('threads', 1)):
             papermill.execute_notebook(str(notebook), str(out/'run.ipynb'), values, kernel_name='python3',
                                        progress_bar=bar)
             finish(out)
     except papermill.PapermillExecutionError as e:
-        if e.ename in ('Stopped', 'KeyboardInterrupt'): return RESUMABLE
-        if e.ename == 'Busy': return BUSY
+        if e.ename in ('Stopped', 'KeyboardInterrupt'):
+            return RESUMABLE
+        if e.ename == 'Busy':
+            return BUSY
         why = _reason(e)
         return mark_failed(out, why, f'{notebook.stem}: {why}; see {out/"run.ipynb"}')
-    except KeyboardInterrupt: return RESUMABLE
+    except KeyboardInterrupt:
+        return RESUMABLE
     except (OSError, MemoryError, RuntimeError, NoSuchKernel) as e:
         return mark_failed(out, why := _no_kernel(e), f'{notebook.stem}: {why}')
     return 0
 
 def mark_failed(out, why, said)->int:
     "Leave the reason in the run folder and on the error stream"
-    try: (out/'FAILED').write_text(printable(why), 'utf-8')
-    except OSError as e: said = f'{said}; and FAILED could not be written ({e.strerror})'
-    print(printable(said), file=sys.stderr); return 1
+    try:
+        (out/'FAILED').write_text(printable(why), 'utf-8')
+    except OSError as e:
+        said = f'{said}; and FAILED could not be written ({e.strerror})'
+    print(printable(said), file=sys.stderr)
+    return 1
 
 # %% ../../nbs/7_runs/04_execution.ipynb #004fe0ac
 # before run.json
@@ -146,19 +165,24 @@ def _admit(
     me:str,          # its id
 ):
     "Refuse a folder that holds something else, with both named"
-    if not out.exists(): return
-    if not out.is_dir(): raise SetupError(f'out: {out} is a file; wanted a run folder, or a place for one')
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise SetupError(f'out: {out} is a file; wanted a run folder, or a place for one')
     there, mine = reported(out), current_names(identity(name, values))
     if there:
-        if there['id'] == me or 'arm' not in values and there.get('template') == name: return
+        if there['id'] == me or 'arm' not in values and there.get('template') == name:
+            return
         theirs = current_names(there.get('identity', {}))
         lies = f'in {out} lies the run {there["id"]} ({there.get("template")}: {_other(theirs, mine)})'
         asked = f'asked for is {me} ({name}: {_other(mine, theirs)})'
         raise SetupError(f'out: {lies}; {asked}. Give another out, or remove that folder')
     odd = sorted(p.name for p in out.iterdir() if not (p.name in _EARLY or p.name.endswith('.tmp')))
-    if not odd or out.name == me: return
+    if not odd or out.name == me:
+        return
     why = f'no run folder, and not empty: it holds {odd[0]}'
-    if there is None: why = 'run.json is damaged, so nobody knows which run it holds'
+    if there is None:
+        why = 'run.json is damaged, so nobody knows which run it holds'
     raise SetupError(f'out: {out}: {why}. Give another out, or remove that folder')
 
 # %% ../../nbs/7_runs/04_execution.ipynb #2edd575d
@@ -168,19 +192,22 @@ def _begin(out, name, values, me):
     if missing := [p for p, made in now.items() if not made]:
         why = broken(missing[0]) or 'its own parents changed'
         raise SetupError(f'{missing[0]}: this run is needed first and is not finished ({why})')
-    for name_ in ('DONE', 'manifest.json', 'FAILED'): (out/name_).unlink(missing_ok=True)
+    for name_ in ('DONE', 'manifest.json', 'FAILED'):
+        (out/name_).unlink(missing_ok=True)
     if (out/'params.json').is_file():                # whatever stood there
         write_synced(out/'params.json', json.dumps(values, indent=1).encode())
     there = reported(out)
     before = (there or {}).get('parents')            # None: not known, as where run.json is lost
-    if now if before is None else sorted(before.values()) != sorted(now.values()): _empty(out)
+    if now if before is None else sorted(before.values()) != sorted(now.values()):
+        _empty(out)
     note_run(out, name, values, me, now)
 
 def _empty(out):
     """Remove what a run has made; run.json stays, so that the folder is known as a run's whenever this is
     killed"""
     for p in out.iterdir():
-        if p.name in ('claim', 'worker.log', 'params.json', 'run.json'): continue
+        if p.name in ('claim', 'worker.log', 'params.json', 'run.json'):
+            continue
         shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 # %% ../../nbs/7_runs/04_execution.ipynb #69f69e70
@@ -194,19 +221,27 @@ def start(
     """Run an experiment; one that makes a row of a table (it has an `arm`) is not run again once it is
     finished"""
     check_text(given, given if typed is None else typed)  # before anything of it is looked up
-    nb = template(name); known = parameters(nb); values = resolve(known, given); check_places(known, values)
-    if values.get('folds') and known['folds'].rule: fold_file(values['folds'])
+    nb = template(name)
+    known = parameters(nb)
+    values = resolve(known, given)
+    check_places(known, values)
+    if values.get('folds') and known['folds'].rule:
+        fold_file(values['folds'])
     me = run_id(nb.stem, values)
     out = Path(values.get('out') or Path('runs')/(values.get('sweep') or 'manual')/me)
-    if 'out' in values: values['out'] = str(out)
+    if 'out' in values:
+        values['out'] = str(out)
     _admit(out, nb.stem, values, me)
     with claim(out) as mine:
-        if not mine: return BUSY, out
+        if not mine:
+            return BUSY, out
         # a row is made once; a study is made anew
-        if 'arm' in values and finished(out, values, me): return 0, out
+        if 'arm' in values and finished(out, values, me):
+            return 0, out
         _admit(out, nb.stem, values, me)  # another process may have begun there
         _begin(out, nb.stem, values, me)
-        began = time.perf_counter(); code = work(nb, values, out, bar)
+        began = time.perf_counter()
+        code = work(nb, values, out, bar)
         spent = dict(seconds=round(time.perf_counter()-began, 2), code=code)
         with open(out/'wall.jsonl', 'a') as f: f.write(stamped(spent))
         return code, out

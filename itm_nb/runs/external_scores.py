@@ -34,9 +34,12 @@ from .run_record import about, control, finish_by_hand, tested_on, under_truth
 # %% ../../nbs/7_runs/10_external_scores.ipynb #5d3f2c8b
 def _array(path, what, ok:Callable, wanted:str)->np.ndarray:
     "An npy file, mapped, whose content satisfies `ok`"
-    with open(regular_file(path), 'rb') as f: magic = f.read(6)
-    if magic != b'\x93NUMPY': raise DataError(path, 'not an npy file', wanted, 'Write it with numpy.save.')
-    try: x = np.load(path, mmap_mode='r', allow_pickle=False)
+    with open(regular_file(path), 'rb') as f:
+        magic = f.read(6)
+    if magic != b'\x93NUMPY':
+        raise DataError(path, 'not an npy file', wanted, 'Write it with numpy.save.')
+    try:
+        x = np.load(path, mmap_mode='r', allow_pickle=False)
     except Exception as e:  # a damaged header can fail anywhere in numpy's parser
         raise DataError(path, f'an array that cannot be mapped ({str(e)[:100]})', wanted,
                         'Write plain numbers with numpy.save.') from None
@@ -53,10 +56,13 @@ def _numbers(path, n:int, what:str)->np.ndarray:
 def read_ranks(path)->Ranks:
     "Ranks made elsewhere"
     wanted = 'two rows of whole numbers from 0, `i2t` and `t2i`'
-    with open(regular_file(path), 'rb') as f: magic = f.read(4)
-    if magic != b'PK\3\4': raise DataError(path, 'not an npz file', wanted, 'Write it with numpy.savez.')
+    with open(regular_file(path), 'rb') as f:
+        magic = f.read(4)
+    if magic != b'PK\3\4':
+        raise DataError(path, 'not an npz file', wanted, 'Write it with numpy.savez.')
     try:
-        with np.load(path, allow_pickle=False) as z: r = Ranks(z['i2t'], z['t2i'])
+        with np.load(path, allow_pickle=False) as z:
+            r = Ranks(z['i2t'], z['t2i'])
     except Exception as e:  # zip, header or data may be damaged anywhere
         raise DataError(path, f'ranks that cannot be read ({str(e)[:100]})', wanted,
                         'Write them with numpy.savez(path, i2t=..., t2i=...).') from None
@@ -83,9 +89,12 @@ def asked(
     "Which photo each sentence belongs to, and which photos are searched together"
     ids = _numbers(values['img_ids'], N, 'photo ids') if values['img_ids'] else None
     own = _numbers(values['gallery'], N, 'galleries') if values['gallery'] else None
-    if own is not None: own = np.unique(own, return_inverse=True)[1].ravel()
-    if not values['img_of']: return _of_data(values, N, M, data(), ids, own)
-    img_of = _numbers(values['img_of'], M, 'photos of sentences'); there = np.unique(img_of)
+    if own is not None:
+        own = np.unique(own, return_inverse=True)[1].ravel()
+    if not values['img_of']:
+        return _of_data(values, N, M, data(), ids, own)
+    img_of = _numbers(values['img_of'], M, 'photos of sentences')
+    there = np.unique(img_of)
     if there[0] < 0 or there[-1] >= N:
         raise DataError(values['img_of'], f'photos {there[0]} to {there[-1]}',
                         f'rows of the scores, 0 to {N-1}',
@@ -94,20 +103,24 @@ def asked(
     if own is not None and len(empty := np.setdiff1d(own, own[there])):
         raise DataError(values['gallery'], f'{len(empty)} galleries in which no sentence searches',
                         'a question in every gallery', 'Leave them out.')
-    rest = N - len(there); what += f'of {N}'.encode() * (rest > 0)
-    print_ = hashlib.sha256(what).hexdigest()[:16]; label = values['name'] or 'scores from elsewhere'
+    rest = N - len(there)
+    what += f'of {N}'.encode() * (rest > 0)
+    print_ = hashlib.sha256(what).hexdigest()[:16]
+    label = values['name'] or 'scores from elsewhere'
     data = dict(name='foreign', label=label, fingerprint=print_, split='test', train=0)
     return Asked(img_of, own, data | _unasked(rest, N), asked=np.isin(np.arange(N), there) if rest else None)
 
 def _unasked(rest:int, N:int)->dict:
     "What a record says of photos that no sentence belongs to, where there are some"
-    if not rest: return {}
+    if not rest:
+        return {}
     print(f'{rest} of {N} photos belong to no sentence: they are searched, but are no queries themselves')
     return dict(unasked=rest)
 
 def _of_data(values, N, M, corpus, ids, own)->Asked:
     "The test part of a data set"
-    split = corpus.split('test'); where = tested_on(values, split, corpus.label)
+    split = corpus.split('test')
+    where = tested_on(values, split, corpus.label)
     if (N, M) != (len(split), len(split.captions)):
         raise DataError(values['scores'], f'{N} photos and {M} sentences',
                         f'{len(split)} and {len(split.captions)}, as in {corpus.label}, test',
@@ -115,8 +128,10 @@ def _of_data(values, N, M, corpus, ids, own)->Asked:
     if own is not None:
         raise DataError(values['gallery'], 'galleries of its own', 'those of the data',
                         'Give gallery together with img_of only.')
-    if ids is None: return Asked(split.img_of, split.gallery, where)
-    at = np.argsort(ids); rows = at[np.minimum(np.searchsorted(ids, split.img_ids, sorter=at), N-1)]
+    if ids is None:
+        return Asked(split.img_of, split.gallery, where)
+    at = np.argsort(ids)
+    rows = at[np.minimum(np.searchsorted(ids, split.img_ids, sorter=at), N-1)]
     if (ids[rows] != split.img_ids).any():
         raise DataError(values['img_ids'], 'ids that are not those of the test photos', 'each of them once')
     return Asked(split.img_of, split.gallery, where, rows)
@@ -138,7 +153,8 @@ def rank_matrix(
 
 def _of_asked(a:Asked)->tuple:
     "(M,) photo of each sentence, (N,) gallery of each photo, both among the photos that are asked for"
-    if a.asked is None: return a.img_of, a.gallery
+    if a.asked is None:
+        return a.img_of, a.gallery
     gallery = None if a.gallery is None else np.unique(a.gallery[a.asked], return_inverse=True)[1].ravel()
     return (a.asked.cumsum() - 1)[a.img_of], gallery
 
@@ -150,7 +166,8 @@ def foreign(
     "Bring scores or ranks that were made elsewhere into the records"
     path = Path(values['scores'])
     if path.suffix == '.npz':
-        r = read_ranks(path); a = asked(values, len(r.i2t), len(r.t2i), data)
+        r = read_ranks(path)
+        a = asked(values, len(r.i2t), len(r.t2i), data)
         if a.asked is not None:
             raise DataError(values['img_of'], f'{a.data["unasked"]} photos without a sentence',
                             f'every row of i2t, 0 to {len(r.i2t)-1}',
@@ -158,16 +175,21 @@ def foreign(
     else:
         S = _array(path, 'scores', lambda x: x.ndim == 2 and x.dtype.kind == 'f',
                    'a matrix of real numbers, photos x sentences')
-        a = asked(values, *S.shape, data); r = rank_matrix(S, a)
-    if path.suffix == '.npz' and a.rows is not None: r = Ranks(r.i2t[a.rows], r.t2i)
-    name = values['arm'] or path.stem; img_of, gallery = _of_asked(a)
+        a = asked(values, *S.shape, data)
+        r = rank_matrix(S, a)
+    if path.suffix == '.npz' and a.rows is not None:
+        r = Ranks(r.i2t[a.rows], r.t2i)
+    name = values['arm'] or path.stem
+    img_of, gallery = _of_asked(a)
     return _write(run, r, record(about(values, 'evaluate', name), a.data, r, img_of, gallery, kind='foreign'),
                   values)
 
 def _write(run, ranks, rec, values)->dict:
     "Ranks into the run folder, the record beside it"
-    run = Path(run); run.mkdir(parents=True, exist_ok=True)
-    save_ranks(run/'ranks_test.npz', ranks); write_record(run.parent/'records', rec)
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    save_ranks(run/'ranks_test.npz', ranks)
+    write_record(run.parent/'records', rec)
     finish_by_hand(run, 'evaluate', values)
     return rec
 
@@ -179,7 +201,8 @@ def _encoded(folder, data, split, device)->tuple:
     if not done(folder):
         raise SetupError(f'{folder}: no finished run; scores are oracle, chance, an npy or npz file, or '
                          f'folders of runs')
-    _same_test(folder, split); model = from_pretrained(folder/'best', device)
+    _same_test(folder, split)
+    model = from_pretrained(folder/'best', device)
     return (model, *embed(model, _seen_by(model, data).batches(split,
         tokenizers.load(folder/'best'/'vocab.json'), device)))
 
@@ -205,7 +228,8 @@ def ensemble(
 def _same_test(folder, split):
     "Refuse a run that was tested on something else"
     path = folder.parent/'records'/f"{about_folder(folder)['id']}.json"
-    if not path.is_file(): return
+    if not path.is_file():
+        return
     if json.loads(path.read_text('utf-8'))['data']['fingerprint'] != fingerprint(split):
         raise DataError(folder, 'a run with another test split', 'one on these data',
                         'Give the data settings of that run (data, folder, regions, fold ...).')
@@ -213,7 +237,8 @@ def _same_test(folder, split):
 # %% ../../nbs/7_runs/10_external_scores.ipynb #f01ba107
 def _seen_by(model, data):
     "The data as a model wants them: pictures in its size, places of regions where it looks at them"
-    config = model.config; side = config.get('image', {})
+    config = model.config
+    side = config.get('image', {})
     if side.get('kind') == 'vision' and data.pixels is None:
         data = replace(data, pixels=lambda s: Pixels(s.files, model.image_tower.size, 'squash',
                                                      Path('runs')/'pixels', data.workers))
@@ -226,7 +251,9 @@ def weighed(
     device='cpu',
 )->dict:               # the record, of kind 'foreign'
     "Rank the test split with weights from anywhere"
-    folder = Path(values['weights']); model = from_pretrained(folder, device); split = data.split('test')
+    folder = Path(values['weights'])
+    model = from_pretrained(folder, device)
+    split = data.split('test')
     if not (folder/'vocab.json').is_file():
         raise DataError(folder, 'no vocab.json', 'the words of these weights',
                         'Convert them with --vocab, or copy the vocabulary there.')
@@ -236,7 +263,8 @@ def weighed(
                         f'{d_in}, as {folder} wants',
                         'Give the data of these weights.')
     batches = _seen_by(model, data).batches(split, tokenizers.load(folder/'vocab.json'), device)
-    encoded = [(model, *embed(model, batches))]; r = rank_encoded(encoded, split)
+    encoded = [(model, *embed(model, batches))]
+    r = rank_encoded(encoded, split)
     truth = None if data.world is None else under_truth(data.world, split, scores_of(encoded))
     where = tested_on(values, split, data.label)
     return _write(run, r, record(about(values, 'evaluate', folder.name, device), where, r, split.img_of,
@@ -257,7 +285,8 @@ def second_look(
         raise SetupError(f'rerank={most} and {len(folders)} folders of runs; wanted candidates per query, '
                          f'and two runs: '
                          'who looks first, and who scores its best again')
-    split = data.split('test'); both = [_encoded(f, data, split, device) for f in folders]
+    split = data.split('test')
+    both = [_encoded(f, data, split, device) for f in folders]
     def rank(i, j, own):
         i_, j_ = (torch.as_tensor(x, device=both[0][2].device) for x in (i, j))
         block, x, y = reranked(*((m, img[i_], txt[j_]) for m, img, txt in both), most, progress=True)
@@ -286,7 +315,10 @@ def judge(
 )->dict:               # the record
     "The row that `weights` or `scores` name: a control, a file from elsewhere, or runs of ours"
     given = values['scores']
-    if values.get('weights'): return weighed(values, run, data(), device)
-    if given in ('oracle', 'chance'): return control(values, run, data())
-    if Path(given).suffix in ('.npy', '.npz'): return foreign(values, run, data)
+    if values.get('weights'):
+        return weighed(values, run, data(), device)
+    if given in ('oracle', 'chance'):
+        return control(values, run, data())
+    if Path(given).suffix in ('.npy', '.npz'):
+        return foreign(values, run, data)
     return (second_look if values.get('rerank') else ensemble)(values, run, data(), device)

@@ -45,13 +45,17 @@ def about_folder(
 )->dict:             # id, template, source, parents, identity; at least the id: the folder's name in a sweep
     "What a run folder says of itself; SetupError where its `run.json` is not what was written"
     at = Path(out)/'run.json'
-    if not at.is_file(): return dict(id=Path(out).name)
+    if not at.is_file():
+        return dict(id=Path(out).name)
     try:
-        found = json.loads(at.read_text('utf-8')); sealed = found.pop('seal', None)
+        found = json.loads(at.read_text('utf-8'))
+        sealed = found.pop('seal', None)
         early = sealed is None and 'identity' not in found             # as earlier versions wrote it
         whole = isinstance(found['id'], str) and (early or sealed == over_json(found))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): whole = False
-    if whole: return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if whole:
+        return found
     raise SetupError(f'{at} is damaged, so nobody knows what lies there; run it again in its own folder, or '
                      f'remove that')
 
@@ -59,9 +63,12 @@ RUN_ID = re.compile('[0-9a-f]{12}')
 
 def reported(out):
     "As `about_folder`; {} where nothing is said, None where it is damaged"
-    if not (Path(out)/'run.json').is_file(): return {}
-    try: return about_folder(out)
-    except SetupError: return None
+    if not (Path(out)/'run.json').is_file():
+        return {}
+    try:
+        return about_folder(out)
+    except SetupError:
+        return None
 
 def _id_of(out)->str:
     "The id of a run folder; where its run.json is damaged, its name if that is an id"
@@ -79,7 +86,8 @@ def origin(
             parts = (f'{n} {sha256_of(p/n)}'
                      for n in ('config.json', 'model.safetensors', 'vocab.json') if (p/n).is_file())
             return 'sha256:' + hashlib.sha256(' '.join(parts).encode()).hexdigest()
-        if p.is_file() and p.suffix: return f'sha256:{sha256_of(p)}'
+        if p.is_file() and p.suffix:
+            return f'sha256:{sha256_of(p)}'
         return _id_of(p) if (p/'run.json').is_file() or len(p.parts) > 1 else x
     return ','.join(map(one, given.split(',')))
 
@@ -94,7 +102,8 @@ def identity(
     # 1 is 1.0
     what = {k: known[k].parse(v) if k in known else v for k, v in values.items() if k not in PLACES}
     what = {k: origin(v) if k in INPUTS and v else v for k, v in what.items()}
-    def later(k): return k in known and k not in FIRST[name]
+    def later(k):
+        return k in known and k not in FIRST[name]
     return {was.get(k, k): v for k, v in what.items() if not later(k) or v != known[k].default}
 
 def run_id(
@@ -116,9 +125,11 @@ def check_text(
     """Refuse a name that cannot be part of a file name, and a method of one's own that was not named by
     its user"""
     from itm_nb.core.names import checked_name
-    if values.get('sweep'): checked_name(values['sweep'], 'sweep', 'the name')
+    if values.get('sweep'):
+        checked_name(values['sweep'], 'sweep', 'the name')
     for k in NAME_METHODS:
-        if k in typed or ':' not in str(values.get(k, '')): continue
+        if k in typed or ':' not in str(values.get(k, '')):
+            continue
         from itm_nb.methods.registry import own_code
         for path in own_code(values[k])[:1]:
             raise SetupError(f"{k} names {path!r}, code of one's own, in a file that was read; wanted a "
@@ -126,7 +137,8 @@ def check_text(
                              f'If you trust it: --allow-code, or -p {k} on the command line')
 
 # %% ../../nbs/7_runs/02_identity.ipynb #31a03f30
-def _package()->Path: return Path(itm_nb.__file__).resolve().parent      # what was imported
+def _package()->Path:
+    return Path(itm_nb.__file__).resolve().parent      # what was imported
 
 def _sources()->list:
     "Names of the package's source files, relative to its folder, in their order"
@@ -137,8 +149,10 @@ def source_hash(
 )->str:
     "A hash of the imported package's source (and of one's own method behind it): which code made a record"
     h = hashlib.sha256()
-    for name in _sources(): h.update(name.encode() + (_package()/name).read_bytes())
-    if ':' not in method: return h.hexdigest()[:12]
+    for name in _sources():
+        h.update(name.encode() + (_package()/name).read_bytes())
+    if ':' not in method:
+        return h.hexdigest()[:12]
     from itm_nb.methods.registry import code_of
     return f'{h.hexdigest()[:12]}+{code_of(method)}'
 
@@ -147,13 +161,16 @@ def _git(*asked)->str:
     # a hook's would name another repository
     env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
     command = ('git', '-C', _package(), *asked)
-    try: r = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError): return None
+    try:
+        r = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
     return None if r.returncode else r.stdout
 
 def commit()->str:
     "The commit of the imported package, with + where its files differ; 'none' where no repository keeps them"
     kept, head = (_git('ls-files', '-z') or '').split('\0'), _git('rev-parse', '--short=12', 'HEAD')
-    if '__init__.py' not in kept or head is None: return 'none'
+    if '__init__.py' not in kept or head is None:
+        return 'none'
     changed = set(_sources()) - set(kept) or _git('status', '--porcelain', '--', '.')
     return head.strip() + ('+' if changed else '')

@@ -34,7 +34,8 @@ def train_together(
     "The training of the `train` template, in every process of a group"
     cfg = config({k: v for k, v in values.items() if k not in OF_A_RUN})
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
-    if values['folds']: data = in_fold(data, fold_file(values['folds']), values['fold'])
+    if values['folds']:
+        data = in_fold(data, fold_file(values['folds']), values['fold'])
     more = {k: values[k] for k in ('lists', 'generator') if k in values}
     fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'],
         carry=values['carry'],
@@ -44,9 +45,11 @@ def main(argv=None)->int:
     """What each process does: `python -m itm_nb.runs.multi_process FILE RUN [--allow-code]`, started by
     `accelerate launch`"""
     file, run, *code = sys.argv[1:] if argv is None else argv
-    try: train_together(json.loads(Path(file).read_text('utf-8')), Path(run), code == ['--allow-code'])
+    try:
+        train_together(json.loads(Path(file).read_text('utf-8')), Path(run), code == ['--allow-code'])
     # the one that asked knows; the launcher would take any other code than 0 for a crash
-    except Stopped: pass
+    except Stopped:
+        pass
     return 0
 
 def launcher(
@@ -71,15 +74,21 @@ def _go(command, out, threads)->int:
     """Run a command with its output in the run folder; on SIGTERM ask the process that trains to save. ->
     exit code, 75 if it was asked"""
     asked, tell = [], forward_signal(out)
-    def stop(*a): asked.append(True); tell(*a)
-    for name in (signal.SIGTERM, signal.SIGINT): signal.signal(name, stop)
+    def stop(*a):
+        asked.append(True)
+        tell(*a)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, stop)
     env = os.environ | dict(OMP_NUM_THREADS=str(threads),
                             ACCELERATE_USE_CPU=str('torch.distributed.run' in command).lower())
     with open(out/'processes.log', 'ab') as log:
         p = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         while True:
-            try: code = p.wait(); break
-            except KeyboardInterrupt: p.terminate()              # nobody trains yet
+            try:
+                code = p.wait()
+                break
+            except KeyboardInterrupt:
+                p.terminate()              # nobody trains yet
     return RESUMABLE if asked else code
 
 def several(
@@ -90,13 +99,17 @@ def several(
         known = parameters(notebook)
         if n < 2 or not {'method', 'epochs', 'batch', 'init'} <= known.keys():
             return execute(notebook, values, out, bar)
-        if values['batch'] % n: raise SetupError(f'batch {values["batch"]} cannot be shared by {n} processes')
-        file = out/'processes.json'; file.write_text(json.dumps(values))
+        if values['batch'] % n:
+            raise SetupError(f'batch {values["batch"]} cannot be shared by {n} processes')
+        file = out/'processes.json'
+        file.write_text(json.dumps(values))
         own_code = ':' in values['method'] + values.get('warmup_method', '')      # `itm_run` has looked at it
         command = [*launcher(n, values['device']), '-m', 'itm_nb.runs.multi_process', str(file), str(out),
                    *(['--allow-code'] if own_code else [])]
-        code = _go(command, out, values.get('threads', 1)); file.unlink()
-        if code == RESUMABLE: return code
+        code = _go(command, out, values.get('threads', 1))
+        file.unlink()
+        if code == RESUMABLE:
+            return code
         if code:
             return mark_failed(out, why := f'training in {n} processes ended with {code}',
                                f'{why}; see {out/"processes.log"}')
@@ -105,4 +118,5 @@ def several(
 
 # %% ../../nbs/7_runs/08_multi_process.ipynb #f1be42b3
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -29,23 +29,29 @@ class Parameter:
     def parse(self, given)->object:   # text from the command line, or a value from a file
         "The value, of the default's type, allowed by its declaration; SetupError names what is possible"
         kind = type(self.default)
-        if kind is bool and str(given).lower() in ('true', 'false'): return str(given).lower() == 'true'
-        if isinstance(given, Integral) and not isinstance(given, bool): given = int(given)  # of numpy, too
+        if kind is bool and str(given).lower() in ('true', 'false'):
+            return str(given).lower() == 'true'
+        if isinstance(given, Integral) and not isinstance(given, bool):
+            given = int(given)  # of numpy, too
         try:
-            if not isinstance(given, (str, int, float)) or isinstance(given, bool): raise TypeError
-            if kind is bool or (kind is int and isinstance(given, float)): raise ValueError
+            if not isinstance(given, (str, int, float)) or isinstance(given, bool):
+                raise TypeError
+            if kind is bool or (kind is int and isinstance(given, float)):
+                raise ValueError
             value = kind(given) + 0. if kind is float else kind(given)      # -0.0 is 0.0
         except (TypeError, ValueError):
             raise SetupError(f'parameter {self.name} is {given!r}; wanted {kind.__name__}, e.g. '
                              f'{self.default!r}') from None
-        if kind is str: check_text(value, self.name)
+        if kind is str:
+            check_text(value, self.name)
         return check(self.rule, value) if self.rule else value
 
 # %% ../../nbs/7_runs/01_parameters.ipynb #0bad5f01
 def _tagged(notebook)->str:
     "The source of the cell tagged `parameters`"
     name = Path(notebook).name
-    try: cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
+    try:
+        cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
     except OSError as e:
         raise SetupError(f'{name}: cannot be read ({e.strerror}); give the path of a notebook') from None
     except (ValueError, TypeError, KeyError):
@@ -55,7 +61,8 @@ def _tagged(notebook)->str:
                   if 'parameters' in c.get('metadata', {}).get('tags', [])]
     except (AttributeError, TypeError, KeyError):
         raise SetupError(f'{name}: cells that are none; save it in JupyterLab') from None
-    if len(tagged) != 1: raise SetupError(f'{name}: {len(tagged)} cells tagged "parameters"; wanted one')
+    if len(tagged) != 1:
+        raise SetupError(f'{name}: {len(tagged)} cells tagged "parameters"; wanted one')
     return tagged[0]
 
 def _assigned(node, name)->tuple:
@@ -73,14 +80,17 @@ def parameters(
 )->dict:            # name -> Parameter
     "What can be set in a notebook: the assignments of its cell tagged `parameters`"
     source, rules, out, name = _tagged(notebook), declared(Path(notebook).stem), {}, Path(notebook).name
-    try: body, lines = ast.parse(source).body, source.splitlines()
+    try:
+        body, lines = ast.parse(source).body, source.splitlines()
     except SyntaxError as e:
         raise SetupError(
             f'{name}: its cell of parameters is not Python (line {e.lineno}); correct it') from None
     for node in body:
-        k, v = _assigned(node, name); rule = rules.get(k)
+        k, v = _assigned(node, name)
+        rule = rules.get(k)
         # of a notebook of the same name, with another meaning
-        if rule and type(rule.default) is not type(v): rule = None
+        if rule and type(rule.default) is not type(v):
+            rule = None
         out[k] = Parameter(k, v, lines[node.end_lineno-1][node.end_col_offset:].strip(' #'), rule)
     return out
 
@@ -124,8 +134,10 @@ def resolve(
     values = {k: p.parse(given[k]) if k in given else p.default for k, p in known.items()}
     ruled = {k: v for k, v in values.items() if known[k].rule}
     for k in ('method', 'warmup_method'):
-        if k in ruled: check_method(ruled[k], what=k)
-    if ruled: check_together(ruled)
+        if k in ruled:
+            check_method(ruled[k], what=k)
+    if ruled:
+        check_together(ruled)
     return values
 
 # %% ../../nbs/7_runs/01_parameters.ipynb #6e902cef
@@ -136,18 +148,26 @@ def check_places(
     "Refuse folders and files that are not there, runs that are not finished, places that cannot be written"
     for k, v in values.items():
         kind = known[k].rule.place if known[k].rule else ''
-        if not kind or not v: continue
-        if kind == 'out': check_place(v, k); continue
-        for x in v.split(',') if kind in ('runs', 'scores') else [v]: _check_there(k, Path(x), kind)
+        if not kind or not v:
+            continue
+        if kind == 'out':
+            check_place(v, k)
+            continue
+        for x in v.split(',') if kind in ('runs', 'scores') else [v]:
+            _check_there(k, Path(x), kind)
     if values.get('data') in ('scan', 'images') and known['data'].rule and not values.get('folder'):
         raise SetupError(f'data {values["data"]!r} without its folder; give it: -p folder PATH')
 
 def _check_there(name, path, kind):
     "Refuse what an input names and is not there"
-    if kind == 'scores' and str(path) in ('oracle', 'chance'): return
-    if kind == 'scores': kind = 'file' if path.suffix in ('.npy', '.npz') else 'runs'
-    try: there = path.is_file() if kind == 'file' else path.is_dir()
-    except OSError: there = False
+    if kind == 'scores' and str(path) in ('oracle', 'chance'):
+        return
+    if kind == 'scores':
+        kind = 'file' if path.suffix in ('.npy', '.npz') else 'runs'
+    try:
+        there = path.is_file() if kind == 'file' else path.is_dir()
+    except OSError:
+        there = False
     if not there:
         raise SetupError(f'{name} {str(path)!r}: no such {"file" if kind == "file" else "folder"}; correct '
                          f'the path')

@@ -33,10 +33,13 @@ def work(
     p, told = begin(Entry(template, values.get('arm', ''), values, Path(out))), False
     try:
         while p.poll() is None:
-            if not told and Path(stop).exists(): told = True; p.terminate()
+            if not told and Path(stop).exists():
+                told = True
+                p.terminate()
             time.sleep(pause)
     finally:
-        if p.poll() is None: p.terminate()  # the task is ended by Ray: let the run save what it has
+        if p.poll() is None:
+            p.terminate()  # the task is ended by Ray: let the run save what it has
     return p.returncode
 
 # %% ../../nbs/7_runs/09_ray.ipynb #a63f58d8
@@ -53,33 +56,43 @@ class Task:
     ):
         self.e, self.submit, self.ended, self.left, self.returncode = e, submit, ended, retries, None
         self.stop = e.out/f'.stop.{socket.gethostname()}.{os.getpid()}.{next(_number)}.tmp'
-        e.out.mkdir(parents=True, exist_ok=True); self.handle = submit(str(self.stop))
+        e.out.mkdir(parents=True, exist_ok=True)
+        self.handle = submit(str(self.stop))
 
     def poll(self):
         "None while it runs, else its exit code"
-        if self.returncode is not None: return self.returncode
+        if self.returncode is not None:
+            return self.returncode
         said = self.ended(self.handle)
-        if said is None: return None
+        if said is None:
+            return None
         if said not in _FINAL and self.left > 0 and not self.stop.exists():
-            self.left -= 1; self.handle = self.submit(str(self.stop)); return None
-        if isinstance(said, str): (self.e.out/'FAILED').write_text(said)
+            self.left -= 1
+            self.handle = self.submit(str(self.stop))
+            return None
+        if isinstance(said, str):
+            (self.e.out/'FAILED').write_text(said)
         self.returncode = said if isinstance(said, int) else RESUMABLE if self.stop.exists() else 1
         self.stop.unlink(missing_ok=True)
         return self.returncode
 
-    def terminate(self): self.stop.touch()
+    def terminate(self):
+        self.stop.touch()
 
 # %% ../../nbs/7_runs/09_ray.ipynb #160e0f59
 def connect(
     address:str='',      # of a cluster; '': RAY_ADDRESS, else one on this machine, else this machine alone
 ):                       # the module ray, connected
     "Join a Ray cluster"
-    try: import ray
+    try:
+        import ray
     except ImportError:
         raise SetupError("the engine ray needs the package ray: pip install -e '.[ray]'") from None
-    if ray.is_initialized(): return ray
+    if ray.is_initialized():
+        return ray
     options = dict(log_to_driver=False, logging_level='error', namespace='itm_nb')
-    try: ray.init(address=address or os.environ.get('RAY_ADDRESS') or 'auto', **options)
+    try:
+        ray.init(address=address or os.environ.get('RAY_ADDRESS') or 'auto', **options)
     except ConnectionError as err:
         why = str(err).splitlines()[0][:100]
         if address or os.environ.get('RAY_ADDRESS'):
@@ -95,7 +108,8 @@ def needs(
 )->dict:                   # num_cpus, num_gpus, memory as Ray takes them
     "What a run asks of a machine; refused where no machine has it"
     want = dict(CPU=max(1, e.values.get('threads', 1))*processes, GPU=0)
-    if e.values.get('device') == 'auto' and any(m.get('GPU') for m in machines): want['GPU'] = processes
+    if e.values.get('device') == 'auto' and any(m.get('GPU') for m in machines):
+        want['GPU'] = processes
     if cost.mib:
         want['memory'] = min(int(cost.mib*2**20), int(max((m.get('memory', 0) for m in machines), default=0)))
     if not any(all(m.get(k, 0) >= v for k, v in want.items()) for m in machines):
@@ -119,10 +133,14 @@ def side_by_side(
 def _lost(ray, handle):
     "None while a task runs, else its exit code, or in words why it was lost"
     done, _ = ray.wait([handle], timeout=0)
-    if not done: return None
-    try: return ray.get(handle)
-    except ray.exceptions.RayTaskError as err: return f'the task failed: {str(err).splitlines()[-1][:200]}'
-    except ray.exceptions.RayError as err: return f'the task was lost: {type(err).__name__}'
+    if not done:
+        return None
+    try:
+        return ray.get(handle)
+    except ray.exceptions.RayTaskError as err:
+        return f'the task failed: {str(err).splitlines()[-1][:200]}'
+    except ray.exceptions.RayError as err:
+        return f'the task was lost: {type(err).__name__}'
 
 def starter(
     todo:list,                   # of Entry, to ask the cluster beforehand
@@ -133,11 +151,14 @@ def starter(
     address:str='',              # of the cluster
 )->tuple:                        # (Entry -> Task, how many side by side)
     "Start runs on a Ray cluster: what `sweeps.drive` takes as `start`"
-    ray = connect(address); remote, place = ray.remote(max_retries=0, max_calls=1)(work), os.getcwd()
+    ray = connect(address)
+    remote, place = ray.remote(max_retries=0, max_calls=1)(work), os.getcwd()
     machines = [n['Resources'] for n in ray.nodes() if n['Alive']]
-    for e in todo: needs(e, cost(e), machines, processes)
+    for e in todo:
+        needs(e, cost(e), machines, processes)
     def start(e):
-        now = [n['Resources'] for n in ray.nodes() if n['Alive']]; ask = needs(e, cost(e), now, processes)
+        now = [n['Resources'] for n in ray.nodes() if n['Alive']]
+        ask = needs(e, cost(e), now, processes)
         name = f'{e.arm} {e.out.name}'
         submit = lambda stop: remote.options(name=name, **ask).remote(e.template, e.values, str(e.out), place,
             stop, begin)

@@ -98,7 +98,8 @@ def _bytes(
              for k in sorted(rec)]
     return ('{\n' + ',\n'.join(lines) + '\n}\n').encode()
 
-def _limit(rec): return 50_000 if rec['data']['captions'] > 10_000 else 16_000 + 8_000*('perphoto' in rec)
+def _limit(rec):
+    return 50_000 if rec['data']['captions'] > 10_000 else 16_000 + 8_000*('perphoto' in rec)
 
 # %% ../../nbs/7_runs/00_records.ipynb #83b77c8f
 def _thin(
@@ -131,14 +132,18 @@ def record(
         rec['data'].update(images=len(ranks.i2t), captions=len(img_of),
                            gallery=np.unique(gallery, return_counts=True)[1].tolist())
         rec['metrics']['test'] |= gallery_summary(ranks, img_of, gallery)
-    if matches: rec['perphoto'] = _photo_means(matches, img_of, gallery)
-    if matches: rec['metrics']['test']['truth'] = mean_summary([match_summary(m) for m in matches])
-    if rec.get('curves'): rec['curves'] = _thin(rec['curves'])
+    if matches:
+        rec['perphoto'] = _photo_means(matches, img_of, gallery)
+    if matches:
+        rec['metrics']['test']['truth'] = mean_summary([match_summary(m) for m in matches])
+    if rec.get('curves'):
+        rec['curves'] = _thin(rec['curves'])
     if rec.get('picks'):
         rec['picks'] = {k: {d: _thin(x) for d, x in sides.items()} for k, sides in rec['picks'].items()}
     for clip in () if ranks is None else _CLIPS:
         rec['ranks'] = _stored_ranks(ranks, img_of, gallery, clip)
-        if len(_bytes(rec)) <= _limit(rec): break
+        if len(_bytes(rec)) <= _limit(rec):
+            break
     return rec
 
 # %% ../../nbs/7_runs/00_records.ipynb #b6993fd9
@@ -147,7 +152,8 @@ def stored_ranks(
 )->tuple:         # Ranks, clipped; (M,) photo of each sentence; (N,) gallery of each photo
     "The per-query ranks of a record"
     r, where = rec['ranks'], f"record {rec['id']}"
-    ranks = Ranks(unpack(r['i2t'], where), unpack(r['t2i'], where)); N, M = len(ranks.i2t), len(ranks.t2i)
+    ranks = Ranks(unpack(r['i2t'], where), unpack(r['t2i'], where))
+    N, M = len(ranks.i2t), len(ranks.t2i)
     count = np.full(N, r['captions']) if isinstance(r['captions'], int) else unpack(r['captions'], where)
     gallery = np.zeros(N, np.int64) if r['gallery'] is None else unpack(r['gallery'], where)
     images, captions = rec['data']['images'], rec['data']['captions']
@@ -169,17 +175,20 @@ def recompute(
     out = gallery_summary(ranks, img_of, gallery)
     for d, x in (('i2t', ranks.i2t), ('t2i', ranks.t2i)):
         own = gallery if d == 'i2t' else gallery[img_of]
-        if x.max() >= clip: del out[d]['meanr']
+        if x.max() >= clip:
+            del out[d]['meanr']
         # of the two values in the middle
         upper = max(np.sort(x[own == g])[np.sum(own == g)//2] for g in np.unique(gallery))
-        if upper >= clip: del out[d]['medr']
+        if upper >= clip:
+            del out[d]['medr']
     return out
 
 def mismatches(
     rec:dict,     # a record
 )->list:          # sentences; empty when every number is the one its ranks give
     "Stored metrics that differ from the recomputed ones"
-    if 'ranks' not in rec: return []
+    if 'ranks' not in rec:
+        return []
     flat = lambda m: {f'{d}.{k}': v for d in ('i2t', 't2i') for k, v in m[d].items()} | dict(rsum=m['rsum'])
     have, want = flat(rec['metrics']['test']), flat(recompute(rec))
     return [f"record {rec['id']}: {k} is stored as {have.get(k)!r}, its ranks give {v!r}"
@@ -196,9 +205,11 @@ def _object(required, more={}, **kw):
     return dict(type='object', additionalProperties=False, required=list(required),
                 properties=required | more, **kw)
 
-def _of(kind, **kw): return dict(type='object', additionalProperties=kind, **kw)
+def _of(kind, **kw):
+    return dict(type='object', additionalProperties=kind, **kw)
 
-def _or_null(kind): return dict(anyOf=[dict(type='null'), kind])
+def _or_null(kind):
+    return dict(anyOf=[dict(type='null'), kind])
 
 _rank = dict(type='number', minimum=1)
 _recalls = _object(dict(r1=_percent, r5=_percent, r10=_percent), dict(medr=_rank, meanr=_rank))
@@ -271,34 +282,43 @@ _KINDS = dict(object=dict, array=list, string=str, null=type(None), boolean=bool
 
 def _is(x, kind):
     "Is a value of this kind of JSON? Truth values are no numbers; 2.0 is an integer"
-    if kind in _KINDS: return isinstance(x, _KINDS[kind])
+    if kind in _KINDS:
+        return isinstance(x, _KINDS[kind])
     return isinstance(x, (int, float)) and not isinstance(x, bool) and (kind == 'number' or x == x//1)
 
 def _fault(x, rule, at='record')->tuple:
     "(what is there, what was wanted) at the first place that breaks a rule; None if there is none"
     kinds, low, high = rule.get('type', []), rule.get('minimum', -math.inf), rule.get('maximum', math.inf)
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(_is(x, k) for k in kinds): return f'{at} = {str(x)[:40]!r}', ' or '.join(kinds)
-    if 'enum' in rule and x not in rule['enum']: return f'{at} = {str(x)[:40]!r}', f"one of {rule['enum']}"
+    if kinds and not any(_is(x, k) for k in kinds):
+        return f'{at} = {str(x)[:40]!r}', ' or '.join(kinds)
+    if 'enum' in rule and x not in rule['enum']:
+        return f'{at} = {str(x)[:40]!r}', f"one of {rule['enum']}"
     if isinstance(x, str) and 'pattern' in rule and not re.fullmatch(rule['pattern'][1:-1], x):
         return f'{at} = {x[:40]!r}', rule['pattern']
-    if _is(x, 'number') and not low <= x <= high: return f'{at} = {x!r}', f'{low} to {high}'
+    if _is(x, 'number') and not low <= x <= high:
+        return f'{at} = {x!r}', f'{low} to {high}'
     inside = list(enumerate(x)) if isinstance(x, list) else list(x.items()) if isinstance(x, dict) else []
-    if isinstance(x, list) and len(x) < rule.get('minItems', 0): return f'{at} is empty', 'something in it'
+    if isinstance(x, list) and len(x) < rule.get('minItems', 0):
+        return f'{at} is empty', 'something in it'
     gone = [k for k in rule.get('required', []) if k not in x] if isinstance(x, dict) else []
-    if gone: return f'{at} without {", ".join(gone)}', 'these parts'
+    if gone:
+        return f'{at} without {", ".join(gone)}', 'these parts'
     for k, v in inside:
         r = rule.get('items', {}) if isinstance(x, list) else rule.get('properties', {}).get(k,
             rule.get('additionalProperties', {}))
-        if r is False: return f'{at} with an unknown part {k!r}', ', '.join(rule['properties'])
-        if fault := _fault(v, r, f'{at}.{k}'): return fault
+        if r is False:
+            return f'{at} with an unknown part {k!r}', ', '.join(rule['properties'])
+        if fault := _fault(v, r, f'{at}.{k}'):
+            return fault
     either = [_fault(x, r, at) for r in rule.get('anyOf', [])]
     return either[-1] if either and all(either) else None
 
 # %% ../../nbs/7_runs/00_records.ipynb #07411cc0
 def _check(rec, where='record')->dict:
     "Refuse a record that is not one, with one typed error"
-    if fault := _fault(rec, SCHEMA): raise DataError(where, *fault)
+    if fault := _fault(rec, SCHEMA):
+        raise DataError(where, *fault)
     if wrong := mismatches(rec):
         raise DataError(where, '; '.join(wrong), 'metrics that the stored ranks give')
     return rec
@@ -309,30 +329,38 @@ def write_record(
 )->Path:           # FOLDER/ID.json
     "Check a record and write it whole or not at all"
     path = Path(folder)/f"{_check(rec)['id']}.json"
-    try: raw = _bytes(rec)
+    try:
+        raw = _bytes(rec)
     except (ValueError, TypeError) as e:
         raise DataError(path, str(e), 'finite numbers, text, lists and objects only') from None
     if len(raw) > _limit(rec):
         raise DataError(path, f'{len(raw)} bytes', f'at most {_limit(rec)}', 'Thin the curves or the config.')
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f'.{os.getpid()}.tmp')
-    with open(part, 'wb') as f: f.write(raw); f.flush(); os.fsync(f.fileno())
+    with open(part, 'wb') as f:
+        f.write(raw)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(part, path)
     return path
 
 # %% ../../nbs/7_runs/00_records.ipynb #a6d9ace1
-def _not_a_number(text): raise ValueError(f'{text} is not a number of JSON')
+def _not_a_number(text):
+    raise ValueError(f'{text} is not a number of JSON')
 
 def read_record(
     path,       # one record's file
 )->dict:
     "Read and check one record"
     path = Path(path)
-    try: rec = json.loads(path.read_bytes().decode('utf-8'), parse_constant=_not_a_number)
-    except (ValueError, RecursionError) as e: raise DataError(path, f'not JSON ({e})', 'a record') from None
+    try:
+        rec = json.loads(path.read_bytes().decode('utf-8'), parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as e:
+        raise DataError(path, f'not JSON ({e})', 'a record') from None
     _check(rec, path)
     called = path.name.split('.')[0]  # ID.json, or ID.SWEEP.json where two sweeps have a run in common
-    if rec['id'] != called: raise DataError(path, f"id {rec['id']}", f'{called}, as the file is called')
+    if rec['id'] != called:
+        raise DataError(path, f"id {rec['id']}", f'{called}, as the file is called')
     return rec
 
 def read_records(

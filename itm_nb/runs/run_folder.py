@@ -25,8 +25,11 @@ def claim(
     "The right to drive a run"
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'claim', 'a') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError: yield False; return
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
         yield True
 
 @contextmanager
@@ -35,7 +38,9 @@ def in_turn(
 ):
     "One process after the other: waits until the lock is free"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, 'a') as f: fcntl.flock(f, fcntl.LOCK_EX); yield
+    with open(lock, 'a') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 # %% ../../nbs/7_runs/03_run_folder.ipynb #18747f39
 _SAID = set()      # what was said of a folder is said once
@@ -44,9 +49,11 @@ def done(
     out,           # run folder
 )->bool:
     "Is this run finished, and its folder what it was then? Where it is damaged, that is said"
-    why = broken(out); said = Path(out).absolute(), why
+    why = broken(out)
+    said = Path(out).absolute(), why
     if why and (Path(out)/'DONE').is_file() and said not in _SAID:
-        _SAID.add(said); warnings.warn(f'{out} does not count as finished: {why}')
+        _SAID.add(said)
+        warnings.warn(f'{out} does not count as finished: {why}')
     return not why
 
 def finish(
@@ -81,10 +88,12 @@ def finished(
     asked:str='',     # the id asked for; '': the folder's name, where that is an id, as in a sweep
 )->bool:
     "Is this very run finished, with the parents it would have today?"
-    if not done(out): return False
+    if not done(out):
+        return False
     there, name = reported(out), Path(out).name
     asked = asked or (name if RUN_ID.fullmatch(name) else '')
-    if there is None or asked and there.get('id', name) != asked: return False
+    if there is None or asked and there.get('id', name) != asked:
+        return False
     now = parents(values)
     return all(now.values()) and sorted(now.values()) == sorted(there.get('parents', {}).values())
 

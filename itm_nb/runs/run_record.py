@@ -23,8 +23,10 @@ from .run_folder import note_run, finish
 # %% ../../nbs/7_runs/05_run_record.ipynb #453351a1
 def finish_by_hand(out, name, values):
     "A notebook in JupyterLab marks its run itself: nobody else does"
-    if 'ITM_DRIVEN' in os.environ: return
-    note_run(out, name, values); finish(out)
+    if 'ITM_DRIVEN' in os.environ:
+        return
+    note_run(out, name, values)
+    finish(out)
 
 # %% ../../nbs/7_runs/05_run_record.ipynb #08b9ec2f
 def about(
@@ -66,7 +68,8 @@ def curves(
 )->dict:           # name -> a value per epoch
     """Training curves from the log: loss and share of clipped steps averaged over each epoch, val rSum,
     and what owners of state tell"""
-    try: lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text('utf-8').splitlines()]
+    try:
+        lines = [json.loads(l) for l in (Path(run)/'log.jsonl').read_text('utf-8').splitlines()]
     except (OSError, ValueError):
         raise SetupError(
             f'{run}: log.jsonl cannot be read; run it again: what cannot be trusted is made anew') from None
@@ -103,14 +106,16 @@ def picks(
 def _mean_by(v, which, n):
     "Means of groups; values that are not numbers do not count"
     import numpy as np
-    ok = ~np.isnan(v); count = np.bincount(which[ok], minlength=n)
+    ok = ~np.isnan(v)
+    count = np.bincount(which[ok], minlength=n)
     return np.where(count, np.bincount(which[ok], v[ok], minlength=n)/np.maximum(count, 1), np.nan)
 
 def _false(rows, split, world):
     "Is each pick true of its anchor in the drawn world? nan where the pick is none of its pairs"
     import numpy as np
     def place(ids, x):
-        order = np.argsort(ids); at = order[np.minimum(np.searchsorted(ids, x, sorter=order), len(ids)-1)]
+        order = np.argsort(ids)
+        at = order[np.minimum(np.searchsorted(ids, x, sorter=order), len(ids)-1)]
         return at, ids[at] == x
     i2t = rows['side'] == b'i2t'
     img, ok = place(split.img_ids, np.where(i2t, rows['image'], rows['other_image']))
@@ -123,9 +128,11 @@ def cost(
     "What a run cost, from its timing (a part that was done twice after a kill counts twice)"
     lines, upto = stamped_lines(Path(run)/'timing.jsonl'), 0
     for l in sorted(lines, key=lambda l: l['since']):
-        if l['since'] <= upto: upto = max(upto, l['step'])
+        if l['since'] <= upto:
+            upto = max(upto, l['step'])
     if not lines or upto < lines[-1]['steps']:
-        warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known'); return {}
+        warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known')
+        return {}
     seconds, pairs = (sum(l[k] for l in lines) for k in ('seconds', 'pairs'))
     return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(pairs/seconds, 1),
                 peak_mib=max(l['peak_mib'] for l in lines))
@@ -171,14 +178,18 @@ def conclude(
     from itm_nb.training.loop import evaluate, gap_to_hardest
     from itm_nb.runs.records import record, write_record
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
-    if values['search']: more |= dict(search=json.loads(values['search']))
-    if not values['test']: return _searched(values, run, t, more)
+    if values['search']:
+        more |= dict(search=json.loads(values['search']))
+    if not values['test']:
+        return _searched(values, run, t, more)
     ranks, split, batches = evaluate(run, data, 'test', device)
     vectors = embed(t.core, batches)
     more['spread'] = spread(*vectors).get('spread', {}) | dict(gap=gap_to_hardest(t))
     truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *vectors)]))
-    if seen := picks(run, t.train.split, data.world): more |= dict(picks=seen)
-    if spent := cost(run): more |= dict(cost=spent)
+    if seen := picks(run, t.train.split, data.world):
+        more |= dict(picks=seen)
+    if spent := cost(run):
+        more |= dict(cost=spent)
     rec = record(about(values, 'train', values['method'], device),
                  tested_on(values, split, data.label, len(t.train.split)),
                  ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1],
@@ -208,8 +219,10 @@ def _expected(
     from itm_nb.metrics.relevance import chance, chance_many, many_positives, match_summary, oracle
     n, m = true.shape
     row = oracle(own, true) if scores == 'oracle' else chance(n, m, np.bincount(own))
-    if not many: return row
-    if scores == 'oracle': found = match_summary(many_positives(true.astype('float32'), true))
+    if not many:
+        return row
+    if scores == 'oracle':
+        found = match_summary(many_positives(true.astype('float32'), true))
     else:
         found = {d: chance_many(R[R > 0], k)
                  for d, R, k in (('i2t', true.sum(1), m), ('t2i', true.sum(0), n))}
@@ -230,13 +243,16 @@ def control(
     rows = []
     for g in np.unique(gallery):
         images, caps = np.flatnonzero(gallery == g), np.flatnonzero(gallery[split.img_of] == g)
-        own = np.searchsorted(images, split.img_of[caps]); true = np.zeros((len(images), len(caps)), bool)
+        own = np.searchsorted(images, split.img_of[caps])
+        true = np.zeros((len(images), len(caps)), bool)
         true[own, np.arange(len(caps))] = True
-        if data.world is not None: true = data.world.matrix('test', g) == 2
+        if data.world is not None:
+            true = data.world.matrix('test', g) == 2
         rows.append(_expected(values['scores'], true, own, data.world is not None))
     rec = record(about(values, 'evaluate', values['scores']), tested_on(values, split, data.label),
                  test=mean_summary(rows), kind='control')
-    run.mkdir(parents=True, exist_ok=True); write_record(run.parent/'records', rec)
+    run.mkdir(parents=True, exist_ok=True)
+    write_record(run.parent/'records', rec)
     finish_by_hand(run, 'evaluate', values)
     return rec
 

@@ -33,7 +33,8 @@ def launch(
 )->subprocess.Popen:
     "Start one run in its own session; what it prints goes to worker.log in its folder"
     e.out.mkdir(parents=True, exist_ok=True)
-    tmp = e.out/f'.params.{os.getpid()}.tmp'; tmp.write_text(json.dumps(e.values, indent=1))
+    tmp = e.out/f'.params.{os.getpid()}.tmp'
+    tmp.write_text(json.dumps(e.values, indent=1))
     os.replace(tmp, e.out/'params.json')  # whole at every moment: another driver's worker may be reading it
     code = 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
     with open(e.out/'worker.log', 'ab') as log:
@@ -52,7 +53,8 @@ class Plan:
 
     def fits_memory(self, e, others)->bool:      # Entry, Entries that run now
         "Is there room beside the others? Alone a run is always begun"
-        if not others: return True
+        if not others:
+            return True
         need = lambda x, k: (self.cost(x).mib if k == 'mib' else x.cost.get(k)) or 0
         room = dict(mib=self.memory, gpu_mib=self.gpu_memory)
         return all(v is None or sum(need(x, k) for x in (e, *others)) <= v for k, v in room.items())
@@ -60,7 +62,8 @@ class Plan:
     # rest: waiting Entries of its block; begun: was the block? left: seconds
     def fits_time(self, e, rest, jobs, begun, left)->bool:
         "Will it end in time, and if its block is new, the whole block?"
-        if left is None: return True
+        if left is None:
+            return True
         seconds = [self.cost(x).seconds or 0 for x in rest]
         return (self.cost(e).seconds or 0) <= left and left > 0 and (begun
             or max(sum(seconds)/jobs, *seconds) <= left)
@@ -79,7 +82,8 @@ class _Driver:
 
     def verdict(self, i)->str:
         "What is to be done about a waiting run: 'go', 'wait', 'late', 'done', 'blocked'"
-        e = self.todo[i]; kin = [self.home.get(p) for p in e.needs]
+        e = self.todo[i]
+        kin = [self.home.get(p) for p in e.needs]
         if any(k in self.failed or k is None and not done(p) for k, p in zip(kin, e.needs)): return 'blocked'
         if self.later.get(i, 0) > time.monotonic() or any(k in self.live or k in self.waiting for k in kin):
             return 'wait'
@@ -118,9 +122,12 @@ class _Driver:
 # %% ../../nbs/7_runs/07_sweep_driver.ipynb #890a7915
 def _progress(e:Entry)->float:
     "Share of a run that is done, as far as its timing tells"
-    if finished(e.out, e.values): return 1.
-    try: last = stamped_lines(e.out/'timing.jsonl')[-1]
-    except (OSError, IndexError): return 0.
+    if finished(e.out, e.values):
+        return 1.
+    try:
+        last = stamped_lines(e.out/'timing.jsonl')[-1]
+    except (OSError, IndexError):
+        return 0.
     return min(.99, last['step']/last['steps'])
 
 def where(e:Entry)->str:
@@ -134,7 +141,10 @@ def count_done(todo)->float:
 def _show(bar, todo, live):
     "Draw the bar anew where it has changed"
     n, names = count_done(todo), ' '.join(f'{todo[i].arm}/{where(todo[i])}' for i in live)
-    if (bar.n, bar.postfix) != (n, names): bar.n = n; bar.set_postfix_str(names, refresh=False); bar.refresh()
+    if (bar.n, bar.postfix) != (n, names):
+        bar.n = n
+        bar.set_postfix_str(names, refresh=False)
+        bar.refresh()
 
 def drive(
     todo:list,          # of Entry
@@ -151,13 +161,20 @@ def drive(
     try:
         while True:
             more = d.begin() if not stop else bool(d.live)
-            if bar is not None: _show(bar, todo, d.live)
-            if not more: break
-            if d.left() is not None and d.left() <= 0: stop.append(1)
-            if stop and not told: told = True; [p.terminate() for p in d.live.values()]
-            time.sleep(pause); d.reap(bool(stop))
+            if bar is not None:
+                _show(bar, todo, d.live)
+            if not more:
+                break
+            if d.left() is not None and d.left() <= 0:
+                stop.append(1)
+            if stop and not told:
+                told = True
+                [p.terminate() for p in d.live.values()]
+            time.sleep(pause)
+            d.reap(bool(stop))
     finally:
-        for s, h in before.items(): signal.signal(s, h)
+        for s, h in before.items():
+            signal.signal(s, h)
     return d.failed | {i: RESUMABLE for i in d.waiting}
 
 # %% ../../nbs/7_runs/07_sweep_driver.ipynb #48e0aea7
@@ -166,13 +183,17 @@ def state(
     todo:list,       # all entries
 )->str:              # 'done', 'failed: why', 'blocked: by whom', 'waiting' or how far it is
     "Where a run stands"
-    if finished(e.out, e.values): return 'done'
+    if finished(e.out, e.values):
+        return 'done'
     if (e.out/'FAILED').is_file():
         return 'failed: ' + (e.out/'FAILED').read_text('utf-8').splitlines()[0][:100]
-    kin = [x for x in todo if str(x.out) in e.needs]; theirs = [state(x, todo) for x in kin]
+    kin = [x for x in todo if str(x.out) in e.needs]
+    theirs = [state(x, todo) for x in kin]
     for x, s in zip(kin, theirs):
-        if s.startswith('failed'): return f'blocked: {x.arm} ({x.out.name}) {s}'
-        if s.startswith('blocked'): return s
+        if s.startswith('failed'):
+            return f'blocked: {x.arm} ({x.out.name}) {s}'
+        if s.startswith('blocked'):
+            return s
     return f'{100*p:.0f}%' if (p := _progress(e)) else 'waiting'
 
 def stale(
@@ -201,14 +222,18 @@ def gather(
     keep = {e.out.name: e.out.parent/'records'/f'{e.out.name}.json'
             for e in todo if finished(e.out, e.values)}
     for p in sorted((Path(runs)/name/'records').glob('*.json')) if runs else ():
-        if json.loads(p.read_text('utf-8'))['kind'] == 'foreign': keep[p.stem] = p
+        if json.loads(p.read_text('utf-8'))['kind'] == 'foreign':
+            keep[p.stem] = p
     for p in into.glob('*.json'):
         if p.name.split('.')[0] not in keep and json.loads(p.read_text('utf-8')).get('sweep') == name:
             p.unlink()
     for n, p in keep.items():
-        if not p.is_file(): continue  # a run that makes no row of a table leaves no record
-        at = into/f'{n}.json'; other = at.is_file() and json.loads(at.read_text('utf-8'))['sweep'] != name
-        if not other: (into/f'{n}.{name}.json').unlink(missing_ok=True)
+        if not p.is_file():
+            continue  # a run that makes no row of a table leaves no record
+        at = into/f'{n}.json'
+        other = at.is_file() and json.loads(at.read_text('utf-8'))['sweep'] != name
+        if not other:
+            (into/f'{n}.{name}.json').unlink(missing_ok=True)
         # one run may be a row of two sweeps: a control, for example
         shutil.copyfile(p, into/f'{n}.{name}.json' if other else at)
 
@@ -221,7 +246,8 @@ def report(
     **more               # further parameters, for templates that have them
 )->int:                  # exit code
     "Run a notebook on a folder of records, in a process of its own"
-    shutil.rmtree(work, ignore_errors=True); known = parameters(template(kind))
+    shutil.rmtree(work, ignore_errors=True)
+    known = parameters(template(kind))
     given = dict(sweep=name, records=str(records), figures=str(figures),
                  out=str(work)) | {k: str(v) for k, v in more.items() if k in known}
     return launch(Entry(kind, kind, resolve(known, given), work)).wait()

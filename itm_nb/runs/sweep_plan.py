@@ -39,9 +39,12 @@ def sweep_file(
     name:str,        # 'scenes', or the path of a yaml file
 )->Path:
     "The file of a sweep"
-    if name.endswith(('.yaml', '.yml')): path = Path(name)
-    else: path = project()/'nbs'/'experiments'/'sweeps'/f'{name}.yaml'
-    if path.is_file(): return path
+    if name.endswith(('.yaml', '.yml')):
+        path = Path(name)
+    else:
+        path = project()/'nbs'/'experiments'/'sweeps'/f'{name}.yaml'
+    if path.is_file():
+        return path
     there = sorted(p.stem for p in (project()/'nbs'/'experiments'/'sweeps').glob('*.yaml'))
     raise SetupError(f'no sweep called {name!r}{suggest(name, there)}; there are {there}')
 
@@ -62,10 +65,12 @@ def read_sweep(
             raise SetupError(f'{path.name}: no part called {k!r}; there are {", ".join(_KINDS)}')
         must_be(path, k, v, _KINDS[k])
     missing = [k for k in ('title', 'blocks', 'arms') if not spec.get(k)]
-    if missing: raise SetupError(f'{path.name}: without {", ".join(missing)}; wanted title, blocks and arms')
+    if missing:
+        raise SetupError(f'{path.name}: without {", ".join(missing)}; wanted title, blocks and arms')
     spec = {k: kind() for k, kind in _KINDS.items()} | spec
     for k in ('runs', 'arms', 'controls', 'profiles', 'cost'):
-        for n, own in spec[k].items(): must_be(path, f'{k}: {n}', own or {}, dict)
+        for n, own in spec[k].items():
+            must_be(path, f'{k}: {n}', own or {}, dict)
     for bs in (spec['blocks'], *((own or {}).get('blocks', []) for own in spec['profiles'].values())):
         must_be(path, 'blocks', bs, list)
         for b in bs: must_be(path, 'a block', b, dict)
@@ -88,7 +93,8 @@ def checked_entry(*given, **how):
 def only_registered(path, spec):
     """Refuse methods and notebooks that are not the package's, and places: a file that was read may not
     choose them"""
-    tried = spec['search'].get('arms', {}); tried = tried.values() if isinstance(tried, dict) else ()
+    tried = spec['search'].get('arms', {})
+    tried = tried.values() if isinstance(tried, dict) else ()
     grids = [x if isinstance(x, dict) else dict(each=x) for x in tried]
     said = [spec['base'], *spec['blocks'], *(own or {} for k in PARTS for own in spec[k].values()),
             dict(report=spec['report']), *grids]
@@ -143,7 +149,8 @@ def _with_profile(path, spec, own)->dict:
     parts = {k: own.pop(k, {}) for k in PARTS}
     for k, named in parts.items():
         must_be(path, f"a profile's {k}", named, dict)
-        for n, x in named.items(): must_be(path, f"a profile's {k}: {n}", x or {}, dict)
+        for n, x in named.items():
+            must_be(path, f"a profile's {k}: {n}", x or {}, dict)
     spec = spec | dict(base=spec['base'] | own, blocks=blocks)
     if cost is not None:
         bare = lambda part: {n: {k: v for k, v in (x or {}).items() if k != 'cost'}
@@ -172,18 +179,21 @@ def named_inputs(spec)->dict:
 def _block_of(spec, block, change):
     "Number of the block that differs from `block` in these values"
     want = block | change
-    if want in spec['blocks']: return spec['blocks'].index(want)
+    if want in spec['blocks']:
+        return spec['blocks'].index(want)
     raise SetupError(f'no block {want}; there are {spec["blocks"]}')
 
 def _links(own, names, spec, b)->dict:
     "Inputs that name other runs: input -> [(name, number of the block)]"
     out = {}
     for k in INPUTS:
-        given = own.get(k); given = given if isinstance(given, list) else [given]
+        given = own.get(k)
+        given = given if isinstance(given, list) else [given]
         known = [x if isinstance(x, dict) else dict(run=x) for x in given if x and x not in WORDS]
         # may be a file or a word
         free = k not in ('init', 'lists', 'generator') and not isinstance(own.get(k), list)
-        if not known or free and known[0].get('run') not in names: continue
+        if not known or free and known[0].get('run') not in names:
+            continue
         for x in known:
             if x.get('run') not in names:
                 near = difflib.get_close_matches(str(x.get('run')), names, 1)
@@ -203,7 +213,8 @@ class _Maker:
         every = self.names()
         for given in (spec['base'], *spec['blocks']):
             # says what is near
-            for k in given.keys() - every: resolve(next(iter(self.known.values())), {k: given[k]})
+            for k in given.keys() - every:
+                resolve(next(iter(self.known.values())), {k: given[k]})
 
     def names(self)->set:
         "Every name a setting may have; which of those in use are earlier ones is said in one line"
@@ -218,7 +229,8 @@ class _Maker:
 
     def entry(self, arm, b, path=()):
         "The entry of a run in a block, or None where it waits for a search"
-        if arm in path: raise SetupError(f'{self.name}: {" <- ".join([*path, arm])}: a run that needs itself')
+        if arm in path:
+            raise SetupError(f'{self.name}: {" <- ".join([*path, arm])}: a run that needs itself')
         if arm in self.open: return None
         if (arm, b) not in self.made:
             self.made[arm, b] = self.new(arm, b, self.own[arm], (*path, arm), self.chosen.get(arm))
@@ -253,7 +265,8 @@ def entries(
     "Every run of a sweep, in the order in which they are started"
     make = _Maker(spec, name, runs, places, chosen)
     for b in range(len(spec['blocks'])):
-        for arm in make.own: make.entry(arm, b)
+        for arm in make.own:
+            make.entry(arm, b)
     out = sorted((e for e in make.made.values() if e), key=lambda e: e.block)
     if len({e.out.name for e in out}) < len(out):
         raise SetupError(f'{name}: two entries are one and the same run')
@@ -267,7 +280,8 @@ def trials(
     def each(x):
         return x if isinstance(x, list) else [dict(zip(x, v)) for v in itertools.product(*x.values())]
     wrong = spec['search'].keys() - {'block', 'arms'}
-    if wrong: raise SetupError(f'search: no part called {wrong.pop()!r}; there are block, arms')
+    if wrong:
+        raise SetupError(f'search: no part called {wrong.pop()!r}; there are block, arms')
     out = {arm: each(x) for arm, x in spec['search'].get('arms', {}).items()}
     if missing := out.keys() - named_inputs(spec).keys():
         raise SetupError(f'search: no run called {missing.pop()!r}')
@@ -283,12 +297,15 @@ def searches(
 )->list:              # of Entry, named arm~number; what they need stands before them
     "The runs of a search"
     tried = trials(spec)
-    if not tried: return []
-    b = _block_of(spec, {}, spec['search'].get('block') or spec['blocks'][0]); out = []
+    if not tried:
+        return []
+    b = _block_of(spec, {}, spec['search'].get('block') or spec['blocks'][0])
+    out = []
     make = _Maker(spec | dict(search={}), name, runs, places, {})
     for arm, settings in tried.items():
         for i, x in enumerate(settings):
-            own = make.own[arm]; own = make.today(own['template'], own) | make.today(own['template'], x)
+            own = make.own[arm]
+            own = make.today(own['template'], own) | make.today(own['template'], x)
             out.append(make.new(f'{arm}~{i}', b, own | dict(test=False), (arm,), number=-1))
     return list(make.made.values()) + out
 
@@ -310,8 +327,10 @@ def choose(
     out, fell = {}, {todo[i].arm for i in given_up}
     at = {e.arm: e for e in todo if e.block < 0}
     for arm, settings in trials(spec).items():
-        es = [at[f'{arm}~{i}'] for i in range(len(settings))]; ok = [finished(e.out, e.values) for e in es]
-        if not any(ok) or not all(o or e.arm in fell for o, e in zip(ok, es)): continue
+        es = [at[f'{arm}~{i}'] for i in range(len(settings))]
+        ok = [finished(e.out, e.values) for e in es]
+        if not any(ok) or not all(o or e.arm in fell for o, e in zip(ok, es)):
+            continue
         vals = [json.loads((e.out/'val.json').read_text('utf-8'))['metrics']['val']['rsum'] if o else None
                 for o, e in zip(ok, es)]
         i = max(range(len(vals)), key=lambda i: (-1. if vals[i] is None else vals[i], -i))
@@ -354,10 +373,12 @@ def measured(
     for at in sorted(p.parent for p in Path(runs).glob('*/*/wall.jsonl') if (p.parent/'DONE').is_file()):
         try:
             values, name = json.loads((at/'params.json').read_text('utf-8')), about_folder(at)['template']
-            if not (wall := stamped_lines(at/'wall.jsonl')): continue
+            if not (wall := stamped_lines(at/'wall.jsonl')):
+                continue
             seconds = sum(x['seconds'] for x in wall)
             mib = max((x['peak_mib'] for x in stamped_lines(at/'timing.jsonl')), default=None)
-        except (OSError, ValueError, KeyError, TypeError): continue
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
         out.append((*_alike(name, values), values.get('epochs', 1), seconds, mib, ''))
     for p in sorted(Path(records).glob('*.json')) if records else ():
         r = json.loads(p.read_text('utf-8'))
@@ -371,14 +392,16 @@ def estimate(
     known:list,          # from `measured`
 )->Estimate:
     "The median of like runs, else what is declared"
-    same, loose = _alike(template(e.template).stem, e.values); epochs = e.values.get('epochs', 1)
+    same, loose = _alike(template(e.template).stem, e.values)
+    epochs = e.values.get('epochs', 1)
     for at, want, each, how in ((0, same, lambda x: x[3], 'measured'),
                                 (1, loose, lambda x: x[3]/x[2]*epochs, 'by the epoch')):
         # training alone
         for source, extra, said in (('', 0, how),
                                     ('records', e.cost.get('start', 0), f'{how}, from records')):
             xs = [x for x in known if x[at] == want and x[5] == source]
-            if not xs: continue
+            if not xs:
+                continue
             mib = max((x[4] for x in xs if x[4]), default=e.cost.get('mib'))
             return Estimate(statistics.median(map(each, xs)) + extra, mib, said)
     if 'start' not in e.cost or 'epochs' in e.values and 'epoch' not in e.cost:

@@ -28,19 +28,23 @@ from .world import Kin, Types
 # %% ../../nbs/2_scenes/04_cache.ipynb #030960fb
 def _flat(x, at='')->dict:
     "Nested dataclasses as arrays by path; sentences as bytes, one a line"
-    if isinstance(x, list): return {at: np.frombuffer('\n'.join(x).encode(), np.uint8)}
+    if isinstance(x, list):
+        return {at: np.frombuffer('\n'.join(x).encode(), np.uint8)}
     parts = x if isinstance(x, dict) else {f.name: getattr(x, f.name)
                                            for f in fields(x)} if is_dataclass(x) else None
-    if parts is None: return {} if x is None else {at: np.asarray(x)}
+    if parts is None:
+        return {} if x is None else {at: np.asarray(x)}
     return {k: v for name, y in parts.items() for k, v in _flat(y, f'{at}/{name}').items()}
 
 def _deep(kind, own, at)->object:
     "The dataclass that `_flat` took apart"
     inner = {Part: dict(scenes=Scenes, kin=Kin, split=Split)}.get(kind, {})
     def one(name):
-        if name in inner: return _deep(inner[name], own, f'{at}/{name}')
+        if name in inner:
+            return _deep(inner[name], own, f'{at}/{name}')
         x = own.get(f'{at}/{name}')
-        if name == 'captions': return x.tobytes().decode().split('\n')
+        if name == 'captions':
+            return x.tobytes().decode().split('\n')
         return x.item() if x is not None and x.ndim == 0 else x
     return kind(*(one(f.name) for f in fields(kind)))
 
@@ -56,7 +60,8 @@ def unpack(
     path:Path,    # what `pack` made
 )->World:
     "The world in a file"
-    with np.load(path, allow_pickle=False) as z: own = {f'/{k}': z[k] for k in z.files}
+    with np.load(path, allow_pickle=False) as z:
+        own = {f'/{k}': z[k] for k in z.files}
     part = lambda name: _deep(Part, own, f'/parts/{name}')
     numbers = [own[f'/{f.name}'].item() for f in fields(World)[:-2]]
     return World(*numbers, _deep(Types, own, '/types'), {name: part(name) for name in dataset.PARTS})
@@ -77,7 +82,8 @@ def load_or_make(
     "`dataset.make`, from the folder where the same source has drawn this world before"
     key = hashlib.sha256(json.dumps(['itm_nb world 1', preset, rho, seed, _source()]).encode()).hexdigest()
     path = Path(folder)/f'world-{preset}-{seed}-{key[:16]}.npz'
-    try: return unpack(path)
+    try:
+        return unpack(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         made = dataset.make(preset, rho=rho, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,8 @@ def _clauses(rng, facts, own, template, a, b, one, two, lost):
     c[:,0] = np.array([0, THERE, THERE, PAIR, PAIR, COUNT, ALL, NO])[template]
     c[:,5:9] = np.where((template > 0)[:,None], a, 0)
     is_ = lambda *t: np.flatnonzero(np.isin(template, t))
-    k = is_(_AND, _RELATION); c[k,10:14] = b[k]
+    k = is_(_AND, _RELATION)
+    c[k,10:14] = b[k]
     k = is_(_PLACE)
     at = (facts.atoms[0,-len(PLACES):,own[k]] >> one[k,None]) & 1
     c[k,9] = np.where((p := _any_true(rng, at)) >= 0, p + PREDICATES.index(PLACES[0]), 0)
@@ -197,7 +198,8 @@ class Wish:
     veil:np.ndarray      # (M,) a scene whose objects must share what is said, -1: none
     relate:np.ndarray    # (M,) bool: say how the first two objects stand to each other
 
-    def rows(self, k): return Wish(**{f: getattr(self, f)[k] for f in self.__dataclass_fields__})
+    def rows(self, k):
+        return Wish(**{f: getattr(self, f)[k] for f in self.__dataclass_fields__})
 
 def make_wish(rng, scenes, kin):
     "Three to six captions per image (mean 4), their forms and their duties"
@@ -230,7 +232,8 @@ def _think(rng, scenes, wish, pool, least, common):
     twin = np.flatnonzero(ok & (wish.duty > 0))
     ok[twin] &= judge(scenes.facts, c[twin], wish.parent[twin]) == np.where(wish.duty[twin] == MENTION, 0, 2)
     often = np.full(len(c), np.nan)
-    if ok.any(): often[ok] = frequency(pool, c[ok])
+    if ok.any():
+        often[ok] = frequency(pool, c[ok])
     return c, np.where(often <= common, often, np.nan)
 
 def speak(
@@ -251,11 +254,13 @@ def speak(
         if rounds == 60:
             raise DataError('speaker', f'{len(todo)} captions not found', 'something true and not too common',
                             'Take another seed.')
-        if rounds == 30: duty[todo] = _ANY
+        if rounds == 30:
+            duty[todo] = _ANY
         k = np.repeat(todo, candidates)
         w = replace(wish.rows(k), duty=duty[k])
         # another form
-        if rounds > 3: w = replace(w, form=np.where(rng.random(len(k)) < .7, 0, rng.integers(1, 4, len(k))))
+        if rounds > 3:
+            w = replace(w, form=np.where(rng.random(len(k)) < .7, 0, rng.integers(1, 4, len(k))))
         # who aims low says more
         c, often = _think(rng, scenes, w, pool, np.clip((-2.5 - aim[k])/2, 0, .9), common)
         miss = np.nan_to_num(np.abs(np.log10(often) - aim[k]), nan=np.inf).reshape(-1, candidates)
@@ -270,8 +275,10 @@ _COUNT_WORDS = dict(zip(range(2, 7), ('two', 'three', 'four', 'five', 'six')))
 
 class _Voice:
     "Puts one meaning into words; all choices come from one row of uniforms"
-    def __init__(self, u): self.u = iter(u)
-    def chance(self, p): return next(self.u) < p
+    def __init__(self, u):
+        self.u = iter(u)
+    def chance(self, p):
+        return next(self.u) < p
     def spell(self, predicate):
         words = SPELLINGS[PREDICATES[predicate]]
         v = next(self.u)
@@ -282,26 +289,32 @@ class _Voice:
         head = self.spell(0 if family else ids[3])
         return words + [self.spell(ids[3])]*family + [plural(head) if many else head]
     def phrase(self, ids, one=False, another=False):
-        words = self.nominal(ids); some = self.chance(.06)
+        words = self.nominal(ids)
+        some = self.chance(.06)
         det = ('one' if one else 'another' if another else 'some' if some else 'an' if words[0][0] in 'aeiou'
                else 'a')
         return [det] + words
     def number(self, least, most, soft, longer):
-        if soft: return {2: ['a', 'few'], 3: ['several'], 4: ['many']}[least]
-        if most > least: return ['at', 'least', _COUNT_WORDS[least]]
+        if soft:
+            return {2: ['a', 'few'], 3: ['several'], 4: ['many']}[least]
+        if most > least:
+            return ['at', 'least', _COUNT_WORDS[least]]
         long = self.chance(.3) or longer
         return ['a', 'couple',
                 'of'] if least == 2 and self.chance(.3) else ['exactly']*long + [_COUNT_WORDS[least]]
     def clause(self, c, longer):
         kind, a, b = c[0], c[5:9], c[10:14]
         there = ['there', 'is']*(self.chance(.15) or longer)
-        if kind == THERE and c[9]: return self.phrase(a, c[14], c[16]) + ['in', 'the', PREDICATES[c[9]]]
-        if kind == THERE: return there*(not c[16]) + self.phrase(a, c[14], c[16])
+        if kind == THERE and c[9]:
+            return self.phrase(a, c[14], c[16]) + ['in', 'the', PREDICATES[c[9]]]
+        if kind == THERE:
+            return there*(not c[16]) + self.phrase(a, c[14], c[16])
         if kind == PAIR:
             return ['there', 'is']*(bool(there) and c[1] == 0) + self.phrase(a,
                 c[14]) + RELATIONS[c[1]].split() + self.phrase(
             b, c[15], c[1] == 0 and a[3] == b[3] and self.chance(.5))
-        if kind == COUNT: return self.number(*c[2:5], longer) + self.nominal(a, True)
+        if kind == COUNT:
+            return self.number(*c[2:5], longer) + self.nominal(a, True)
         if kind in (ALL, MOST):
             return [{ALL: 'all', MOST: 'most'}[kind]] + self.nominal(a, True) + ['are', self.spell(max(b))]
         return [{NO: 'no', ONLY: 'only'}[kind]] + self.nominal(a, kind == ONLY)
@@ -323,6 +336,7 @@ def word(
                 # 'a star and a moon' would be one clause
                 plain = code[0][0] == code[1][0] == THERE and not code[0][9] and not code[1][9]
                 words = words + [';' if voice.chance(.5) or plain else 'and'] + voice.clause(code[1], longer)
-            if least <= len(words) <= most: break
+            if least <= len(words) <= most:
+                break
         out.append(' '.join(words))
     return out

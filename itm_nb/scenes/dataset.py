@@ -45,7 +45,8 @@ def swapped(
     "The sentence with its two colour words exchanged"
     words = sentence.split()
     at = [i for i, w in enumerate(words) if w in _COLOUR_WORDS]
-    if len(at) != 2 or words[at[0]] == words[at[1]]: return None
+    if len(at) != 2 or words[at[0]] == words[at[1]]:
+        return None
     words[at[0]], words[at[1]] = words[at[1]], words[at[0]]
     return articles(words)
 
@@ -70,14 +71,17 @@ def one_word(
     "One content word replaced by another of its class"
     words = sentence.split()
     at = [i for i, w in enumerate(words) if w in _CLASS_OF and not (words[i+1:i+2] == ['of'] and w in PLACES)]
-    if not at: return None
-    i = at[rng.integers(len(at))]; old = words[i]
+    if not at:
+        return None
+    i = at[rng.integers(len(at))]
+    old = words[i]
     new = (others := [w for w in _CLASS_OF[old] if w != old])[rng.integers(len(others))]
     if beside:
         before, after = ['', *('a' if w == 'an' else w for w in words), ''][i:i+3:2]
         p = lambda w: (beside.get((w, before, 1), 0) + .5)*(beside.get((w, after, 0), 0) + .5)/(beside.get(w,
             0) + 1)
-        if rng.random() >= p(new)/p(old): return None
+        if rng.random() >= p(new)/p(old):
+            return None
     return articles(words[:i] + [new] + words[i+1:])
 
 # %% ../../nbs/2_scenes/03_dataset.ipynb #0edbe4a8
@@ -109,7 +113,8 @@ def _gallery(part, name, gallery):
     "Indices of the images and of the captions of one gallery"
     s = part.split
     keep = np.ones(len(s), bool) if gallery is None else s.gallery == gallery
-    if not keep.any(): raise DataError('world', f'gallery {gallery} of {name}', f'0 to {s.gallery.max()}')
+    if not keep.any():
+        raise DataError('world', f'gallery {gallery} of {name}', f'0 to {s.gallery.max()}')
     return np.flatnonzero(keep), np.flatnonzero(keep[s.img_of])
 
 def _truth(part, images, captions, block=2**18):
@@ -142,13 +147,18 @@ class World:
     parts:dict              # name -> Part
 
     def part(self, name:str)->Part:
-        if name not in self.parts: raise DataError('world', f'split {name!r}', f'one of {", ".join(PARTS)}')
+        if name not in self.parts:
+            raise DataError('world', f'split {name!r}', f'one of {", ".join(PARTS)}')
         return self.parts[name]
-    def split(self, name:str)->Split: return self.part(name).split       # what a model sees
-    def scenes(self, name:str)->Scenes: return self.part(name).scenes    # what is really there
-    def twins(self, name:str)->Twins: return _twins(self.part(name))
+    def split(self, name:str)->Split:
+        return self.part(name).split       # what a model sees
+    def scenes(self, name:str)->Scenes:
+        return self.part(name).scenes    # what is really there
+    def twins(self, name:str)->Twins:
+        return _twins(self.part(name))
     # (N,) images, (M,) captions
-    def gallery(self, name:str, gallery:int=None)->tuple: return _gallery(self.part(name), name, gallery)
+    def gallery(self, name:str, gallery:int=None)->tuple:
+        return _gallery(self.part(name), name, gallery)
     def truth(self,
         name:str,
         images,              # image indices, any shape
@@ -164,7 +174,8 @@ class World:
         "Which images hold a colour-shape pair that training never shows"
         s = self.scenes(name)
         return (self.types.held_out[s.shape, colour_name(s)] & s.present).any(1)
-    def card(self)->dict: return _card(self)                              # measured properties
+    def card(self)->dict:
+        return _card(self)                              # measured properties
 
 def make(
     preset:str='small',      # 'tiny', 'small' or 'full'
@@ -178,7 +189,8 @@ def make(
     if not (0 <= tau <= .8 and 0 <= eps <= .5 and sigma >= 0):
         raise DataError('scenes', f'tau {tau}, eps {eps}, sigma {sigma}',
                         'tau 0 to .8, eps 0 to .5, sigma >= 0')
-    if preset not in PRESETS: raise DataError('scenes', f'preset {preset!r}', f'one of {", ".join(PRESETS)}')
+    if preset not in PRESETS:
+        raise DataError('scenes', f'preset {preset!r}', f'one of {", ".join(PRESETS)}')
     types = make_types(seed)
     pools = [make_scenes(stream(seed, 'pool'), types, POOL, novel) for novel in (False, True)]
     train, val, tests = PRESETS[preset]
@@ -204,7 +216,8 @@ def _make_part(name, sizes, rho, seed, sigma, tau, eps, types, pool, first_image
     codes, duty = _speak_until(rng, scenes, wish, pool, rho, tau, sizes)
     sentences = word(rng('words'), codes)
     feats, boxes, num = detect(rng('regions'), scenes, pool, sigma)
-    if eps: codes, sentences = _spoil(rng('errors'), scenes, codes, sentences, wish.own, eps)
+    if eps:
+        codes, sentences = _spoil(rng('errors'), scenes, codes, sentences, wish.own, eps)
     split = Split(name, feats, num, sentences, wish.own, first_image + np.arange(len(scenes)),
                   first_caption + np.arange(len(codes)), boxes,
                   np.repeat(np.arange(len(sizes)), sizes), f'scenes seed {seed}')
@@ -247,7 +260,8 @@ def aim_for(
 # %% ../../nbs/2_scenes/03_dataset.ipynb #4e32179c
 def _share(scenes, codes, own, sizes)->float:
     "Mean share of true cross pairs over galleries, percent"
-    first = np.cumsum([0, *sizes]); shares = []
+    first = np.cumsum([0, *sizes])
+    shares = []
     for a, b in zip(first, first[1:]):
         c = np.flatnonzero((own >= a) & (own < b))
         t = judge_all(scenes.facts.at(np.arange(a, b)), codes[c])
@@ -261,11 +275,14 @@ def _speak_until(rng, scenes, wish, pool, rho, tau, sizes, tries=12):
     asked, kept = rho, (np.inf, None)
     for k in range(tries):
         said = speak(rng('speaker', k), scenes, wish, pool.facts, aim_for(asked, tau, sizes[0]))
-        if sizes[0] > 1000: return said
+        if sizes[0] > 1000:
+            return said
         share = _share(scenes, said[0], wish.own, sizes)
         off = abs(np.log(max(share, 1e-9)/rho))
-        if off < kept[0]: kept = off, said
-        if off < .14: break
+        if off < kept[0]:
+            kept = off, said
+        if off < .14:
+            break
         asked = float(np.clip(asked*(rho/share)**.5, _SHARES[0], _SHARES[-1]))
     return kept[1]
 
@@ -287,7 +304,8 @@ def twin_foils(
     kind:str='swap',       # 'swap': colours exchanged, same bag of words
 )->list:                   # of (image, caption index, foil)
     "Captions of swap twins that tell the swap, each with a foil of the same words that is false of the image"
-    if kind != 'swap': raise DataError('twin_foils', f'kind {kind!r}', "'swap'")
+    if kind != 'swap':
+        raise DataError('twin_foils', f'kind {kind!r}', "'swap'")
     s, twins = world.split(name), world.twins(name)
     of_kind = np.isin(s.img_of[twins.mention], twins.twin[twins.edit == kind])
     found = [(s.img_of[j], j, f) for j in twins.mention[of_kind] if (f := swapped(s.captions[j]))]
@@ -417,7 +435,8 @@ def language_leak(
     for pair in pairs['train']:
         for s in pair:
             words = ['', *s.split(), '']
-            for g in (*words, *zip(words, words[1:])): count[g] = count.get(g, 0) + 1
+            for g in (*words, *zip(words, words[1:])):
+                count[g] = count.get(g, 0) + 1
     index = {g: k for k, g in enumerate(sorted((g for g, n in count.items() if n >= 10), key=str))}
     def contrast(n):
         x = np.zeros((len(pairs[n]), len(index)), 'f4')
@@ -454,7 +473,8 @@ def true_pairs(
     part:str='train',
 )->Callable:             # (image ids (N,), sentence ids (M,)) -> (N, M) bool; unknown ids are true of nothing
     "Who knows which pairs are true, half-true ones not among them"
-    if world is None: raise ValueError("only the drawn world knows which pairs are true: data='scenes'")
+    if world is None:
+        raise ValueError("only the drawn world knows which pairs are true: data='scenes'")
     s = world.split(part)
     orders = [np.argsort(ids, kind='stable') for ids in (s.img_ids, s.cap_ids)]
     def place(ids, order, x):

@@ -44,15 +44,18 @@ class Scenes:
     y:np.ndarray        # (S, 6) centre, from the top
     ground:np.ndarray   # (S,) which of the four backgrounds
 
-    def __len__(self): return len(self.n)
+    def __len__(self):
+        return len(self.n)
     def __getitem__(self, i):
         return Scenes(*(np.atleast_1d(getattr(self, f.name)[i]) if f.name in ('n', 'ground')
                                               else np.atleast_2d(getattr(self, f.name)[i])
                         for f in fields(self)))
     @property
-    def present(self): return np.arange(MOST_OBJECTS) < self.n[:,None]   # (S, 6) which places hold an object
+    def present(self):
+        return np.arange(MOST_OBJECTS) < self.n[:,None]   # (S, 6) which places hold an object
     @cached_property
-    def facts(self): return _facts(self)  # worked out once, when truth is first asked for
+    def facts(self):
+        return _facts(self)  # worked out once, when truth is first asked for
 
     @classmethod
     def join(cls,
@@ -77,7 +80,8 @@ def scene(
         values = dict(shape=SHAPES.index(shape), hue=hue,
                       light=.9 if colour == 'white' else .1 if colour == 'black' else .5,
                       texture=TEXTURES.index(texture), **dict(zip('rxy', map(float, numbers))))
-        for k, v in values.items(): cols[k][0,o] = v
+        for k, v in values.items():
+            cols[k][0,o] = v
     return Scenes(n=np.array([len(objects)], 'i1'), ground=np.zeros(1, 'i1'), **cols)
 
 # %% ../../nbs/2_scenes/00_grammar.ipynb #62cf0871
@@ -183,7 +187,8 @@ NOTHING, THERE, PAIR, COUNT, NO, ALL, MOST, ONLY = range(8)
 WIDTH = 17
 _UNBOUNDED = 99
 
-class NoParse(ValueError): "Not a sentence of the grammar"
+class NoParse(ValueError):
+    "Not a sentence of the grammar"
 
 class Meaning(NamedTuple):
     "What the parser makes of a sentence: its clauses as numbers, and whether its grammar is in order"
@@ -192,8 +197,10 @@ class Meaning(NamedTuple):
 
 class _Tokens:
     "The words still to be read, and whether all was grammatical so far"
-    def __init__(self, sentence): self.words, self.i, self.clean = sentence.split(), 0, True
-    def next(self): return self.words[self.i] if self.i < len(self.words) else ''
+    def __init__(self, sentence):
+        self.words, self.i, self.clean = sentence.split(), 0, True
+    def next(self):
+        return self.words[self.i] if self.i < len(self.words) else ''
     def take(self, phrase):
         "Step over these words if they come next"
         p = phrase.split()
@@ -206,7 +213,8 @@ class _Tokens:
         self.i += found is not None
         return found
     def need(self, ok, found=None):
-        if not ok: raise NoParse(f'word {self.i}: {self.next()!r}')
+        if not ok:
+            raise NoParse(f'word {self.i}: {self.next()!r}')
 
 def _nominal(t, number=None):
     "[Size] [Texture] [Colour] N -> four predicates; number: 'one' or 'many' where the head must agree"
@@ -222,7 +230,8 @@ def _phrase(t):
     det = t.word({w: w for w in ('a', 'an', 'one', 'some', 'another')})
     t.need(det is not None)
     vowel = t.next()[:1] in tuple('aeiou')
-    if det in ('a', 'an'): t.clean &= vowel == (det == 'an')
+    if det in ('a', 'an'):
+        t.clean &= vowel == (det == 'an')
     return _nominal(t, 'one'), det == 'one', det == 'another'
 
 # %% ../../nbs/2_scenes/00_grammar.ipynb #61066067
@@ -230,7 +239,8 @@ def _number(t):
     "Num -> (least, most, soft), or None"
     for words, span in (('a couple of', (2, 2, 0)), ('a few', (2, 3, 1)), ('several', (3, 5, 1)),
                         ('many', (4, _UNBOUNDED, 1))):
-        if t.take(words): return span
+        if t.take(words):
+            return span
     least, exactly = t.take('at least'), t.take('exactly')
     k = t.word(_NUMBERS)
     t.need(k is not None or not (least or exactly))
@@ -247,7 +257,8 @@ def _clause(t):
                 t.need(sum(map(bool, said)) == 1)
                 b = [*said, 0]
             return _row(kind, a, b=b), False
-    if span := _number(t): return _row(COUNT, _nominal(t, 'many'), span=span), False
+    if span := _number(t):
+        return _row(COUNT, _nominal(t, 'many'), span=span), False
     there = t.take('there is')
     a, one, another = _phrase(t)
     if not there and t.take('in the'):
@@ -256,7 +267,8 @@ def _clause(t):
         return _row(THERE, a, place=place, one=(one, False)), another
     relation = 0 if there else next((k for k, words in enumerate(RELATIONS) if k and t.take(words)), 0)
     second = _phrase(t) if relation else _joined(t)
-    if second is None: return _row(THERE, a, one=(one, False)), another
+    if second is None:
+        return _row(THERE, a, one=(one, False)), another
     return _row(PAIR, a, relation, b=second[0], one=(one, second[1])), another
 
 def _row(kind, a, relation=0, span=(0, 0, 0), place=0, b=(0,)*4, one=(False, False)):
@@ -268,8 +280,10 @@ def _joined(t):
     try:
         if t.take('and'):
             second = _phrase(t)
-            if t.next() in ('', 'and', ';'): return second
-    except NoParse: pass
+            if t.next() in ('', 'and', ';'):
+                return second
+    except NoParse:
+        pass
     t.i, t.clean = at, clean
 
 def parse(
@@ -284,10 +298,13 @@ def parse(
         if t.next():
             t.need(t.take('and') or t.take(';'))
             second, another = _clause(t)
-            if another and first[0] in (THERE, PAIR): second[-1] = 1
-            else: t.clean &= not another
+            if another and first[0] in (THERE, PAIR):
+                second[-1] = 1
+            else:
+                t.clean &= not another
         t.need(not t.next())
-    except NoParse: return None
+    except NoParse:
+        return None
     return Meaning(np.array([first, second], 'i1'), bool(t.clean))
 
 # %% ../../nbs/2_scenes/00_grammar.ipynb #fe8aae4b
@@ -300,7 +317,8 @@ def fitting_objects(facts, ids, images):
     out = get(ids[:,-1], slice(None))
     for column in ids.T[:-1]:
         at = np.flatnonzero(column)  # predicate 0 fits every object
-        if len(at): out[:,at] &= get(column[at], at)
+        if len(at):
+            out[:,at] &= get(column[at], at)
     return out
 
 def _one(facts, c, column, ids, images, found):
@@ -316,7 +334,8 @@ def _there(facts, c, images, drop, keep):
     return _one(facts, c, 14, c[:,5:9], images, found)
 
 def _pair(facts, c, images, drop, keep):
-    if images is None: found = _pair_rows(facts, c)
+    if images is None:
+        found = _pair_rows(facts, c)
     else:
         a = fitting_objects(facts, c[:,5:9], images) & np.uint8(keep & ~drop)
         b = fitting_objects(facts, c[:,10:14], images) & np.uint8(63 & ~drop)
@@ -355,7 +374,8 @@ def _counted(facts, c, images, drop, keep):
     return np.stack([(lo >= least) & (hi <= most), (hi >= least-soft) & (lo <= most+soft)])
 
 # %% ../../nbs/2_scenes/00_grammar.ipynb #bcb277f9
-def _no(facts, c, images, drop, keep): return (fitting_objects(facts, c[:,5:9], images) == 0)[::-1]
+def _no(facts, c, images, drop, keep):
+    return (fitting_objects(facts, c[:,5:9], images) == 0)[::-1]
 
 def _all(facts, c, images, drop, keep):
     a, b = fitting_objects(facts, c[:,5:9], images), fitting_objects(facts, c[:,10:14], images)
@@ -388,7 +408,8 @@ def judge_clauses(
     out = np.ones((2, len(c)) + (() if images is not None else facts.atoms.shape[2:]), bool)
     for kind in np.unique(c[:,0]):
         at = np.flatnonzero(c[:,0] == kind)
-        if kind: out[:,at] = _JUDGES[kind](facts, c[at], None if images is None else images[at], drop, keep)
+        if kind:
+            out[:,at] = _JUDGES[kind](facts, c[at], None if images is None else images[at], drop, keep)
     return out
 
 # %% ../../nbs/2_scenes/00_grammar.ipynb #b7866f25
@@ -454,7 +475,8 @@ def truth(
 )->np.ndarray:            # uint8 half units 0, 1, 2; 255: none. String: (S,); list: (S, M) or (M,)
     "Is the sentence true of the scene?"
     single = isinstance(sentences, str)
-    if single and images is not None: sentences = [sentences]*len(images)
+    if single and images is not None:
+        sentences = [sentences]*len(images)
     codes, known, _ = encode([sentences] if isinstance(sentences, str) else list(sentences))
     out = judge_all(scenes.facts, codes) if images is None else judge(scenes.facts, codes, np.asarray(images))
     out = np.where(known, out, np.uint8(NONE))

@@ -44,7 +44,8 @@ def _outlines():
                              -(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - 2.5], -1)/17.5
     out['moon'] = np.concatenate([_arc(.12, .88, 1, 32), _arc(.82, .18, .75, 32, .45)])
     out['drop'] = np.concatenate([[[0, -1]], _arc(-.08, .58, .55, 32, 0, .42)])
-    half = np.linspace(-1, 1, 20); bulge = .45*(1-half**2)
+    half = np.linspace(-1, 1, 20)
+    bulge = .45*(1-half**2)
     out['leaf'] = np.concatenate([np.stack([half, bulge], -1),
                                   np.stack([half, -bulge], -1)[::-1]]) @ np.array([[.8, -.6], [.6, .8]])
     return {s: out[s]/max(1, np.hypot(*out[s].T).max()) for s in SHAPES}
@@ -161,7 +162,8 @@ _GROUNDS = ('#d9d3c4', '#c3d0da', '#c9d3bd', '#d6c8d3')
 
 def _rgb(hue, light):
     "One colour of the circle, or a grey"
-    if np.isnan(hue): return (int(255*light),)*3
+    if np.isnan(hue):
+        return (int(255*light),)*3
     at, share = int(hue*8) % 8, hue*8 % 1
     return tuple(int(v) for v in (1-share)*_RGB[at] + share*_RGB[(at+1) % 8])
 
@@ -169,11 +171,13 @@ def _mask(xy, texture, size, step):
     "What an object paints: its outline, cut by its texture"
     mask = Image.new('1', (size, size))
     ImageDraw.Draw(mask).polygon([tuple(p) for p in xy], fill=1)
-    if texture == 0: return mask
+    if texture == 0:
+        return mask
     cut = Image.new('1', (size, size), 1)
     pen = ImageDraw.Draw(cut)
     for u in np.arange(0, size + step, 2*step):
-        if texture == 1: pen.line([(0, u), (size, u)], fill=0, width=max(1, int(.8*step)))
+        if texture == 1:
+            pen.line([(0, u), (size, u)], fill=0, width=max(1, int(.8*step)))
         else:
             for v in np.arange(0, size + step, 2*step):
                 pen.ellipse([u-.6*step, v-.6*step, u+.6*step, v+.6*step], fill=0)
@@ -194,7 +198,8 @@ def draw(
     for o in range(scenes.n[i]):
         xy = (OUTLINES[SHAPES[scenes.shape[i,o]]]*scenes.r[i,o] + [scenes.x[i,o], scenes.y[i,o]])*big
         rgb, pale = _rgb(scenes.hue[i,o], scenes.light[i,o]), scenes.texture[i,o]
-        if pale: img.paste(_under(rgb), mask=_mask(xy, 0, big, 1))
+        if pale:
+            img.paste(_under(rgb), mask=_mask(xy, 0, big, 1))
         img.paste(rgb, mask=_mask(xy, pale, big, .014*big))
     return img.resize((size, size), Image.LANCZOS)
 
@@ -208,7 +213,8 @@ def show(
     import matplotlib.pyplot as plt
     rows = -(-len(pictures)//columns)
     fig, axes = plt.subplots(rows, columns, figsize=(width*columns, (width+.45)*rows), dpi=80, squeeze=False)
-    for ax in axes.flat: ax.axis('off')
+    for ax in axes.flat:
+        ax.axis('off')
     for k, (ax, p) in enumerate(zip(axes.flat, pictures)):
         ax.imshow(p)
         ax.set_title(titles[k] if titles else '', fontsize=7, wrap=True)
@@ -229,7 +235,8 @@ class Kin:
     two:np.ndarray       # (S,) the second object of order and swap
     fewer:np.ndarray     # (S,) bool: one object less
 
-def _columns(scenes): return {f.name: getattr(scenes, f.name) for f in fields(Scenes)}
+def _columns(scenes):
+    return {f.name: getattr(scenes, f.name) for f in fields(Scenes)}
 
 def _edit(rng, s, kind, one, two):
     """Apply one edit to each scene of the column dictionary `s`; returns where it makes sense, and where an
@@ -250,8 +257,10 @@ def _edit(rng, s, kind, one, two):
     k = is_('order')
     dx, dy = (np.abs(s[v][k,one[k]] - s[v][k,two[k]]) for v in 'xy')
     ok[k] = (np.maximum(dx, dy) >= .12) & (s['shape'][k,one[k]] != s['shape'][k,two[k]])
-    for v in 'xy': s[v][k,one[k]], s[v][k,two[k]] = s[v][k,two[k]], s[v][k,one[k]]
-    k = is_('swap'); certain = named.max(-1) == 2
+    for v in 'xy':
+        s[v][k,one[k]], s[v][k,two[k]] = s[v][k,two[k]], s[v][k,one[k]]
+    k = is_('swap')
+    certain = named.max(-1) == 2
     ok[k] = ((s['shape'][k,one[k]] != s['shape'][k,two[k]]) & (named[k,one[k]].argmax(-1) != named[k,
         two[k]].argmax(-1))
              & certain[k,one[k]] & certain[k,two[k]])
@@ -265,14 +274,18 @@ def _more_or_less(rng, s, k, one, ok):
     more, less = k[~fewer[k]], k[fewer[k]]
     ok[more], ok[less] = s['n'][more] < MOST_OBJECTS, s['n'][less] > 2
     more, less = more[ok[more]], less[ok[less]]
-    one[more] = s['n'][more]; s['n'][more] += 1
+    one[more] = s['n'][more]
+    s['n'][more] += 1
     donor = rng.integers(0, len(ok), len(more))
-    for v in ('shape', 'hue', 'light', 'texture'): s[v][more,one[more]] = s[v][donor,0]
+    for v in ('shape', 'hue', 'light', 'texture'):
+        s[v][more,one[more]] = s[v][donor,0]
     s['r'][more,one[more]] = rng.uniform(.05, .18, len(more))
-    for v in 'xy': s[v][more,one[more]] = rng.uniform(.1, .9, len(more))
+    for v in 'xy':
+        s[v][more,one[more]] = rng.uniform(.1, .9, len(more))
     places = np.arange(MOST_OBJECTS-1)
     shift = places + (places >= one[less,None])
-    for v in ('shape', 'hue', 'light', 'texture', 'r', 'x', 'y'): s[v][less,:-1] = s[v][less[:,None],shift]
+    for v in ('shape', 'hue', 'light', 'texture', 'r', 'x', 'y'):
+        s[v][less,:-1] = s[v][less[:,None],shift]
     s['n'][less] -= 1
     return fewer
 
@@ -307,8 +320,10 @@ def make_twins(
         ok, fewer = _edit(rng, s, kind, one, two)
         ok &= _allowed(Scenes(**s), types, novel)
         at = todo[ok]
-        for k in out: out[k][at] = s[k][ok]
-        for k, v in dict(edit=kind, one=one, two=two, fewer=fewer).items(): kin[k][at] = v[ok]
+        for k in out:
+            out[k][at] = s[k][ok]
+        for k, v in dict(edit=kind, one=one, two=two, fewer=fewer).items():
+            kin[k][at] = v[ok]
         todo = todo[~ok]
     return Scenes(**out), Kin(parent, **kin)
 

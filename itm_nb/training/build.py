@@ -38,7 +38,8 @@ def networks(
     return tuple(suited(find(name, models), side) if name else None for side, name in sides)
 
 # of a pair, the half that reads
-def _reading(source)->dict: return source.config.get('text_config', source.config)
+def _reading(source)->dict:
+    return source.config.get('text_config', source.config)
 
 def vocabulary(
     cfg:Config,
@@ -46,15 +47,18 @@ def vocabulary(
     models='',
 ):                   # Vocabulary or Pieces
     "What turns sentences into numbers"
-    _, reader = networks(cfg, models); most = longest(_reading(reader)) if reader else 0
+    _, reader = networks(cfg, models)
+    most = longest(_reading(reader)) if reader else 0
     if cfg.tokenizer == 'words':
-        made = Vocabulary.build(sentences); n = int(made.encode(sentences)[1].max()) if most else 0
+        made = Vocabulary.build(sentences)
+        n = int(made.encode(sentences)[1].max()) if most else 0
         if n > most:
             raise DataError('train', f'a sentence of {n} tokens', f'at most {most}, as the network reads',
                             "Use tokenizer='pieces'.")
         return made
     cut = min(filter(None, (cfg.max_tokens, most)), default=0)
-    if cfg.tokenizer == 'pieces': return tokens.Pieces.build(sentences, cfg.wordpiece_vocab, cut)
+    if cfg.tokenizer == 'pieces':
+        return tokens.Pieces.build(sentences, cfg.wordpiece_vocab, cut)
     if reader is None or reader.folder is None:
         raise ValueError("tokenizer='own' needs a text_model that comes with weights")
     return tokens.open_pieces(reader.folder, cut)
@@ -71,20 +75,27 @@ def build(
     eye, reader = networks(cfg, models)
     seen = torch.ones(n_words, dtype=torch.bool) if seen is None else seen
     model = model_of(_described(cfg, d_in, n_words, eye, reader, int(seen.sum())))
-    if eye: fill(network_of(model.image_tower), eye)
+    if eye:
+        fill(network_of(model.image_tower), eye)
     if hasattr(model, 'stream'):
-        if reader and reader.folder: load_bert(model.stream, reader.folder)
+        if reader and reader.folder:
+            load_bert(model.stream, reader.folder)
         return model
-    if reader: fill(network_of(model.text_tower), reader)
-    if getattr(model.text_tower, 'bag', None): model.text_tower.bag.start(seen, model.text_tower.words)
+    if reader:
+        fill(network_of(model.text_tower), reader)
+    if getattr(model.text_tower, 'bag', None):
+        model.text_tower.bag.start(seen, model.text_tower.words)
     return model
 
 def _described(cfg, d_in, n_words, eye, reader, n_rows=0)->dict:
     "What `model_of` makes the model of"
-    kind = cfg.similarity; config = dict(similarity=kind)
+    kind = cfg.similarity
+    config = dict(similarity=kind)
     stream = _stream_side(cfg, d_in, n_words, eye, reader) if kind in ('cross', 'two_modes') else {}
-    if eye or kind != 'cross': config |= dict(image=_image_side(cfg, d_in, eye))
-    if stream: return config | (stream if kind == 'cross' else dict(text=stream))
+    if eye or kind != 'cross':
+        config |= dict(image=_image_side(cfg, d_in, eye))
+    if stream:
+        return config | (stream if kind == 'cross' else dict(text=stream))
     config |= dict(text=_text_side(cfg, n_words, reader, n_rows))
     if kind in SCORES:
         asked = dict(sharp=cfg.attention_scale, lse=cfg.lse_scale, agg=cfg.agg, norm=cfg.norm)
@@ -98,9 +109,11 @@ def _image_side(cfg, d_in, eye)->dict:
     sets = cfg.similarity in SCORES
     if cfg.image_parts:
         return describe_image(cfg.image_parts, cfg.dim, eye, d_in, cfg.dropout, cfg.size, cfg.freeze, sets)
-    if eye: return describe(eye, 'vision', cfg.dim, cfg.image_pool, cfg.size, freeze=cfg.freeze)
+    if eye:
+        return describe(eye, 'vision', cfg.dim, cfg.image_pool, cfg.size, freeze=cfg.freeze)
     size = dict(d_in=d_in, dim=cfg.dim, dropout=cfg.dropout)
-    if cfg.image in VSRN: return dict(kind='vsrn', **size, **VSRN[cfg.image])
+    if cfg.image in VSRN:
+        return dict(kind='vsrn', **size, **VSRN[cfg.image])
     return dict(kind='region', **size, hidden=cfg.image_hidden, pool=cfg.image_pool)
 
 def _stream_side(cfg, d_in, n_words, eye, reader)->dict:
@@ -149,14 +162,17 @@ def learning_rate(
     steps:int,     # of the whole run
 )->float:
     "The learning rate of a step: a function of the step, so there is no scheduler state to lose"
-    if cfg.decay == 'none': return cfg.lr
-    if cfg.decay == 'step': return cfg.lr * (1. if step < 2*steps/3 else .1)
+    if cfg.decay == 'none':
+        return cfg.lr
+    if cfg.decay == 'step':
+        return cfg.lr * (1. if step < 2*steps/3 else .1)
     return cfg.lr * .5*(1 + math.cos(math.pi*step/steps))
 
 # %% ../../nbs/6_training/02_build.ipynb #f0a1c2d4
 def words_seen(cfg, vocab, train)->Tensor:   # (n_words,) bool; None where no tower asks
     "Which pieces occur in training"
-    if 'bag' not in FORMS.get(cfg.text_parts, cfg.text_parts): return None
+    if 'bag' not in FORMS.get(cfg.text_parts, cfg.text_parts):
+        return None
     tokens, lengths = vocab.encode(train.captions)
     out = torch.zeros(len(vocab), dtype=torch.bool)
     out[tokens[real(lengths, tokens.shape[1])]] = True
@@ -165,7 +181,8 @@ def words_seen(cfg, vocab, train)->Tensor:   # (n_words,) bool; None where no to
 def _what_is_read(model, side):
     "What to keep of the network in a tower; None: nothing"
     made = getattr(model, f'{side}_tower', None)
-    if network_of(made) is None: return None
+    if network_of(made) is None:
+        return None
     return made.reading if hasattr(made, 'reading') else reading_of(made, not isinstance(model, Model))
 
 def remembering(
@@ -178,13 +195,15 @@ def remembering(
 )->Corpus:                          # hands out states in place of pictures where they are kept
     "Let frozen networks be run once: from here on their states are looked up"
     read, see = (_what_is_read(model, side) for side in ('text', 'image'))
-    if not data.states or not (read or see): return data
+    if not data.states or not (read or see):
+        return data
     base, parts = (data.cut_from, ('train', 'val', 'test')) if data.cut_from else (data, parts)
     splits = [base.split(p) for p in parts]
     if read:
         encoded = [vocab.encode(s.captions) for s in splits]
         keep_sentences(network_of(model.text_tower), encoded, data.states, read, progress)
-    if not see or augment != 'none': return data
+    if not see or augment != 'none':
+        return data
     pictures = [(s.files, partial(base.pixels, s)) for s in splits]
     kept = keep_pictures(network_of(model.image_tower), pictures, data.states, data.frame, see, progress)
     return replace(data, pixels=lambda s: kept.pictures(s.files)) if kept else data
@@ -196,13 +215,16 @@ def measure(
     block:int=1024,
 ):
     "Centre and scale the blocks of an encoder on the training part"
-    model.eval(); sides = dict(image=len(train.mask), text=len(train.lengths))
+    model.eval()
+    sides = dict(image=len(train.mask), text=len(train.lengths))
     for side, n in sides.items():
         made = getattr(model, f'{side}_tower', None)
-        if not isinstance(made, (TextParts, ImageParts)): continue
+        if not isinstance(made, (TextParts, ImageParts)):
+            continue
         def raw(i):
             inputs = image_inputs(train.images(i))[:2] if side == 'image' else tuple(train.texts(i).values())
-            x = made.raw(*inputs); keep = real(inputs[1], x.shape[1]) if x.ndim == 3 else None
+            x = made.raw(*inputs)
+            keep = real(inputs[1], x.shape[1]) if x.ndim == 3 else None
             return x if keep is None else x.flatten(0, 1) if isinstance(network_of(made),
                 VisionTower) else x[keep]
         made.blocks.measure(lambda: map(raw, torch.arange(n).split(block)))

@@ -32,24 +32,32 @@ def save_checkpoint(
     state:dict,       # anything JSON can hold
 ):
     "Write a checkpoint whole or not at all; the previous one stays until the new one is in place"
-    folder = Path(folder); new, old = folder.with_name('new.tmp'), folder.with_name('previous')
-    shutil.rmtree(new, ignore_errors=True); new.mkdir(parents=True)
+    folder = Path(folder)
+    new, old = folder.with_name('new.tmp'), folder.with_name('previous')
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new/'tensors.safetensors')
     sync(new/'tensors.safetensors')
     write_atomic(new/'state.json', json.dumps(dict(seal=_seal(state, new/'tensors.safetensors'), state=state),
                                               sort_keys=True).encode())
-    if folder.exists(): shutil.rmtree(old, ignore_errors=True); os.replace(folder, old)
-    os.replace(new, folder); sync(folder.parent)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync(folder.parent)
 
 def whole_checkpoint(at)->tuple:   # (tensors, state)
     "A checkpoint, if its seal holds; else a ValueError"
     try:
         found = json.loads((at/'state.json').read_text('utf-8'))
         seal = _seal(found['state'], at/'tensors.safetensors')
-        if found['seal'] != seal: raise ValueError('the seal does not match')
-        if not isinstance(found['state'], dict): raise ValueError('it is no state of a training')
+        if found['seal'] != seal:
+            raise ValueError('the seal does not match')
+        if not isinstance(found['state'], dict):
+            raise ValueError('it is no state of a training')
         return load_file(at/'tensors.safetensors'), found['state']
-    except (OSError, KeyError, TypeError) as e: raise ValueError(str(e)) from None
+    except (OSError, KeyError, TypeError) as e:
+        raise ValueError(str(e)) from None
 
 def load_checkpoint(
     folder,
@@ -57,13 +65,17 @@ def load_checkpoint(
     "The newest whole checkpoint; a damaged one is passed over, and said"
     folder = Path(folder)
     for at in (folder, folder.with_name('previous')):
-        if not at.is_dir(): continue
-        try: return whole_checkpoint(at)
-        except ValueError as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
+        if not at.is_dir():
+            continue
+        try:
+            return whole_checkpoint(at)
+        except ValueError as e:
+            warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
     return None
 
 # %% ../../nbs/6_training/03_checkpoint.ipynb #490b1f1b
-class Busy(RuntimeError): "Another process is training in this run folder"
+class Busy(RuntimeError):
+    "Another process is training in this run folder"
 
 class Stopped(RuntimeError):
     "Training was asked to stop; the checkpoint is written and the run can be resumed"
@@ -73,11 +85,16 @@ def locked(
     run:Path,    # run folder, made if need be
 ):
     "Hold the lock of a run folder"
-    run = Path(run); run.mkdir(parents=True, exist_ok=True)
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
     with open(run/'lock', 'a+') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError: raise Busy(f'{run}: another process trains here') from None
-        f.truncate(0); f.write(str(os.getpid())); f.flush()
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f'{run}: another process trains here') from None
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
         yield
         f.truncate(0)
 
@@ -85,7 +102,12 @@ def locked(
 def stop_signal():
     "A list that is no longer empty once SIGTERM has come (only the main thread can listen)"
     asked = []
-    try: before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    except ValueError: yield asked; return
-    try: yield asked
-    finally: signal.signal(signal.SIGTERM, before)
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    except ValueError:
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -48,11 +48,14 @@ class Setting:
     @property
     def bounds(self)->str:
         "The interval in words"
-        if not self.within: return ''
+        if not self.within:
+            return ''
         low, high = _ends(self.within)
         least = f'more than {low:g}' if self.within[0] == '(' else f'{low:g} or more'
-        if high == math.inf: return least
-        if self.within[0] == '[' and self.within[-1] == ']': return f'{low:g} to {high:g}'
+        if high == math.inf:
+            return least
+        if self.within[0] == '[' and self.within[-1] == ']':
+            return f'{low:g} to {high:g}'
         return f'{least}, {"less than" if self.within[-1] == ")" else "at most"} {high:g}'
 
 def _ends(within)->tuple:
@@ -66,8 +69,10 @@ def check(
 )->object:           # of the setting's type
     "A value, as the setting wants it; SetupError names what is possible"
     kind = type(s.default)
-    if isinstance(value, str) and value in s.words: return value
-    if kind is float and type(value) is int: value = float(value)
+    if isinstance(value, str) and value in s.words:
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
     if type(value) is not kind:
         raise SetupError(f'{s.name} is {value!r}; wanted {kind.__name__}, e.g. {s.default!r}')
     if s.choices and value not in s.choices:
@@ -239,7 +244,8 @@ _PRESET = Setting('preset', 'corrected', 'as released, or with its defects mende
 _SEED = Setting('seed', 0, 'of its random numbers; without it that of the run', within=_NAT)
 _UNITS = Setting('units', 'chunk', 'what is masked together', dict(chunk='parts of speech', words=''))
 
-def _switches(text)->tuple: return tuple(Setting(n, False, 'a switch of the preset') for n in text.split())
+def _switches(text)->tuple:
+    return tuple(Setting(n, False, 'a switch of the preset') for n in text.split())
 
 METHOD_SETTINGS = dict(
     vse0=(_MARGIN,), vsepp=(_MARGIN, _HONEST), semihard=(_MARGIN,), fne_warmup=(_MARGIN,),
@@ -347,7 +353,8 @@ def method_parts(
 )->list:            # of (name, settings of its own); empty where a path is in it
     "The methods of a mixture"
     if not re.fullmatch(rf'{_METHOD}(\|{_METHOD})*', text):
-        if ':' in text: return []
+        if ':' in text:
+            return []
         raise SetupError(f"no method; wanted e.g. fne(tau=5.0, preset='faithful')")
     return [(name, _literals(name, args)) for name, args, _ in re.findall(_METHOD, text)]
 
@@ -356,8 +363,10 @@ def _literals(name, args)->dict:
     try:
         call = ast.parse(f'f{args or "()"}', mode='eval').body
         own = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        if not call.args and None not in own: return own
-    except (SyntaxError, ValueError): pass
+        if not call.args and None not in own:
+            return own
+    except (SyntaxError, ValueError):
+        pass
     raise SetupError(f"{name}{args}; wanted names and values, e.g. fne(tau=5.0, preset='faithful')")
 
 def check_method(
@@ -366,14 +375,17 @@ def check_method(
     what:str='method',   # whose value it is
 ):
     "Refuse a method that cannot be made: its names, its own settings and their values"
-    try: _check_parts(text, strict)
-    except SetupError as e: raise SetupError(f'{what} {text!r}: {e}') from None
+    try:
+        _check_parts(text, strict)
+    except SetupError as e:
+        raise SetupError(f'{what} {text!r}: {e}') from None
 
 def _check_parts(text, strict):
     "The same, without saying whose"
     for name, own in method_parts(text):
         if name not in METHOD_SETTINGS:
-            if not strict: continue
+            if not strict:
+                continue
             raise SetupError(f'no method called {name!r}{suggest(name, METHOD_SETTINGS)}; there are '
                              f'{", ".join(METHOD_SETTINGS)}')
         known = {s.name: s for s in METHOD_SETTINGS[name]}
@@ -381,8 +393,10 @@ def _check_parts(text, strict):
             if k not in known:
                 raise SetupError(f'{name} has no setting {k!r}{suggest(k, known)}; there are '
                                  f'{", ".join(known)}')
-            try: check(known[k], v)
-            except SetupError as e: raise SetupError(f'{name}: {e}') from None
+            try:
+                check(known[k], v)
+            except SetupError as e:
+                raise SetupError(f'{name}: {e}') from None
 
 # %% ../../nbs/6_training/00_config.ipynb #0d62258d
 def _of_training(v)->tuple:
@@ -408,8 +422,8 @@ def _in_batch(v)->bool:
     return parts(v.method) <= alone or bool(v.warmup) and parts(v.warmup_method) <= alone
 
 def _of_model(v)->tuple:
-    "What cannot be built so"
-    streams = v.similarity in ('two_modes', 'cross'); width = v.dim if v.similarity == 'cross' else v.d_word
+    "Encoders and similarities that do not go together"
+    streams = v.similarity in ('two_modes', 'cross')
     return (
         (streams and v.text_freeze,
          f'{v.similarity} trains all of its transformer: text_freeze is for text towers'),
@@ -423,7 +437,13 @@ def _of_model(v)->tuple:
          f'{v.similarity} has no towers for both: image_parts and text_parts are for towers'),
         (v.image_parts and v.image in VSRN, 'VSRN is an image tower of its own: leave image_parts empty'),
         (re.search(r'net|heads|token_states', v.text_parts) and not v.text_model,
-         'text_parts ask for a network that reads: name a text_model'),
+         'text_parts ask for a network that reads: name a text_model'))
+
+def _of_readers(v)->tuple:
+    "Networks, their pooling, and how data are read, that do not go together"
+    streams = v.similarity in ('two_modes', 'cross')
+    width = v.dim if v.similarity == 'cross' else v.d_word
+    return (
         (v.similarity.startswith('bfan') and v.agg, 'agg: BFAN takes the mean over the queries'),
         (streams and not v.text_model and width % v.heads,
          f'{v.heads} heads cannot share a width of {width}'),
@@ -479,8 +499,9 @@ def check_together(
 ):
     "Refuse settings that exclude each other"
     v = SimpleNamespace(**({s.name: s.default for s in (*OF_CONFIG, *OF_RUNS)} | values))
-    for wrong, said in (*_of_training(v), *_of_model(v), *_of_methods(v, 'lists' in values)):
-        if wrong: raise SetupError(f'{said}; change one of the settings')
+    for wrong, said in (*_of_training(v), *_of_model(v), *_of_readers(v), *_of_methods(v, 'lists' in values)):
+        if wrong:
+            raise SetupError(f'{said}; change one of the settings')
 
 # %% ../../nbs/6_training/00_config.ipynb #166d6dad
 KNOWN = {s.name: s for s in (*OF_CONFIG, *OF_RUNS)}
@@ -489,7 +510,8 @@ def _like(name, help='', **change)->Setting:
     "A setting from above, with another sentence, default or place"
     return replace(KNOWN[name], **change, **(dict(help=help) if help else {}))
 
-def _some(text)->tuple: return tuple(KNOWN[n] for n in text.split())
+def _some(text)->tuple:
+    return tuple(KNOWN[n] for n in text.split())
 
 _RESULTS = "; '': figures/results of the clone"
 _RECORDS = Setting('records', '', 'folder of records' + _RESULTS, place='folder')
@@ -670,11 +692,14 @@ def write_cells(
     "Write the cells of parameters anew from the declaration"
     changed = []
     for name, settings in TEMPLATES.items():
-        path = Path(folder)/f'{name}.ipynb'; nb = json.loads(path.read_text('utf-8'))
+        path = Path(folder)/f'{name}.ipynb'
+        nb = json.loads(path.read_text('utf-8'))
         cell, = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
         source = cell_of(settings).splitlines(keepends=True)
-        if cell['source'] == source: continue
-        cell['source'] = source; changed.append(name)
+        if cell['source'] == source:
+            continue
+        cell['source'] = source
+        changed.append(name)
         path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', 'utf-8')
     return changed
 
@@ -685,9 +710,11 @@ def tell_earlier(
     names:dict,              # earlier name -> name of today
 ):
     "Say in one line on the error stream which names are earlier ones"
-    fresh = [n for n in names if n not in _told]; _told.update(fresh)
+    fresh = [n for n in names if n not in _told]
+    _told.update(fresh)
     said = ', '.join(f'{n} (now {names[n]})' for n in fresh)
-    if said: print(f'earlier names of settings, still read: {said}', file=sys.stderr)
+    if said:
+        print(f'earlier names of settings, still read: {said}', file=sys.stderr)
 
 def current_names(
     given:dict,              # settings by name, of today or earlier
@@ -698,16 +725,20 @@ def current_names(
     of its names"""
     names = {s.was: s.name for s in settings if s.was and s.was in given}
     for old, now in names.items():
-        if now in given: raise SetupError(f'{old} and {now} are one setting; give {now} only')
-    if told: tell_earlier(names)
+        if now in given:
+            raise SetupError(f'{old} and {now} are one setting; give {now} only')
+    if told:
+        tell_earlier(names)
     return {names.get(k, k): v for k, v in given.items()}
 
 # %% ../../nbs/6_training/00_config.ipynb #9b6ddf77
 def _check_all(cfg):
     "Every value by its setting, then all together"
-    for s in OF_CONFIG: object.__setattr__(cfg, s.name, check(s, getattr(cfg, s.name)))
+    for s in OF_CONFIG:
+        object.__setattr__(cfg, s.name, check(s, getattr(cfg, s.name)))
     # a notebook may have methods of its own
-    for k in ('method', 'warmup_method'): check_method(getattr(cfg, k), False, k)
+    for k in ('method', 'warmup_method'):
+        check_method(getattr(cfg, k), False, k)
     check_together(asdict(cfg))
 
 _FIELDS = [(s.name, type(s.default), field(default=s.default)) for s in OF_CONFIG]
@@ -720,7 +751,8 @@ def config(
     given:dict,     # settings by name, of today or of before
 )->Config:
     "A `Config`; SetupError: unknown names are refused with the nearest known one"
-    known = [f.name for f in fields(Config)]; given = current_names(given, told=True)
+    known = [f.name for f in fields(Config)]
+    given = current_names(given, told=True)
     for k in given.keys() - set(known):
         near = suggest(k, known)
         raise SetupError(f'no setting called {k!r}{near or f"; there are {known}"}')

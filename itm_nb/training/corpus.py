@@ -50,9 +50,11 @@ def _columns(
     regions:str,   # 'all', 'first:last' or numbers
 ):
     "Which region columns a setting names"
-    if regions == 'all': return None
+    if regions == 'all':
+        return None
     try:
-        if ',' in regions: return [int(x) for x in regions.split(',')]
+        if ',' in regions:
+            return [int(x) for x in regions.split(',')]
         a, _, b = regions.partition(':')
         return slice(int(a), int(b) if b else int(a)+1)
     except ValueError:

@@ -77,11 +77,14 @@ class Training:
     recent:list = field(default_factory=list)    # (step, rate, losses, gradient norm) since `refuse_nan`
 
     @cached_property
-    def core(self)->nn.Module: return self.accelerator.unwrap_model(self.model)
+    def core(self)->nn.Module:
+        return self.accelerator.unwrap_model(self.model)
     @property
-    def per_epoch(self)->int: return max(1, len(self.train.lengths)//self.cfg.batch)
+    def per_epoch(self)->int:
+        return max(1, len(self.train.lengths)//self.cfg.batch)
     @property
-    def steps(self)->int: return self.cfg.epochs*self.per_epoch
+    def steps(self)->int:
+        return self.cfg.epochs*self.per_epoch
 
     def ahead(self)->list:   # of (captions, epoch)
         "The batches that follow, as far as the loader's threads can work ahead"
@@ -99,7 +102,8 @@ def call_hooks(
 ):
     "Call a hook of every owner that has it"
     for o in owners:
-        if hasattr(o, hook): getattr(o, hook)(*what)
+        if hasattr(o, hook):
+            getattr(o, hook)(*what)
 
 def share(
     caps:Tensor,      # (B,) a batch
@@ -122,24 +126,32 @@ class Encoder:
     def __call__(self, encode:Callable, *inputs):   # tensors with a row per item -> encoding
         "Encode"
         with self.t.accelerator.autocast():
-            if not self.size or not torch.is_grad_enabled(): return encode(*inputs)
+            if not self.size or not torch.is_grad_enabled():
+                return encode(*inputs)
             with torch.no_grad():
                 out = join([self._part(len(self.twice), i, encode, x) for i, x in self._cut(inputs)])
         vectors = out if isinstance(out, Tensor) else out.x
-        if vectors.is_floating_point(): self.twice.append((encode, inputs, vectors.requires_grad_()))
+        if vectors.is_floating_point():
+            self.twice.append((encode, inputs, vectors.requires_grad_()))
         return out
 
-    def _cut(self, inputs): return enumerate(zip(*(x.split(self.size) for x in inputs)))
-    def _part(self, call, i, encode, x): _dropout(self.t, call, i); return encode(*x)
+    def _cut(self, inputs):
+        return enumerate(zip(*(x.split(self.size) for x in inputs)))
+    def _part(self, call, i, encode, x):
+        _dropout(self.t, call, i)
+        return encode(*x)
 
     def again(self):
         "With gradient this time: what the losses ask of each encoding goes on into the towers"
         for call, (encode, inputs, vectors) in enumerate(self.twice):
-            if vectors.grad is None: continue
+            if vectors.grad is None:
+                continue
             for (i, x), g in zip(self._cut(inputs), vectors.grad.split(self.size)):
-                with self.t.accelerator.autocast(): out = self._part(call, i, encode, x)
+                with self.t.accelerator.autocast():
+                    out = self._part(call, i, encode, x)
                 out = out if isinstance(out, Tensor) else out.x
-                if out.requires_grad: out.backward(g)
+                if out.requires_grad:
+                    out.backward(g)
 
 def _dropout(t:Training, *part):
     "Dropout of a step is a stream of its own; every device, and every part of a batch, has another"
@@ -151,17 +163,21 @@ def _sum_devices(t:Training, parts:dict)->dict:
     "Gradients and losses of all devices, summed; returns the losses"
     params = [p for p in t.core.parameters() if p.requires_grad]
     for p in params:
-        if p.grad is None: p.grad = torch.zeros_like(p)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     parts = {k: v.detach() for k, v in parts.items()}
-    if devices()[1] == 1: return parts
+    if devices()[1] == 1:
+        return parts
     flat = torch.cat([p.grad.flatten() for p in params] + [torch.stack(list(parts.values()))])
     dist.all_reduce(flat)
     *grads, total = flat.split([p.numel() for p in params] + [len(parts)])
-    for p, g in zip(params, grads): p.grad.copy_(g.view_as(p))
+    for p, g in zip(params, grads):
+        p.grad.copy_(g.view_as(p))
     return dict(zip(parts, total))
 
 @lru_cache(2)
-def _order(n, seed, epoch): return order(n, seed, epoch)
+def _order(n, seed, epoch):
+    return order(n, seed, epoch)
 
 def _batch(t, step):
     "Captions and epoch of a step"
@@ -185,9 +201,12 @@ def train_step(
     b = t.train.take(caps, extra, epoch, t.ahead())
     images, texts = encode(t.core.image, *image_inputs(b)), encode(t.core.text, b['tokens'], b['lengths'])
     step = Step(t.core, images, texts, b['img_ids'], b['cap_ids'], cfg.seed, epoch, b, encode)
-    for hook in ('before_step', 'observe'): call_hooks(t.stateful(), hook, step)
+    for hook in ('before_step', 'observe'):
+        call_hooks(t.stateful(), hook, step)
     parts = losses(method, step, seen)
-    t.opt.zero_grad(set_to_none=True); t.accelerator.backward(sum(parts.values())); encode.again()
+    t.opt.zero_grad(set_to_none=True)
+    t.accelerator.backward(sum(parts.values()))
+    encode.again()
     parts = _sum_devices(t, parts)
     norm = t.accelerator.clip_grad_norm_(t.core.parameters(), cfg.clip or torch.inf)
     t.opt.step()
@@ -198,7 +217,8 @@ def train_step(
     return parts
 
 # %% ../../nbs/6_training/04_loop.ipynb #1699cf37
-class NotFinite(ArithmeticError): "A loss or a gradient that is not a finite number; training stops at once"
+class NotFinite(ArithmeticError):
+    "A loss or a gradient that is not a finite number; training stops at once"
 
 def refuse_nan(
     t:Training,
@@ -208,7 +228,8 @@ def refuse_nan(
     recent, t.recent = t.recent, []
     for step, rate, parts, norm in recent:
         odd = [k for k, v in (parts | {'the gradient': norm}).items() if not v.isfinite()]
-        if not odd: continue
+        if not odd:
+            continue
         epoch = step//t.per_epoch
         name = t.cfg.method if in_force(t.phases, epoch) is t.phases[-1][1] else t.cfg.warmup_method
         said = ', '.join(f'{k} is {float((parts | {"the gradient": norm})[k])}' for k in odd)
@@ -223,7 +244,8 @@ def _waits(t:Training, *there)->bool:
 # %% ../../nbs/6_training/04_loop.ipynb #ce834a32
 def _own_temperature(cfg, models)->float:
     "The temperature that comes with a pair of networks"
-    eye, _ = networks(cfg, models); own = temperature(eye) if eye else None
+    eye, _ = networks(cfg, models)
+    own = temperature(eye) if eye else None
     if own is None:
         raise ValueError('temperature 0 means the one of a pair with weights, such as CLIP; there is none '
                          'here')
@@ -245,7 +267,8 @@ def prepare(
 )->Training:
     "Data on the device, a fresh model, its optimiser and the schedule of methods"
     # an impossible network is refused before data are opened
-    torch.set_num_threads(cfg.threads); networks(cfg, data.models)
+    torch.set_num_threads(cfg.threads)
+    networks(cfg, data.models)
     accelerator = Accelerator(cpu=device == 'cpu',
                               mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
     train, val = data.split('train'), data.split('val')
@@ -254,7 +277,8 @@ def prepare(
         cfg.augment)
     model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models,
                   words_seen(cfg, vocab, train))
-    model = model.to(accelerator.device); data = remembering(model, data, vocab, augment=cfg.augment)
+    model = model.to(accelerator.device)
+    data = remembering(model, data, vocab, augment=cfg.augment)
     batches = [data.batches(s, vocab, accelerator.device, change, n)
                for s, n in ((train, data.workers), (val, 0))]
     measure(model, batches[0])
@@ -272,14 +296,17 @@ def prepare(
 def _pack(t:Training)->tuple:   # (tensors, state)
     "A training as tensors and JSON"
     tensors = {f'model.{k}': v for k, v in t.core.state_dict().items()} | {'meter': t.meter}
-    for i, s in t.opt.state_dict()['state'].items(): tensors |= {f'opt.{i}.{k}': v for k, v in s.items()}
-    for i, o in enumerate(_keepers(t)): tensors |= {f'owner.{i}.{k}': v for k, v in o.state_dict().items()}
+    for i, s in t.opt.state_dict()['state'].items():
+        tensors |= {f'opt.{i}.{k}': v for k, v in s.items()}
+    for i, o in enumerate(_keepers(t)):
+        tensors |= {f'owner.{i}.{k}': v for k, v in o.state_dict().items()}
     return tensors, dict(step=t.step, best=list(t.best), history=t.history, log_bytes=t.log_bytes,
                          pick_bytes=t.pick_bytes,
                          sealed={k: h.hexdigest() for k, h in t.running.items()} | dict(best=t.best_files),
                          config=asdict(t.cfg), prints=t.prints, code=t.code)
 
-def _keepers(t:Training)->list: return [o for o in t.stateful() if hasattr(o, 'state_dict')]
+def _keepers(t:Training)->list:
+    return [o for o in t.stateful() if hasattr(o, 'state_dict')]
 
 def _under(tensors:dict, prefix:str)->dict:
     "The entries below a prefix, without it"
@@ -293,7 +320,8 @@ def _unpack(t:Training, tensors:dict, state:dict):
         i, name = k.split('.', 1)
         moments.setdefault(int(i), {})[name] = v
     t.opt.load_state_dict(t.opt.state_dict() | dict(state=moments))
-    for i, o in enumerate(_keepers(t)): o.load_state_dict(_under(tensors, f'owner.{i}.'))
+    for i, o in enumerate(_keepers(t)):
+        o.load_state_dict(_under(tensors, f'owner.{i}.'))
     t.meter = tensors['meter'].to(t.meter.device)
     t.step, t.best, t.history = state['step'], tuple(state['best']), state['history']
     t.log_bytes, t.pick_bytes = state['log_bytes'], state['pick_bytes']
@@ -306,10 +334,14 @@ def _prefix(
 ):                # a running SHA-256 of its first n bytes
     "What a file held when it was n bytes long"
     running, left = hashlib.sha256(), n
-    if not n: return running
+    if not n:
+        return running
     with open(path, 'rb') as f:
-        while left and (raw := f.read(min(left, 1 << 20))): running.update(raw); left -= len(raw)
-    if left: raise ValueError(f'{path.name} is {left} bytes short')
+        while left and (raw := f.read(min(left, 1 << 20))):
+            running.update(raw)
+            left -= len(raw)
+    if left:
+        raise ValueError(f'{path.name} is {left} bytes short')
     return running
 
 def _best_at(
@@ -318,7 +350,8 @@ def _best_at(
 )->Path:
     "Where the best model lies that a checkpoint knows"
     for at in (run/'best', run/'best.new', run/'previous'/'best'):
-        if all((at/n).is_file() and sha256_of(at/n) == hash_ for n, hash_ in files.items()): return at
+        if all((at/n).is_file() and sha256_of(at/n) == hash_ for n, hash_ in files.items()):
+            return at
     lost = next((n for n in files if not (run/'best'/n).is_file()), '')
     raise ValueError(f'best/{lost} is missing' if lost else 'best/ holds another model')
 
@@ -327,17 +360,22 @@ def _beside(
     state:dict,    # of a whole checkpoint
 )->dict:           # running hashes of the log and the picks
     "Does the rest of a run folder stand as a checkpoint knows it? ValueError with the file's name where not"
-    sealed = state.get('sealed', {}); out = {}  # {} in checkpoints of earlier versions: lengths must do
+    sealed = state.get('sealed', {})
+    out = {}  # {} in checkpoints of earlier versions: lengths must do
     if not {'step', 'best', 'history', 'log_bytes', 'pick_bytes'} <= state.keys():
         raise ValueError('it is no state of a training')
     lengths = dict(log=state['log_bytes'], picks=state['pick_bytes'])
     for key, name in (('log', 'log.jsonl'), ('picks', 'picks.bin')):
-        try: out[key] = _prefix(run/name, lengths[key])
-        except OSError: raise ValueError(f'{name} is missing') from None
+        try:
+            out[key] = _prefix(run/name, lengths[key])
+        except OSError:
+            raise ValueError(f'{name} is missing') from None
         if sealed and out[key].hexdigest() != sealed[key]:
             raise ValueError(f'{name} holds other bytes than it did')
-    if sealed: _best_at(run, sealed['best'])
-    elif state['best'][1] >= 0 and not (run/'best').is_dir(): raise ValueError('best/ is missing')
+    if sealed:
+        _best_at(run, sealed['best'])
+    elif state['best'][1] >= 0 and not (run/'best').is_dir():
+        raise ValueError('best/ is missing')
     return out
 
 # %% ../../nbs/6_training/04_loop.ipynb #fb7f5453
@@ -347,36 +385,50 @@ def _same(t:Training, run, state):
     same = [('settings', told, asdict(t.cfg))] + [(name, state.get(k), want) for name, k, want in
             (('data', 'prints', t.prints), ('source of its method', 'code', t.code))]
     for name, have, want in same:
-        if have == want: continue
+        if have == want:
+            continue
         raise DataError(run, f'a checkpoint made with other {name}', f'the same {name}',
                         'Use another run folder, or remove this one.')
 
 def _trusted(t:Training, run:Path)->tuple:    # (folder, tensors, state, running hashes), or None
     "The newest checkpoint that can be gone on from; nothing is changed"
     for at in (run/'last', run/'previous'):
-        if not at.is_dir(): continue
-        try: tensors, state = whole_checkpoint(at)
-        except ValueError as e: warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})'); continue
+        if not at.is_dir():
+            continue
+        try:
+            tensors, state = whole_checkpoint(at)
+        except ValueError as e:
+            warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
+            continue
         _same(t, run, state)
-        try: return at, tensors, state, _beside(run, state)
-        except ValueError as e: warnings.warn(f'{at.name}: checkpoint passed over ({e})')
+        try:
+            return at, tensors, state, _beside(run, state)
+        except ValueError as e:
+            warnings.warn(f'{at.name}: checkpoint passed over ({e})')
     return None
 
 # %% ../../nbs/6_training/04_loop.ipynb #41e59d74
 def _put_best(run:Path):
     "Put the new best model into its place, once the checkpoint that knows it is in its own"
-    if not (run/'best.new').is_dir(): return
-    old = run/'previous'/'best'; shutil.rmtree(old, ignore_errors=True)
-    if (run/'best').is_dir() and (run/'previous').is_dir(): os.replace(run/'best', old)
+    if not (run/'best.new').is_dir():
+        return
+    old = run/'previous'/'best'
+    shutil.rmtree(old, ignore_errors=True)
+    if (run/'best').is_dir() and (run/'previous').is_dir():
+        os.replace(run/'best', old)
     shutil.rmtree(run/'best', ignore_errors=True)
-    os.replace(run/'best.new', run/'best'); sync(run)
+    os.replace(run/'best.new', run/'best')
+    sync(run)
 
 def _take_best(run:Path, files:dict):
     "Put the best model that a checkpoint knows into its place, and remove any other"
     at = _best_at(run, files) if files else None
-    if at == run/'best.new': return _put_best(run)
-    if at != run/'best': shutil.rmtree(run/'best', ignore_errors=True)
-    if at == run/'previous'/'best': os.replace(at, run/'best')
+    if at == run/'best.new':
+        return _put_best(run)
+    if at != run/'best':
+        shutil.rmtree(run/'best', ignore_errors=True)
+    if at == run/'previous'/'best':
+        os.replace(at, run/'best')
     shutil.rmtree(run/'best.new', ignore_errors=True)
 
 def _settle(
@@ -389,18 +441,26 @@ def _settle(
     if at is None:
         for name in ('last', 'previous', 'new.tmp', 'best.new', 'best'):
             shutil.rmtree(run/name, ignore_errors=True)
-        (run/'log.jsonl').write_bytes(b''); (run/'picks.bin').write_bytes(b''); return
-    if at.name == 'previous': shutil.rmtree(run/'last', ignore_errors=True)
-    if 'sealed' in state: _take_best(run, state['sealed']['best'])
-    if at.name == 'previous': shutil.rmtree(at/'best', ignore_errors=True); os.replace(at, run/'last')
+        (run/'log.jsonl').write_bytes(b'')
+        (run/'picks.bin').write_bytes(b'')
+        return
+    if at.name == 'previous':
+        shutil.rmtree(run/'last', ignore_errors=True)
+    if 'sealed' in state:
+        _take_best(run, state['sealed']['best'])
+    if at.name == 'previous':
+        shutil.rmtree(at/'best', ignore_errors=True)
+        os.replace(at, run/'last')
     for name, n in (('log.jsonl', state['log_bytes']), ('picks.bin', state['pick_bytes'])):
-        (run/name).touch(); os.truncate(run/name, n)
+        (run/name).touch()
+        os.truncate(run/name, n)
 
 def _whole_lines(path):
     "Drop the lines of the clock that a kill has cut or somebody has changed"
     lines = ''.join(map(stamped, stamped_lines(path))).encode()
     if path.is_file() and path.read_bytes() != lines:
-        warnings.warn(f'{path.name}: lines that are not whole were dropped'); write_atomic(path, lines)
+        warnings.warn(f'{path.name}: lines that are not whole were dropped')
+        write_atomic(path, lines)
 
 # %% ../../nbs/6_training/04_loop.ipynb #a9dd4052
 def resume(
@@ -410,10 +470,13 @@ def resume(
     "Go on from the newest checkpoint that can be trusted; the rest is made what it was then"
     at, tensors, state, running = _trusted(t, run) or (None,)*4
     t.accelerator.wait_for_everyone()  # all processes have looked before the first one changes anything
-    if leads(): _settle(run, at, state)
+    if leads():
+        _settle(run, at, state)
     t.accelerator.wait_for_everyone()
-    if at is None: return False
-    _unpack(t, tensors, state); t.running = running
+    if at is None:
+        return False
+    _unpack(t, tensors, state)
+    t.running = running
     return True
 
 def check_run(
@@ -421,12 +484,16 @@ def check_run(
 ):
     """Refuse a run whose files are not what it left: by its list where it is finished, else by its last
     checkpoint"""
-    run = Path(run); why = broken(run) if (run/'DONE').is_file() else ''
+    run = Path(run)
+    why = broken(run) if (run/'DONE').is_file() else ''
     if not (run/'DONE').is_file() and (run/'last').is_dir():
-        try: _beside(run, whole_checkpoint(run/'last')[1])
-        except ValueError as e: why = str(e)
+        try:
+            _beside(run, whole_checkpoint(run/'last')[1])
+        except ValueError as e:
+            why = str(e)
     remedy = 'Run it again: what cannot be trusted is made anew.'
-    if why: raise DataError(run, why, 'the files as the run left them', remedy)
+    if why:
+        raise DataError(run, why, 'the files as the run left them', remedy)
 
 # %% ../../nbs/6_training/04_loop.ipynb #45f03227
 def _same_words(a, b)->bool:
@@ -444,7 +511,8 @@ def warm_start(
 ):
     "Begin with the weights of another run; owners of state begin empty"
     check_run(folder)
-    folder = Path(folder); remedy = 'The run that is started from needs the same data and model.'
+    folder = Path(folder)
+    remedy = 'The run that is started from needs the same data and model.'
     if not _same_words(tokens.load(folder/'best'/'vocab.json'), t.vocab):
         raise DataError(folder, 'a run with another vocabulary', 'the words of this training split', remedy)
     found = load_checkpoint(folder/'last') if carry else None
@@ -452,11 +520,13 @@ def warm_start(
         raise DataError(folder, 'no whole checkpoint', 'one, to carry its optimiser on',
                         'Set carry to False.')
     weights = _under(found[0], 'model.') if carry else from_pretrained(folder/'best').state_dict()
-    try: t.core.load_state_dict(weights)
+    try:
+        t.core.load_state_dict(weights)
     except RuntimeError as e:
         raise DataError(folder, f'other weights ({str(e).splitlines()[-1].strip()})', 'the same model',
                         remedy) from None
-    if not carry: return
+    if not carry:
+        return
     moments = {}
     for k, v in _under(found[0], 'opt.').items():
         i, name = k.split('.', 1)
@@ -469,16 +539,24 @@ LOG_EVERY = 50     # steps between two lines of the log
 def _say(t:Training, run:Path, **line):
     """Append a line to the log: nothing of the clock, so it is the same on every machine and after every
     resume"""
-    if not leads(): return
-    raw = (json.dumps(line)+'\n').encode(); t.running['log'].update(raw)
-    with open(run/'log.jsonl', 'ab') as f: f.write(raw); f.flush(); t.log_bytes = f.tell()
+    if not leads():
+        return
+    raw = (json.dumps(line)+'\n').encode()
+    t.running['log'].update(raw)
+    with open(run/'log.jsonl', 'ab') as f:
+        f.write(raw)
+        f.flush()
+        t.log_bytes = f.tell()
 
 def _log(t:Training, run:Path, epoch:int, clock:list):
     "One line of means since the last, and one of the clock; the only place that waits for the device"
-    loss, norm, clipped, n = t.meter.tolist(); t.meter.zero_()
+    loss, norm, clipped, n = t.meter.tolist()
+    t.meter.zero_()
     _say(t, run, step=t.step, epoch=epoch, loss=loss/n, norm=norm/n, clipped=clipped/n)
-    if not leads(): return
-    now = time.perf_counter(); seconds, clock[0] = now-clock[0], now
+    if not leads():
+        return
+    now = time.perf_counter()
+    seconds, clock[0] = now-clock[0], now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     with open(run/'timing.jsonl', 'a') as f:
         spent = dict(seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak))
@@ -491,11 +569,14 @@ PICK = np.dtype([(k, '<i8') for k in ('step', 'epoch', 'image', 'caption', 'othe
 def _rows(t, epoch, view, name, c, picked, anchors=32, each=4):
     """What a source picked for the first anchors of a batch; a source that takes everything picks nothing
     worth a line"""
-    if picked.idx.shape[1] > 4*each: return np.zeros(0, PICK)
-    idx, ok = picked.idx[:anchors,:each], picked.valid[:anchors,:each]; about = c.about() if c.about else {}
+    if picked.idx.shape[1] > 4*each:
+        return np.zeros(0, PICK)
+    idx, ok = picked.idx[:anchors,:each], picked.valid[:anchors,:each]
+    about = c.about() if c.about else {}
     def of(key):
         v = about.get(key)
-        if v is None: return torch.full_like(idx, -1)
+        if v is None:
+            return torch.full_like(idx, -1)
         return v[idx] if v.ndim == 1 else v[:anchors].gather(1, idx)
     out = np.zeros(tuple(idx.shape), PICK)
     out['step'], out['epoch'], out['side'], out['source'] = t.step, epoch, view.side, name
@@ -503,52 +584,66 @@ def _rows(t, epoch, view, name, c, picked, anchors=32, each=4):
     who = dict(image=s.img[:anchors,None], caption=s.cap[:anchors,None], other_image=of('image'))
     who |= dict(other_caption=of('caption'), score=c.score[:anchors].gather(1, idx),
                 positive=c.pos[:anchors,None])
-    for k, v in who.items(): out[k] = v.detach().cpu().numpy()
+    for k, v in who.items():
+        out[k] = v.detach().cpu().numpy()
     return out[ok.cpu().numpy()]
 
 def _note(t:Training, run:Path, epoch:int, seen:list):
     "Append picks to the log of picks: a sample, in the steps that are logged"
     raw = b''.join(_rows(t, epoch, *x).tobytes() for x in seen)
-    if not leads(): return
+    if not leads():
+        return
     t.running['picks'].update(raw)
-    with open(run/'picks.bin', 'ab') as f: f.write(raw); f.flush(); t.pick_bytes = f.tell()
+    with open(run/'picks.bin', 'ab') as f:
+        f.write(raw)
+        f.flush()
+        t.pick_bytes = f.tell()
 
 def load_picks(
     path,              # picks.bin of a run
 )->np.ndarray:         # (n,) of type `PICK`
     "The sampled picks of a run"
     raw = Path(path).read_bytes()
-    if not len(raw) % PICK.itemsize: return np.frombuffer(raw, PICK)
+    if not len(raw) % PICK.itemsize:
+        return np.frombuffer(raw, PICK)
     raise DataError(path, f'{len(raw)} bytes', f'a multiple of {PICK.itemsize}',
                     'The run was stopped while writing: go on with it.')
 
 def _validate(t:Training, run:Path, epoch:int):
     "Rank the val split; keep the model with the highest rSum, the earlier one on ties"
-    m = summary(rank_split(t.core, t.val)); t.history.append(m)
+    m = summary(rank_split(t.core, t.val))
+    t.history.append(m)
     told = {k: v for o in t.stateful() if hasattr(o, 'monitor') for k, v in o.monitor().items()}
     _say(t, run, step=t.step, epoch=epoch, val=m, **(dict(monitor=told) if told else {}))
     if m['rsum'] > t.best[0]:
         t.best = (m['rsum'], epoch)
-        if leads(): _new_best(t, run/'best.new')
+        if leads():
+            _new_best(t, run/'best.new')
 
 def _new_best(t:Training, at:Path):
     "The best model so far, on the disk; its place it takes after the checkpoint that knows it"
     shutil.rmtree(at, ignore_errors=True)
-    save_pretrained(t.core, at); t.vocab.save(at/'vocab.json')
-    for p in (*at.iterdir(), at): sync(p)
+    save_pretrained(t.core, at)
+    t.vocab.save(at/'vocab.json')
+    for p in (*at.iterdir(), at):
+        sync(p)
     t.best_files = {p.name: sha256_of(p) for p in sorted(at.iterdir())}
 
 def _keep(t:Training, run:Path):
     "A checkpoint: what it stands on reaches the disk first"
     for name in ('log.jsonl', 'picks.bin'):
-        if (run/name).is_file(): sync(run/name)
-    save_checkpoint(run/'last', *_pack(t)); _put_best(run)
+        if (run/name).is_file():
+            sync(run/name)
+    save_checkpoint(run/'last', *_pack(t))
+    _put_best(run)
 
 def _halt(t:Training, stop:list, due:bool)->bool:
     """Has this process been asked to stop - or, of several, any of them? Those ask each other only where
     they wait anyway"""
-    if devices()[1] == 1 or not due: return bool(stop) and devices()[1] == 1
-    asked = torch.tensor(float(bool(stop)), device=t.accelerator.device); dist.all_reduce(asked)
+    if devices()[1] == 1 or not due:
+        return bool(stop) and devices()[1] == 1
+    asked = torch.tensor(float(bool(stop)), device=t.accelerator.device)
+    dist.all_reduce(asked)
     return bool(asked)
 
 def _finished(t:Training, run:Path)->Training:
@@ -578,13 +673,15 @@ def fit(
     run = Path(run)
     with locked(run) if leads() else nullcontext(), stop_signal() as stop:
         t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code)
-        if not resume(t, run) and init: warm_start(t, init, carry)
+        if not resume(t, run) and init:
+            warm_start(t, init, carry)
         clock = [time.perf_counter()]
         bar = tqdm(total=t.steps, initial=t.step, disable=not progress or not leads(), mininterval=1.,
                    desc=cfg.method, unit='step')
         while t.step < t.steps:
             epoch, i = divmod(t.step, t.per_epoch)
-            if i == 0: call_hooks(t.stateful(), 'start_epoch', epoch)
+            if i == 0:
+                call_hooks(t.stateful(), 'start_epoch', epoch)
             caps = order(len(t.train.lengths), cfg.seed, epoch)[i*cfg.batch:(i+1)*cfg.batch]
             ends, due = i == t.per_epoch-1, (t.step+1) % LOG_EVERY == 0; seen = [] if ends or due else None
             train_step(t, caps, epoch, seen); t.step += 1; bar.update()
@@ -607,11 +704,13 @@ def evaluate(
     device='cpu',
 )->tuple:                  # (Ranks, Split, Batches)
     "Ranks of a split by the best model of a run, written to `ranks_<part>.npz`"
-    run = Path(run); check_run(run)
+    run = Path(run)
+    check_run(run)
     vocab, model = tokens.load(run/'best'/'vocab.json'), from_pretrained(run/'best', device)
     data = remembering(model, data, vocab, (part,))
     batches = data.batches(data.split(part), vocab, device)
-    r = rank_split(model, batches); save_ranks(run/f'ranks_{part}.npz', r)
+    r = rank_split(model, batches)
+    save_ranks(run/f'ranks_{part}.npz', r)
     return r, batches.split, batches
 
 @torch.no_grad()
