@@ -91,15 +91,18 @@ def _data_command(what, *argv)->tuple:
     if what == 'get':
         from itm_nb.data.download import get_command
         return get_command(list(argv))
+    if what == 'prepare':
+        from itm_nb.data.prepare import prepare_command
+        return prepare_command(list(argv))
     from itm_nb.data.subset import subset_command
     return subset_command(list(argv)), 0
 
 @command
 def itm_data(argv=None)->int:
-    """Look at a data folder; `itm_data get`: fetch one; `itm_data subset`: cut one; `itm_data audit
-    --help`: what samplers pick from it"""
+    """Look at a data folder; `itm_data get`: fetch one; `itm_data prepare`: keep copies of pictures together;
+    `itm_data subset`: cut one; `itm_data audit --help`: what samplers pick from it"""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (['audit'], ['get'], ['subset']):
+    if argv[:1] in (['audit'], ['get'], ['prepare'], ['subset']):
         lines, code = _data_command(*argv)
         print('\n'.join(lines))
         return code
