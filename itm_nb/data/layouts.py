@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLITS_FORMAT', 'WANTED', 'FORMS', 'SEPARATORS', 'TABLES', 'MANY', 'LAYOUTS', 'KNOWN', 'Entry', 'Table',
-           'part_name', 'only_file', 'home', 'prepared', 'karpathy_table', 'albef_table', 'named_columns',
-           'captions_table', 'imagefolder_table', 'to_split', 'read_boxes', 'datasets_table', 'Layout', 'recognise',
-           'Known', 'open_layout', 'check_layout', 'info_layout']
+           'part_name', 'only_file', 'home', 'prepared', 'as_prepared', 'karpathy_table', 'albef_table',
+           'named_columns', 'captions_table', 'imagefolder_table', 'to_split', 'read_boxes', 'datasets_table', 'Layout',
+           'recognise', 'Known', 'open_layout', 'check_layout', 'info_layout']
 
 # %% ../../nbs/1_data/07_layouts.ipynb #ae6ccc81
 import csv
@@ -127,7 +127,9 @@ def _are_lists(parts)->bool:
     return isinstance(parts, dict) and set(parts) <= {'train', 'val', 'test'} and all(
         isinstance(x, list) and all(isinstance(f, str) for f in x) for x in parts.values())
 
-def _as_prepared(table)->Table:
+def as_prepared(
+    table:Table,
+)->Table:
     "A table with the parts of `splits.json`, where there is one"
     part = prepared(home(table)).get('parts')
     if part is None:
@@ -499,7 +501,7 @@ def to_split(
     follow_links:bool=False,   # as in `open_layout`
 )->Split:                  # with `files`, without features; nothing is decoded
     "One part of a table as a split of image files"
-    table = _as_prepared(table)
+    table = as_prepared(table)
     if not any(e.part for e in table.entries):
         table = _drawn(table)
     _check_ids(table)

@@ -137,7 +137,8 @@ class Prepared:
 def _loose_table(folder, columns, separator)->str:
     "The only other csv, tsv or jsonl file whose columns are those of captions; DataError where there is none"
     found = []
-    for path in sorted(p for end in ('csv', 'tsv', 'jsonl') for p in folder.glob(f'*.{end}')):
+    for path in sorted(p for end in ('csv', 'tsv', 'jsonl') for p in folder.glob(f'*.{end}')
+                       if p.name != 'false_negatives.csv'):
         try:
             found += [path.name] * bool(captions_table(folder, columns, separator, table=path.name).entries)
         except DataError:

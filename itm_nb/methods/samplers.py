@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'Selection', 'Source', 'Step', 'searching', 'DirectedStep', 'in_batch', 'of_scores', 'everything',
-           'hardest', 'top', 'every', 'semi_hard', 'draw_at', 'draw', 'exclude_false_negatives']
+           'hardest', 'top', 'every', 'semi_hard', 'draw_at', 'draw', 'exclude_false_negatives', 'exclude_pairs']
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #c9bcdd59
 from contextlib import contextmanager
@@ -261,3 +261,29 @@ def exclude_false_negatives(
         return replace(c, score=c.score.masked_fill(true, -torch.inf),
                        eligible=c.eligible & ~true, about=lambda: who | {'true of it': true})
     return barred
+
+# %% ../../nbs/5_methods/01_samplers.ipynb #5k110w02
+def exclude_pairs(
+    pool:Callable,     # DirectedStep -> Candidates
+    pairs:Tensor,      # (P, 2) int64: image id, sentence id
+)->Callable:           # DirectedStep -> Candidates
+    "A pool without pairs that are known to be true; both directions leave them out"
+    (images, i), (captions, j) = (x.unique(return_inverse=True) for x in pairs.unbind(1))
+    keys = (i*len(captions) + j).unique()
+    def barred(view:DirectedStep)->Candidates:
+        c = pool(view)
+        other = c.about().get('caption' if view.i2t else 'image') if c is not None and c.about else None
+        if other is None or not len(pairs):
+            return c
+        s = view.step
+        image, caption = (s.img[:,None], other) if view.i2t else (other, s.cap[:,None])
+        a, b = _place(image, images), _place(caption, captions)
+        true = (a >= 0) & (b >= 0) & (_place(a*len(captions) + b, keys) >= 0)
+        return replace(c, score=c.score.masked_fill(true, -torch.inf), eligible=c.eligible & ~true,
+                       about=lambda: c.about() | {'marked true': true.expand_as(c.eligible)})
+    return barred
+
+def _place(ids:Tensor, known:Tensor)->Tensor:
+    "Where ids stand in a sorted list; -1: nowhere"
+    at = torch.searchsorted(known.to(ids.device), ids.contiguous()).clamp(max=len(known)-1)
+    return torch.where(known.to(ids.device)[at] == ids, at, -1)

@@ -27,9 +27,11 @@ from .parameters import parameters, rules
 # parameters that do not change a result
 PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'progress', 'sweep', 'search')
 # that name a run, a file, or a word
-INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds')
+INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds',
+          'known_false_negatives')
 # of `train`: no settings of training
-OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fold', 'test')
+OF_A_RUN = (*PLACES, 'arm', 'init', 'carry', 'lists', 'generator', 'folds', 'fold', 'test',
+            'known_false_negatives', 'model')
 FIRST = dict(    # parameters that always count: those the templates had when the first records were made
     train='data name preset rho world dims regions image_hidden image_pool text text_pool dim d_word '
           'dropout method warmup margin '

@@ -15,7 +15,7 @@ import shutil
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Callable
@@ -32,6 +32,7 @@ from ..core.errors_files import DataError, sha256_of, write_atomic
 from ..core.random import order, purpose_key
 from ..core.sealed_files import broken, stamped, stamped_lines, sync
 from ..data.batches import Batches, Vocabulary
+from ..data.known_pairs import pair_ids, read_pairs
 from ..data.pixels import augment
 from ..data.splits import fingerprint
 from ..metrics.ranks import summary
@@ -41,7 +42,7 @@ from ..models.pretrained import temperature, weights_print
 from ..models.similarity import join, image_inputs
 from ..methods.method import losses, fetches
 from ..methods.registry import code_of, in_force, schedule
-from ..methods.samplers import Step
+from ..methods.samplers import exclude_pairs, Step
 from .build import (
     words_seen, build, learning_rate, measure, networks, optimiser, remembering, vocabulary)
 from .checkpoint import (
@@ -74,6 +75,7 @@ class Training:
     running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     code:str = ''                    # hash of the method's source where it is not the package's own
+    told:dict = field(default_factory=dict)      # last loss and validation, for the bar
     recent:list = field(default_factory=list)    # (step, rate, losses, gradient norm) since `refuse_nan`
 
     @cached_property
@@ -251,11 +253,21 @@ def _own_temperature(cfg, models)->float:
                          'here')
     return own
 
-def _prints(cfg, data, splits)->dict:
-    "Fingerprints of the data and of the networks' weights: a run is only gone on with if they are the same"
+def _without_known(phases, file, split, device)->tuple:
+    "The methods of a schedule on sources that leave out pairs which are marked as true"
+    if not file:
+        return phases
+    pairs = torch.from_numpy(pair_ids(read_pairs(file), split, file)).to(device)
+    swapped = lambda m: {k: replace(s, pool=exclude_pairs(s.pool, pairs)) for k, s in m.sources.items()}
+    return tuple((first, m.but(**swapped(m))) for first, m in phases)
+
+def _prints(cfg, data, splits, known)->dict:
+    """Fingerprints of the data, of the networks' weights and of pairs known to be true: a run is only gone on
+    with if they are the same"""
     nets = {k: weights_print(n) for k, n in zip(('vision', 'text_model'), networks(cfg, data.models)) if n
             and n.folder}
-    return {s.name: fingerprint(s) for s in splits} | nets
+    listed = dict(known_false_negatives=sha256_of(known)) if known else {}
+    return {s.name: fingerprint(s) for s in splits} | nets | listed
 
 def prepare(
     cfg:Config,
@@ -264,6 +276,7 @@ def prepare(
     lists='',                # folder of mined lists, for methods that use them
     generator='',            # folder of the run whose model writes sentences, likewise
     allow_code:bool=False,   # may the method be one's own code? Never where its name was read from a file
+    known_false_negatives='',   # csv file of pairs that are no negatives, see `known_pairs`
 )->Training:
     "Data on the device, a fresh model, its optimiser and the schedule of methods"
     # an impossible network is refused before data are opened
@@ -276,8 +289,7 @@ def prepare(
     change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch,
         cfg.augment)
     model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models,
-                  words_seen(cfg, vocab, train))
-    model = model.to(accelerator.device)
+                  words_seen(cfg, vocab, train)).to(accelerator.device)
     data = remembering(model, data, vocab, augment=cfg.augment)
     batches = [data.batches(s, vocab, accelerator.device, change, n)
                for s, n in ((train, data.workers), (val, 0))]
@@ -288,8 +300,10 @@ def prepare(
                     model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists),
                     generator=str(generator))
-    phases = schedule(cfg.method, cfg.warmup, cfg.warmup_method, allow_code, **settings)
-    return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
+    phases = _without_known(schedule(cfg.method, cfg.warmup, cfg.warmup_method, allow_code, **settings),
+                            known_false_negatives, train, accelerator.device)
+    return Training(cfg, model, opt, accelerator, phases, *batches, vocab,
+                    _prints(cfg, data, (train, val), known_false_negatives),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
 
 # %% ../../nbs/6_training/04_loop.ipynb #762eaedf
@@ -552,6 +566,7 @@ def _log(t:Training, run:Path, epoch:int, clock:list):
     "One line of means since the last, and one of the clock; the only place that waits for the device"
     loss, norm, clipped, n = t.meter.tolist()
     t.meter.zero_()
+    t.told['loss'] = loss/n
     _say(t, run, step=t.step, epoch=epoch, loss=loss/n, norm=norm/n, clipped=clipped/n)
     if not leads():
         return
@@ -613,6 +628,7 @@ def _validate(t:Training, run:Path, epoch:int):
     "Rank the val split; keep the model with the highest rSum, the earlier one on ties"
     m = summary(rank_split(t.core, t.val))
     t.history.append(m)
+    t.told['rsum'] = m['rsum']
     told = {k: v for o in t.stateful() if hasattr(o, 'monitor') for k, v in o.monitor().items()}
     _say(t, run, step=t.step, epoch=epoch, val=m, **(dict(monitor=told) if told else {}))
     if m['rsum'] > t.best[0]:
@@ -653,6 +669,44 @@ def _finished(t:Training, run:Path)->Training:
     save_ranks(run/'ranks_val.npz', rank_split(t.core, t.val))
     return t
 
+# %% ../../nbs/6_training/04_loop.ipynb #4ba701b2
+class _Bar:
+    "Progress of a training: a bar where somebody looks, a line in a file for who drives the notebook"
+    def __init__(self,
+        t:Training,
+        show:bool,       # a bar here?
+    ):
+        self.t, self.began, self.first, self.said = t, time.perf_counter(), t.step, 0.
+        self.file = os.environ.get('ITM_PROGRESS', '') if leads() else ''
+        self.bar = tqdm(total=t.steps, initial=t.step, disable=not show or not leads(), mininterval=1.,
+                        desc=t.cfg.method, unit='step')
+
+    def words(self)->str:
+        "Last loss, pairs a second, last validation"
+        rate = (self.t.step - self.first)*self.t.cfg.batch/max(time.perf_counter() - self.began, 1e-9)
+        form = dict(loss='loss {:.3f}', rsum='val rSum {:.1f}')
+        return ', '.join([form[k].format(v) for k, v in self.t.told.items()] + [f'{rate:.0f} pairs/s'])
+
+    def update(self):
+        "One step more; said twice a second at most"
+        self.bar.update()
+        if time.perf_counter() - self.said > .5:
+            self._tell()
+
+    def _tell(self):
+        self.said = time.perf_counter()
+        self.bar.set_postfix_str(self.words(), refresh=False)
+        if self.file:
+            told = dict(step=self.t.step, steps=self.t.steps, name=self.t.cfg.method, words=self.words())
+            tmp = Path(f'{self.file}.tmp')
+            tmp.write_text(json.dumps(told))
+            os.replace(tmp, self.file)
+
+    def close(self):
+        "No more steps: all is validated"
+        self._tell()
+        self.bar.close()
+
 # %% ../../nbs/6_training/04_loop.ipynb #5729826a
 def fit(
     cfg:Config,
@@ -668,16 +722,17 @@ def fit(
     lists='',                  # folder of mined lists, for methods that use them
     generator='',              # folder of the run whose model writes sentences, likewise
     allow_code:bool=False,     # may the method be one's own code? Never where its name was read from a file
+    known_false_negatives='',  # csv file of pairs that are no negatives, see `known_pairs`
 )->Training:                   # holding the best model
     "Train to the end, from where the last checkpoint left off"
     run = Path(run)
     with locked(run) if leads() else nullcontext(), stop_signal() as stop:
-        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code)
+        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code,
+                    known_false_negatives)
         if not resume(t, run) and init:
             warm_start(t, init, carry)
         clock = [time.perf_counter()]
-        bar = tqdm(total=t.steps, initial=t.step, disable=not progress or not leads(), mininterval=1.,
-                   desc=cfg.method, unit='step')
+        bar = _Bar(t, progress)
         while t.step < t.steps:
             epoch, i = divmod(t.step, t.per_epoch)
             if i == 0:

@@ -1,5 +1,4 @@
 """`itm_data prepare`: copies stay together, whatever the layout; against a slow reference; 200 pictures at once."""
-import csv
 import json
 import os
 import time
@@ -15,40 +14,9 @@ from itm_nb.core.errors_files import DataError
 from itm_nb.data import prepare as module
 from itm_nb.data.layouts import check_layout, open_layout
 from itm_nb.data.prepare import prepare
+from photos import folder_of, paint
 
 PARTS = ('train', 'val', 'test')
-
-
-def paint(path, i, size=(96, 72)):
-    "Another smooth picture for every i"
-    g = np.random.default_rng(i)
-    y, x = np.mgrid[:72, :96]/72
-    a = np.stack([128 + 100*np.sin(g.uniform(2, 6)*x + g.uniform(2, 6)*y + g.uniform(0, 6)) for _ in 'rgb'], -1)
-    for cy, cx, r in g.uniform((.1, .1, .05), (.9, 1.2, .25), (4, 3)):
-        a[(y-cy)**2 + (x-cx)**2 < r*r] = g.uniform(0, 255, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(a.clip(0, 255).astype('uint8')).resize(size).save(path)
-
-
-def folder_of(at, n=180, copies=20):
-    "n pictures as JPEG, copies of some: the same bytes, smaller, coarser in turn; Kaggle's captions.txt"
-    for i in range(n):
-        paint(at/'Images'/f'{i:03d}.jpg', i)
-    of = {}
-    for k in range(copies):
-        src, to = at/'Images'/f'{9*k:03d}.jpg', at/'Images'/f'again{k:02d}.jpg'
-        of[to.name] = src.name
-        if k % 3 == 0:
-            to.write_bytes(src.read_bytes())
-        elif k % 3 == 1:
-            Image.open(src).resize((64, 48)).save(to)
-        else:
-            Image.open(src).save(to, quality=50)
-    rows = [['image', 'caption']] + [[f.name, f'it is {f.stem}, seen {k}'] for f in sorted((at/'Images').iterdir())
-                                     for k in range(2)]
-    with open(at/'captions.txt', 'w', newline='') as f:
-        csv.writer(f).writerows(rows)
-    return of
 
 
 def parts_read(at):
