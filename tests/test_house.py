@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
-MODULES = sorted(p for p in (ROOT/'itm_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+MODULES = sorted(p for p in (ROOT/'itm_nb').rglob('*.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py'))
 cells = lambda p: json.loads(p.read_text('utf-8'))['cells']
 source = lambda c: ''.join(c['source'])
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ('core', 'data', 'scenes', 'metrics', 'models', 'methods', 'training', 'runs', 'analysis', 'cli')     # from the bottom to the top
-MODULES = {'.'.join(p.relative_to(ROOT/'itm_nb').with_suffix('').parts): p for p in (ROOT/'itm_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+MODULES = {'.'.join(p.relative_to(ROOT/'itm_nb').with_suffix('').parts): p for p in (ROOT/'itm_nb').rglob('*.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py')}
 source = lambda c: ''.join(c['source'])
 
 

@@ -39,7 +39,7 @@ def walked(folder, ending):
 
 
 NOTEBOOKS = walked(ROOT/'nbs', '.ipynb')
-MODULES = [p for p in walked(ROOT/'itm_nb', '.py') if p.name not in ('__init__.py', '_modidx.py')]
+MODULES = [p for p in walked(ROOT/'itm_nb', '.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py')]
 TESTS = walked(ROOT/'tests', '.py')
 
 
@@ -161,7 +161,7 @@ def listed(folder, ending):
     ('nbs', '.ipynb', NOTEBOOKS), ('itm_nb', '.py', MODULES), ('tests', '.py', TESTS)])
 def test_nothing_is_overlooked(folder, ending, found):
     "What the tests walk is what there is: all of it, in however many folders"
-    there = {p for p in listed(folder, ending) if p.name not in ('__init__.py', '_modidx.py')}
+    there = {p for p in listed(folder, ending) if p.name not in ('__init__.py', '__main__.py', '_modidx.py')}
     assert there <= set(found), sorted(str(p) for p in there - set(found))
     assert len({p.parent for p in found}) > 5, 'folders have been overlooked'
 

@@ -8,17 +8,22 @@ __all__ = ['project', 'fold_file', 'template', 'read_yaml']
 # %% ../../nbs/0_core/05_project.ipynb #d3d7f697
 from pathlib import Path
 
+import itm_nb
 from .commands import suggest, SetupError
 
 # %% ../../nbs/0_core/05_project.ipynb #c282da41
 def project(
     start=None,     # where to look first; None: the current folder
 )->Path:            # the folder that holds nbs/experiments
-    "The clone: the current folder or one above it, else the folder of an editable install"
+    """The clone: the current folder or one above it, else the folder of an editable install, else what an
+    installed wheel brought along: templates, sweeps, folds, published rows"""
     here = Path(start or Path.cwd()).resolve()
     for at in (here, *here.parents, Path(__file__).resolve().parents[2] if '__file__' in globals() else here):
         if (at/'nbs'/'experiments').is_dir() and (at/'settings.ini').is_file():
             return at
+    brought = Path(itm_nb.__file__).resolve().parent/'installed'
+    if (brought/'nbs'/'experiments').is_dir():
+        return brought
     remedy = 'run this in the cloned folder, or install with `pip install -e .`'
     raise SetupError(f'no clone of itm_nb at or above {here.name}; {remedy}')
 

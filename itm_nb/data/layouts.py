@@ -363,7 +363,7 @@ def _root(folder, name, table)->Path:
     return folder/there[0] if there else folder
 
 def captions_table(
-    folder,                # holds captions.csv or captions.jsonl; else captions.txt or results.csv; or what was prepared
+    folder,                # holds captions.csv or .jsonl; else captions.txt or results.csv
     columns='',            # 'file=...,caption=...,split=...', see `named_columns`; '': one of FORMS
     separator:str='',      # between the fields: , ; | or tab; '': found in the first line
     follow_links:bool=False,   # as in `open_layout`

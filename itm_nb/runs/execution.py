@@ -118,7 +118,8 @@ def _follow(file, stop, stream):
         last = stop.wait(.25)
         try:
             told = json.loads(file.read_text())
-            bar = bar or tqdm(total=told['steps'], initial=told['step'], desc=told['name'], unit='step', file=stream)
+            bar = bar or tqdm(total=told['steps'], initial=told['step'], desc=told['name'], unit='step',
+                              file=stream)
             bar.update(told['step'] - bar.n)
             bar.set_postfix_str(told['words'])
         except (OSError, ValueError, KeyError):

@@ -1,4 +1,5 @@
-"""`itm_run train -p folder PHOTOS -p model NAME`: from the command line to a finished run, without weights of the world."""
+"""`itm_run train -p folder PHOTOS -p model NAME`: from the command line to a finished run, without weights
+of the world."""
 import json
 import time
 
@@ -14,7 +15,8 @@ def test_the_first_two_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare('photos')
     began = time.perf_counter()
-    asked = ['train', '-p', 'folder', 'photos', '-p', 'model', 'tiny-clip', '-p', 'epochs', '2', '-p', 'out', 'run']
+    asked = ['train', '-p', 'folder', 'photos', '-p', 'model', 'tiny-clip', '-p', 'epochs', '2', '-p', 'out',
+             'run']
     assert itm_run(asked) == 0
     said = capsys.readouterr()
     print(f'{time.perf_counter()-began:.0f} s', said.out)
@@ -33,5 +35,6 @@ def test_without_weights_one_message(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert itm_run(['train', '-p', 'folder', 'photos', '-p', 'model', 'clip-vit-base-patch32']) == 2
     said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and 'itm_data get clip-vit-base-patch32 models/' in said and 'drawn world' in said
+    assert (len(said.splitlines()) == 1 and 'itm_data get clip-vit-base-patch32 models/' in said
+            and 'drawn world' in said)
     assert not (tmp_path/'runs').exists()

@@ -22,7 +22,8 @@ def pairs_of(run):
     "{(image, caption)} that were negatives, in either direction"
     p = load_picks(run/'picks.bin')
     i2t = p['side'] == b'i2t'
-    images, captions = np.where(i2t, p['image'], p['other_image']), np.where(i2t, p['other_caption'], p['caption'])
+    images, captions = (np.where(i2t, p['image'], p['other_image']),
+                        np.where(i2t, p['other_caption'], p['caption']))
     return set(zip(images.tolist(), captions.tolist()))
 
 
@@ -56,7 +57,8 @@ def test_infonce_leaves_a_marked_pair_out_of_the_softmax(world, tmp_path):
     lines = ''.join(f'{i},{c}\n' for i in train.img_ids[:200] for c in sorted(set(train.captions)))
     (tmp_path/'all.csv').write_text('image,caption\n' + lines)
     few = train.subset(np.arange(40))
-    some = type(world)(**{**world.__dict__, 'split': lambda part: few if part == 'train' else world.split(part)})
+    some = type(world)(**{**world.__dict__, 'split': lambda part: few if part == 'train'
+                          else world.split(part)})
     t = fit(config(TINY | dict(method='infonce', epochs=1)), tmp_path/'run', some, progress=False,
             known_false_negatives=tmp_path/'all.csv')
     assert '"loss": 0.0' in (tmp_path/'run'/'log.jsonl').read_text() and t.step > 0
