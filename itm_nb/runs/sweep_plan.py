@@ -202,6 +202,8 @@ def _with_profile(path, spec, own)->dict:
     cost, replace what the file has"""
     cost, blocks = own.pop('cost', None), own.pop('blocks', spec['blocks'])
     search = spec['search'] | ({'found': own.pop('found')} if 'found' in own else {})
+    if search.get('block') not in blocks:      # blocks of its own: searched in the first of them
+        search.pop('block', None)
     parts = {k: own.pop(k, {}) for k in PARTS}
     for k, named in parts.items():
         must_be(path, f"a profile's {k}", named, dict)
