@@ -26,6 +26,7 @@ from .runs.sweep_driver import (
     BLOCKED, count_done, drive, gather, launch, Plan, report, stale, state, where)
 from .runs.sweep_plan import (
     checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials)
+from .runs.warm_server import Warm
 
 # %% ../nbs/9_cli.ipynb #f50f7dce
 def _listed(p:Parameter)->str:
@@ -258,6 +259,8 @@ def _parser()->argparse.ArgumentParser:
     _add_limits(p)
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='folder, cache, models, workers, device')
+    p.add_argument('--cold', action='store_true',
+                   help='every run imports everything by itself (default: they are forked from one process)')
     p.add_argument('--allow-code', action='store_true',
                    help="the file may name methods and notebooks of one's own: it is trusted")
     _add_questions(p)
@@ -306,7 +309,10 @@ def itm_sweep(argv=None)->int:
     if look:
         return _look(a, todo, spec, tried, open_, costs)
     _engine(a, tried + todo, costs)
-    return _sweep(a, spec, tried, costs)
+    try:
+        return _sweep(a, spec, tried, costs)
+    finally:
+        a.warm.close()
 
 def _check_given(a):
     "Refuse places on the command line that cannot be, before anything is read"
@@ -339,7 +345,8 @@ def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
     more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code
     begin = partial(launch, more=more)
-    a.start, n = begin, _jobs()
+    a.warm = Warm(more)
+    a.start, n = begin if a.cold else a.warm.start, _jobs()
     if a.engine == 'ray':
         from itm_nb.runs.ray_engine import starter
         a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)
@@ -403,17 +410,18 @@ def _report(a, todo)->int:
     "Records, tables and figures of what is finished"
     from itm_nb.analysis.tables import figure_path
     base, name = project()/'figures' if a.publish else Path(a.runs)/a.name/'report', a.name
+    begin = launch if a.engine == 'ray' or a.cold else a.warm.start
     if not any(finished(e.out, e.values) for e in todo):
         print('nothing is finished yet')
         return 0
     # a second driver of the same folder waits here and then makes the same files
     with in_turn(Path(a.runs)/name/'report.lock'):
         gather(todo, base/'results', name, a.runs)
-        code, kind = report(name, base/'results', base, Path(a.runs)/name/'study'), 'study'
+        code, kind = report(name, base/'results', base, Path(a.runs)/name/'study', start=begin), 'study'
         if a.told and not code:
             more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code)
             kind = a.told
-            code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
+            code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, begin, **more)
     if code:
         print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
     # the second: the template's own words
