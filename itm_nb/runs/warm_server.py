@@ -26,7 +26,7 @@ from .sweep_plan import Entry
 # %% ../../nbs/7_runs/12_warm_server.ipynb #ecdec9cd
 _MODULES = ('papermill', 'papermill.clientwrap', 'ipykernel.ipkernel', 'ipykernel.kernelapp',
             'matplotlib.pyplot', 'torch._dynamo', 'itm_nb.training.loop', 'itm_nb.runs.execution',
-            'itm_nb.runs.forked_kernel', 'itm_nb.runs.run_record', 'itm_nb.runs.external_scores')
+            'itm_nb.runs.forked_kernel', 'itm_nb.runs.run_record', 'itm_nb.runs.external_scores', 'transformers.models.bert.modeling_bert')
 _CHANGED, _THREADS = 3, 4      # exit codes of a server that must not be used
 
 def _import(names):
