@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from .identity import source_hash
 from .run_folder import RESUMABLE
@@ -105,6 +106,21 @@ def _work(argv, log, told, env, main)->int:
     return code
 
 # %% ../../nbs/7_runs/12_warm_server.ipynb #e1279cf8
+def _told(fd, before:bytes)->tuple:      # (all of it, has it ended?)
+    "What a run has told so far"
+    try:
+        while part := os.read(fd, 64):
+            before += part
+    except BlockingIOError:
+        return before, False
+    os.close(fd)
+    return before, True
+
+def _stop(pid):
+    "Ask a process to save and stop; it may have ended"
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
 class _Run:
     "A run that was asked of a server, seen as a process"
     def __init__(self,
@@ -126,33 +142,16 @@ class _Run:
         return self.returncode
 
     def _hear(self):
-        "Take up what it has told so far"
-        ended = False
-        try:
-            while part := os.read(self.told, 64):
-                self.said += part
-            ended = True
-        except BlockingIOError:
-            pass
+        "Take up what it has told: its process, then its exit code"
+        self.said, ended = _told(self.told, self.said)
         pid, code, *_ = [int(x) for x in self.said.split(b'\n')[:-1]] + [None, None]
-        if self.pid is None and pid:
-            self.pid = pid
-            if self.asked:
-                self.terminate()
+        if self.pid is None and pid and self.asked:
+            _stop(pid)
+        self.pid = pid
         if ended:
-            os.close(self.told)
-            self._end(code)
-
-    def _end(self, code):
-        "All is told: an exit code, or not even that"
-        if code is not None:
-            self.returncode = code
-        elif self.pid:
-            self.returncode = -signal.SIGKILL
-        elif self.asked:
-            self.returncode = RESUMABLE
-        else:
-            self.other = self.again()
+            lost = -signal.SIGKILL if pid else RESUMABLE if self.asked else None
+            self.returncode = lost if code is None else code
+            self.other = self.again() if self.returncode is None else None
 
     def terminate(self):
         "Ask it to save and stop"
@@ -162,12 +161,12 @@ class _Run:
         elif self.pid is None:
             self.cancel()
         elif self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+            _stop(self.pid)
 
-    def wait(self, pause:float=.05)->int:
+    def wait(self)->int:
         "Its exit code, once it has ended"
         while self.poll() is None:
-            time.sleep(pause)
+            time.sleep(.05)
         return self.returncode
 
 # %% ../../nbs/7_runs/12_warm_server.ipynb #582d3565
