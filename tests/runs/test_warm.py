@@ -1,10 +1,9 @@
-"""Runs forked from a warm server: the same bytes as cold ones, each a process of its own, whoever is killed."""
+"""Runs forked from a warm server: the same bytes as cold ones, each a process of its own."""
 import hashlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import psutil
 import pytest
 import yaml
 from test_kills import finished
-from test_runs import ROOT, call, command
+from test_runs import ROOT, command
 
 from itm_nb.core import project
 from itm_nb.runs import parameters, warm_server
