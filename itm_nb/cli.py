@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -305,17 +306,14 @@ def itm_sweep(argv=None)->int:
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
     look = a.dry_run or a.status or a.stale
     _check_inputs(tried + todo)
-    if not look:
-        _has_data(tried + todo)
+    _has_data([] if look else tried + todo)
     known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
     costs = lambda e: estimate(e, known)
     if look:
         return _look(a, todo, spec, tried, open_, costs)
     _engine(a, tried + todo, costs)
-    try:
+    with closing(a.warm):
         return _sweep(a, spec, tried, costs)
-    finally:
-        a.warm.close()
 
 def _check_given(a):
     "Refuse places on the command line that cannot be, before anything is read"

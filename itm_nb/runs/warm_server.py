@@ -201,11 +201,9 @@ class Warm:
         with open(e.out/'worker.log', 'ab') as log, open(tell, 'wb'):
             if self.server is None:
                 self._begin(log)
-            try:
+            # without a server nobody holds the pipe, and the run hears so
+            with suppress(OSError):
                 socket.send_fds(self.channel, [json.dumps(argv).encode()], [log.fileno(), tell])
-            except OSError:
-                # then nobody holds the pipe, and the run hears so
-                pass
         return _Run(hear, lambda: self._cold(e), self.close)
 
     def _begin(self, log):
