@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.errors_files import write_atomic
 from ..core.project import template
 from ..core.sealed_files import stamped_lines
 from .identity import about_folder, source_hash
@@ -218,6 +219,15 @@ def stale(
     return out
 
 # %% ../../nbs/7_runs/07_sweep_driver.ipynb #518aa678
+def _restore(entries):
+    "Records that were lost are taken from the folders of their runs"
+    for e in entries:
+        at, kept = e.out.parent/'records'/f'{e.out.name}.json', e.out/'record.json'
+        if not at.is_file() and kept.is_file():
+            at.parent.mkdir(exist_ok=True)
+            write_atomic(at, kept.read_bytes())
+            print(f'{at}: was lost, taken from {e.out}')
+
 def gather(
     todo:list,       # of Entry
     into:Path,       # folder of records
@@ -226,8 +236,9 @@ def gather(
 ):
     "Copy the records of finished runs; those of other runs of this sweep are removed"
     into.mkdir(parents=True, exist_ok=True)
-    keep = {e.out.name: e.out.parent/'records'/f'{e.out.name}.json'
-            for e in todo if finished(e.out, e.values)}
+    whole = [e for e in todo if finished(e.out, e.values)]
+    _restore(whole)
+    keep = {e.out.name: e.out.parent/'records'/f'{e.out.name}.json' for e in whole}
     for p in sorted((Path(runs)/name/'records').glob('*.json')) if runs else ():
         if json.loads(p.read_text('utf-8'))['kind'] == 'foreign':
             keep[p.stem] = p
