@@ -22,7 +22,7 @@ for asked in (['run', '--list'], ['run', 'train', '--parameters'], ['run', 'trai
     assert main(asked) == 0, asked
 print('>>> readme', flush=True)
 assert main(['readme']) == 2
-from itm_nb.analysis.coco_protocols import published
+from itm_nb.analysis.tables import published
 print(fold_file('flickr8k_5').stat().st_size > 1000, len(published(project()/'figures'/'published.csv')) > 10)
 """
 
