@@ -240,8 +240,7 @@ def _marked(index, d)->dict:
     if not isinstance(d, dict) or set(d) != set(kinds) or any(type(d[k]) is not v for k, v in kinds.items()):
         raise DataError('mark', 'another request', 'picture, sentence, true')
     n = mark(index, d['picture'], d['sentence'], d['true'])
-    return dict(said=f'{n} marked in {index.marks.name}; train with -p known_false_negatives '
-                     f'{index.marks.name}')
+    return dict(said=f'{n} marked; train with -p known_false_negatives {index.marks}')
 
 def _web():
     "The parts of Starlette that are used; SetupError without the extra `app`"

@@ -223,11 +223,8 @@ OF_RUNS = (
     Setting('generator', '', 'folder of the finished run whose model writes sentences, likewise',
             place='run'),
     Setting('known_false_negatives', '',
-            "csv file (image, caption) of pairs that are true though nobody wrote them: no negatives; '': "
-            "none",
-            place='file'),
-    Setting('model', '', "a network that sees and reads, e.g. clip-vit-base-patch32: it becomes vision and "
-                         "text_model, and what is not given is set by the size of the data; '': as above"),
+            "csv file (image, caption) of true pairs that are no negatives; '': none", place='file'),
+    Setting('model', '', "pair of networks, e.g. clip-vit-base-patch32; it sets what is not given; '': none"),
     Setting('test', True, 'rank the test split; False: validation only, as a search for settings does'),
     Setting('arm', '', "name in tables; '': the method's"),
     Setting('sweep', 'manual', 'which sweep this run belongs to',
