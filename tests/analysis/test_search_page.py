@@ -71,7 +71,6 @@ def raw(port, text):
     "The status line of a request that no client would send"
     with socket.create_connection(('127.0.0.1', port), 60) as s:
         s.sendall(text.encode())
-        s.shutdown(socket.SHUT_WR)
         got = b''
         while part := s.recv(65536):
             got += part
