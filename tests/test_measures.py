@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = 110
 BOUNDS = {
     'lines > 110, modules': 1,
-    'lines > 110, notebooks': 39,
+    'lines > 110, notebooks': 42,
     'lines > 110, tests': 2162,
     'several statements a line, modules, per mille': 10,
     'several statements a line, notebooks, per mille': 10,
     'README lines': 136,
-    'public names': 967,
+    'public names': 988,
     'private imports': 0,
     'circles': 0,
     'unused or doubtful names (ruff)': 146,

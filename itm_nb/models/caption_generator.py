@@ -40,7 +40,9 @@ class CaptionGenerator(nn.Module):
 
     def _frozen(self)->list:
         "What does not learn"
-        return [self.stream.embeddings, *self.stream.encoder.layer[:self.lower]] if self.config['upper'] else []
+        if not self.config['upper']:
+            return []
+        return [self.stream.embeddings, *self.stream.encoder.layer[:self.lower]]
 
     def train(self, mode:bool=True):
         "As always, but what is frozen stays in evaluation mode"

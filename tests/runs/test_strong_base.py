@@ -37,7 +37,8 @@ def made_up_photos(at, n=dict(train=60, dev=20, test=20), d=8):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, some', [('core', ('vsepp', 'aoq', 'glofnd')), ('tags', ('random', 'static', 'static_fne'))])
+@pytest.mark.parametrize('name, some', [('core', ('vsepp', 'aoq', 'glofnd')),
+                                        ('tags', ('random', 'static', 'static_fne'))])
 def test_the_tiny_profile_from_end_to_end(tmp_path, name, some):
     "Search, choice, lists or stored sentences, and arms: some arms, two settings each, on photographs of noise"
     folder = made_up_photos(tmp_path/'photos')
@@ -50,7 +51,8 @@ def test_the_tiny_profile_from_end_to_end(tmp_path, name, some):
     spec['search'].pop('block')
     (tmp_path/'own.yaml').write_text(yaml.safe_dump(spec, sort_keys=False))
     code = 'import sys; from itm_nb.cli import itm_sweep; sys.exit(itm_sweep())'
-    given = [str(tmp_path/'own.yaml'), '--profile', 'tiny', '--runs', str(tmp_path/'runs'), '--jobs', '2', '-p', 'folder', str(folder)]
+    given = [str(tmp_path/'own.yaml'), '--profile', 'tiny', '--runs', str(tmp_path/'runs'), '--jobs', '2',
+             '-p', 'folder', str(folder)]
     done = subprocess.run([sys.executable, '-c', code, *given], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     recs = [json.loads(p.read_text()) for p in (tmp_path/'runs').glob('*/records/*.json')]
