@@ -24,8 +24,9 @@ from .runs.parameters import check_places, Parameter, parameters
 from .runs.run_folder import BUSY, RESUMABLE, finished, in_turn
 from .runs.sweep_driver import (
     BLOCKED, count_done, drive, gather, launch, Plan, report, stale, state, where)
-from .runs.sweep_plan import (
-    checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials)
+from itm_nb.runs.sweep_plan import (
+    checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials,
+    write_settings)
 
 # %% ../nbs/9_cli.ipynb #f50f7dce
 def _listed(p:Parameter)->str:
@@ -276,6 +277,8 @@ def _add_limits(p):
 def _add_questions(p):
     "Arguments: what is answered without running anything"
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
+    p.add_argument('--search-only', action='store_true',
+                   help='search, write the settings found to a file, and stop')
     p.add_argument('--status', action='store_true', help='say what is finished, failed, blocked, and stop')
     p.add_argument('--stale', action='store_true',
                    help='list what was made by other source than the present, and stop')
@@ -384,6 +387,8 @@ def _sweep(a, spec, tried, costs)->int:
             print('stopped; the same command goes on from here')
             return RESUMABLE
         a.chosen = choose(spec, tried, failed)
+    if a.search_only:
+        return _keep_settings(a, spec)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
     before = sum(finished(e.out, e.values) for e in todo)
     print(f'{spec["title"]}: {len(todo)} runs, {before} of them finished before; {a.jobs} side by side')
@@ -393,11 +398,19 @@ def _sweep(a, spec, tried, costs)->int:
         print('stopped; the same command goes on from here')
         return RESUMABLE
     code = _report(a, todo)
-    if late:
-        print('the time is used up; the same command goes on from here')
-        return code or RESUMABLE
-    print(f'{time.perf_counter()-began:.0f} s')
-    return code or (1 if codes else 0)
+    print('the time is used up; the same command goes on from here' if late
+          else f'{time.perf_counter()-began:.0f} s')
+    return code or (RESUMABLE if late else 1 if codes else 0)
+
+def _keep_settings(a, spec)->int:
+    "Write what the search has found"
+    if missing := trials(spec).keys() - a.chosen.keys():
+        raise SetupError(f'{a.name}: no trial of {", ".join(sorted(missing))} ended well; no settings are written')
+    home = project()/'nbs'/'experiments'/'settings' if a.publish else Path(a.runs)/a.name
+    at = home/(f'{a.name}.yaml' if a.publish else 'settings.yaml')
+    write_settings(at, a.name, a.chosen)
+    print(at)
+    return 0
 
 def _report(a, todo)->int:
     "Records, tables and figures of what is finished"
