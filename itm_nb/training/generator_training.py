@@ -66,6 +66,8 @@ def _sizes(cfg, d_in, n_words, source)->dict:
     c = source.config
     if c['model_type'] != 'bert':
         raise ValueError(f"text_model is of type {c['model_type']}; a generator is made from a bert")
+    if source.folder and cfg.tokenizer != 'own':
+        raise ValueError(f"{cfg.text_model} knows its own tokens: set tokenizer to own")
     from transformers import BertConfig
     c = BertConfig(**{k: v for k, v in c.items() if k != 'model_type'})
     return dict(n_words=max(n_words, c.vocab_size) if source.folder is None else c.vocab_size,

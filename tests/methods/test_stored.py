@@ -115,5 +115,5 @@ def test_wrong_uses_are_refused(made):
         check_method("static_tags(kind='best')")
     with pytest.raises(DataError, match='sentences of data'):
         named('static_tags()', train=l.val, generator=str(at/'generator'))
-    with pytest.raises(ValueError, match='mask'):
+    with pytest.raises(ValueError, match='own tokens'):
         lesson(replace(l.cfg, tokenizer='words'), data)
