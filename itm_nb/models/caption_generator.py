@@ -18,6 +18,17 @@ from ..core.errors_files import DataError, read_json, regular_file, write_atomic
 from .transformer import load_bert, real_words, Stream
 
 # %% ../../nbs/4_models/08_caption_generator.ipynb #f64cb77e
+def _lower(upper, depth)->int:
+    "How many layers read words alone"
+    if not 0 <= upper <= depth:
+        raise ValueError(f'upper is {upper}; this network has {depth} layers')
+    return depth-upper if upper else 0
+
+def _frozen(model)->list:
+    "What does not learn in a generator"
+    stream = model.stream
+    return [stream.embeddings, *stream.encoder.layer[:model.lower]] if model.config['upper'] else []
+
 class CaptionGenerator(nn.Module):
     "A text network whose upper layers see an image and learn to guess masked words"
     def __init__(self,
@@ -28,26 +39,16 @@ class CaptionGenerator(nn.Module):
         super().__init__()
         self.config = dict(upper=upper, n_seen=n_seen, **stream)
         self.stream = Stream(**stream)
-        n, depth = stream['n_words'], len(self.stream.encoder.layer)
-        if not 0 <= upper <= depth:
-            raise ValueError(f'upper is {upper}; this network has {depth} layers')
-        self.lower = depth-upper if upper else 0
-        self.register_buffer('seen', torch.arange(n_seen or n))
+        self.lower = _lower(upper, len(self.stream.encoder.layer))
+        self.register_buffer('seen', torch.arange(n_seen or stream['n_words']))
         self.stream.cor = self.stream.disc = None
-        if upper:
-            for part in self._frozen():
-                part.requires_grad_(False)
-
-    def _frozen(self)->list:
-        "What does not learn"
-        if not self.config['upper']:
-            return []
-        return [self.stream.embeddings, *self.stream.encoder.layer[:self.lower]]
+        for part in _frozen(self):
+            part.requires_grad_(False)
 
     def train(self, mode:bool=True):
         "As always, but what is frozen stays in evaluation mode"
         super().train(mode)
-        for part in self._frozen():
+        for part in _frozen(self):
             part.eval()
         return self
 
@@ -64,18 +65,16 @@ class CaptionGenerator(nn.Module):
     def below(self, tokens:Tensor)->Tensor:   # (B, L) -> (B, L, dim)
         "States behind the layers that read words alone"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config['upper']):
-            x, keep = self.stream.embeddings(tokens), real_words(tokens)
-            mask = keep[:,None,None].expand(-1, 1, x.shape[1], -1)
+            x, mask = self.stream.embeddings(tokens), real_words(tokens)[:,None,None]
             for layer in self.stream.encoder.layer[:self.lower]:
-                x = layer(x, mask)
+                x = layer(x, mask.expand(-1, 1, x.shape[1], -1))
         return x
 
     # (B, R, dim), (B, L), (B, Q) places -> (B, Q, dim)
-    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor, below:Tensor=None)->Tensor:
+    def tokens(self, regions:Tensor, tokens:Tensor, at:Tensor)->Tensor:
         "States of words that see the regions, at the places asked for"
-        x = self.below(tokens) if below is None else below
         keep = torch.cat([real_words(tokens), (regions != 0).any(-1)], 1)
-        return self.stream.run(torch.cat([x, regions], 1), keep, at, self.lower)
+        return self.stream.run(torch.cat([self.below(tokens), regions], 1), keep, at, self.lower)
 
     def guess(self, states:Tensor)->Tensor:   # (.., dim) -> (.., n_seen)
         "Logits over the pieces that may be guessed"

@@ -113,9 +113,8 @@ class Stream(nn.Module):
         self.mlm, self.cor, self.disc = WordHead(dim, n_words), WordHead(dim, n_words), nn.Linear(dim, 2)
         self.apply(_start)
 
-    # embedded, which are real, places, layers that are behind us already
     def run(self, x:Tensor, keep:Tensor, at:Tensor=None, first:int=0)->Tensor:
-        "The encoder; states at the places asked for, or at all"
+        "The encoder from layer `first` on; states at the places asked for, or at all"
         mask = keep[:,None,None].expand(-1, 1, x.shape[1], -1)
         if at is None: return self.encoder(x, attention_mask=mask).last_hidden_state
         for layer in self.encoder.layer[first:-1]: x = layer(x, mask)
