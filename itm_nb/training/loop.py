@@ -299,7 +299,7 @@ def prepare(
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models),
                     model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists),
-                    generator=str(generator))
+                    generator=str(generator), states=data.states)
     phases = _without_known(schedule(cfg.method, cfg.warmup, cfg.warmup_method, allow_code, **settings),
                             known_false_negatives, train, accelerator.device)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab,
