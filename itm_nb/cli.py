@@ -24,8 +24,9 @@ from .runs.parameters import check_places, Parameter, parameters
 from .runs.run_folder import BUSY, RESUMABLE, finished, in_turn
 from .runs.sweep_driver import (
     BLOCKED, count_done, drive, gather, launch, Plan, report, stale, state, where)
-from .runs.sweep_plan import (
-    checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials)
+from itm_nb.runs.sweep_plan import (
+    checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials,
+    write_settings)
 
 # %% ../nbs/9_cli.ipynb #f50f7dce
 def _listed(p:Parameter)->str:
@@ -277,6 +278,8 @@ def _add_limits(p):
 def _add_questions(p):
     "Arguments: what is answered without running anything"
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
+    p.add_argument('--search-only', action='store_true',
+                   help='search, write the settings found to a file, and stop')
     p.add_argument('--status', action='store_true', help='say what is finished, failed, blocked, and stop')
     p.add_argument('--stale', action='store_true',
                    help='list what was made by other source than the present, and stop')
@@ -367,7 +370,12 @@ def _drive_all(a, todo, costs, budget)->dict:
     look = '{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}] {postfix}'
     with tqdm(total=len(todo), initial=count_done(todo), unit='run', bar_format=look) as bar:
         failed = drive(todo, a.jobs, bar, plan, a.start)
+    late = [i for i, code in failed.items() if code == RESUMABLE]
+    if len(late) > 5:
+        print(f'{len(late)} runs: not finished, resumable', file=sys.stderr)
     for i, code in failed.items():
+        if i in late and len(late) > 5:
+            continue
         how = {RESUMABLE: 'not finished, resumable',
                BLOCKED: state(todo[i], todo)}.get(code, f'failed ({code})')
         print(f'{todo[i].arm} {where(todo[i])}: {how}; see {todo[i].out/"worker.log"}', file=sys.stderr)
@@ -384,6 +392,8 @@ def _drive_sweep(a, spec, tried, costs)->tuple:
         if RESUMABLE in failed.values():
             return None, [RESUMABLE]
         a.chosen = choose(spec, tried, failed)
+    if a.search_only:
+        return None, list(failed.values())
     todo = [e for e in entries(spec, a.name, Path(a.runs), a.places, a.chosen) if not a.known(e)]
     before = sum(finished(e.out, e.values) for e in todo)
     print(f'{spec["title"]}: {len(todo)} runs, {before} of them finished before; {a.jobs} side by side')
@@ -394,15 +404,25 @@ def _sweep(a, spec, tried, costs)->int:
     began = time.perf_counter()
     todo, codes = _drive_sweep(a, spec, tried, costs)
     late = RESUMABLE in codes
+    if a.search_only and not late:
+        return _keep_settings(a, spec)
     if todo is None or late and a.budget is None:
         print('stopped; the same command goes on from here')
         return RESUMABLE
     code = _report(a, todo)
-    if late:
-        print('the time is used up; the same command goes on from here')
-        return code or RESUMABLE
-    print(f'{time.perf_counter()-began:.0f} s')
-    return code or (1 if codes else 0)
+    print('the time is used up; the same command goes on from here' if late
+          else f'{time.perf_counter()-began:.0f} s')
+    return code or (RESUMABLE if late else 1 if codes else 0)
+
+def _keep_settings(a, spec)->int:
+    "Write what the search has found"
+    if missing := trials(spec).keys() - a.chosen.keys():
+        raise SetupError(f'{a.name}: no trial of {", ".join(sorted(missing))} ended well; no settings are written')
+    home = project()/'nbs'/'experiments'/'settings' if a.publish else Path(a.runs)/a.name
+    at = home/(f'{a.name}.yaml' if a.publish else 'settings.yaml')
+    write_settings(at, a.name, a.chosen)
+    print(at)
+    return 0
 
 def _report(a, todo)->int:
     "Records, tables and figures of what is finished"
@@ -450,7 +470,7 @@ def _bench_parser()->Parser:
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
     p.add_argument('--check', metavar='FOLDER', help='recompute the records of a bench, and stop')
     p.set_defaults(engine='local', accelerate=1, retries=0, memory=None, gpu_memory=None, allow_code=True,
-                   status=False, stale=False)
+                   status=False, stale=False, search_only=False)
     return p
 
 @command
@@ -471,7 +491,7 @@ def itm_bench(argv=None)->int:
 
 def _check_bench(a):
     "Refuse what cannot be, before anything is done"
-    if ':' not in a.method:
+    if not re.fullmatch(r'.+[.]py:[A-Za-z_][A-Za-z_0-9]*', a.method):
         raise SetupError(f'{a.method or "nothing"!r} is no method; wanted FILE.py:FUNCTION. To begin, copy '
                          f'{project()/"nbs"/"guides"/"my_method.py"} and change it')
     odd = [k for k, _ in a.p if k not in ('folder', 'cache', 'models', 'workers', 'device')]
@@ -501,7 +521,8 @@ def _bench_stage(a, path, budget)->int:
     known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
     costs = lambda e: estimate(e, known)
     home = project()/'figures'/'results'
-    a.known = lambda e: e.arm != 'warm' and (home/f'{e.out.name}.json').is_file()
+    # controls are taken from the package alone
+    a.known = lambda e: e.template == 'evaluate' or e.arm != 'warm' and (home/f'{e.out.name}.json').is_file()
     if a.dry_run:
         return _look(a, [e for e in todo if not a.known(e)], spec, tried, open_, costs)
     mine = a.budget
@@ -518,8 +539,9 @@ def _bench_records(path, done, known, home, a):
     from itm_nb.runs.records import read_record, write_record
     into = path.parent/'records'
     gather(done, into, a.name, a.runs)
-    for e in known if done else ():
-        write_record(into, read_record(home/f'{e.out.name}.json') | dict(sweep=a.name))
+    there = [at for e in known if done and (at := home/f'{e.out.name}.json').is_file()]
+    for at in there:
+        write_record(into, read_record(at) | dict(sweep=a.name))
 
 def _bench(a, b)->int:
     "Every stage within its time, then the page"
@@ -529,7 +551,7 @@ def _bench(a, b)->int:
         codes.append(_bench_stage(a, path, left and left/(len(b.sweeps)-i)))
     if a.dry_run:
         return 0
-    if not any((b.home/'records').glob('*.json')):
+    if not any(f'"method": "{b.arm}"' in p.read_text('utf-8') for p in (b.home/'records').glob('*.json')):
         print('nothing is finished yet, so there is no page; the same command goes on from here')
         return max(codes)
     more = dict(row=b.arm, title=a.method, runs=a.runs, folder=a.places.get('folder', ''))

@@ -207,8 +207,10 @@ _BASES = dict(date=str, why=str, sets=list, conditions=list, bases=dict)
 _CONDITION = dict(name=str, says=str, of=(dict, str), path=str, at_least=(int, float), below=(int, float),
                   above=(int, float), split=str, collapsed=int, tried=int)
 _BASE = dict(sweeps=list, ran=str, official=str, roles=dict)
-_ADDED = ('errata', 'preconditions')             # what is not registered
-_BLOCK = re.compile(rb'^(?:errata|preconditions):[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z)|\n)*', re.M)
+_AGAIN = dict(date=str, why=str, sets=dict)
+_SET_AGAIN = dict(about=str, like=str, sweeps=dict)
+_ADDED = ('errata', 'preconditions', 'again')    # what is not registered
+_BLOCK = re.compile(rb'^(?:errata|preconditions|again):[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z)|\n)*', re.M)
 
 def _known(path, at, given, kinds, needed):
     "Refuse parts that nobody knows, of the wrong kind, or missing"
@@ -231,8 +233,28 @@ def _known_bases(path, spec):
         _known(path, 'a condition', c, _CONDITION, ('name', 'says'))
     for name, b in p['bases'].items():
         _known(path, f'base {name}', b, _BASE, ('sweeps', 'roles'))
-    if odd := set(p['sets']) - set(spec['sets']):
-        raise DataError(path, f'preconditions of {sorted(odd)}', f'sets {list(spec["sets"])}')
+    there = [*spec['sets'], *(spec.get('again') or {}).get('sets', {})]
+    if odd := set(p['sets']) - set(there):
+        raise DataError(path, f'preconditions of {sorted(odd)}', f'sets {there}')
+
+def _judged_again(path, spec)->dict:
+    """All sets: those registered, and those that ask the same tests of other sweeps, which the first then
+    leave"""
+    sets, again = dict(spec['sets']), spec.get('again') or {}
+    if again:
+        _known(path, 'again', again, _AGAIN, ('date', 'why', 'sets'))
+    for name, s in again.get('sets', {}).items():
+        _known(path, f'set {name}', s, _SET_AGAIN, ('like', 'sweeps'))
+        if name in sets or s['like'] not in spec['sets']:
+            raise DataError(path, f'set {name} like {s["like"]}',
+                            f'a new name, like one of {list(spec["sets"])}')
+        if odd := set(s['sweeps']) - set(spec['tests']):
+            raise DataError(path, f'set {name} on {sorted(odd)}', f'tests {list(spec["tests"])}')
+        own = {x for sweeps in s['sweeps'].values() for x in sweeps}
+        first = sets[s['like']]
+        sets[s['like']] = first | dict(but=sorted(own | set(first.get('but', ()))))
+        sets[name] = spec['sets'][s['like']] | {k: v for k, v in s.items() if k != 'like'}
+    return sets
 
 def _corrected(path, raw, spec)->dict:
     "The list in its right wording; only words of claims can be put right"
@@ -249,7 +271,8 @@ def _corrected(path, raw, spec)->dict:
                             'a test and its registered claim')
         tests[e['test']] = tests[e['test']] | dict(claim=e['right'])
     sha256 = hashlib.sha256(registered).hexdigest()
-    return dict(draws=10_000) | spec | dict(tests=tests, errata=errata, sha256=sha256)
+    return dict(draws=10_000) | spec | dict(sets=_judged_again(path, spec), tests=tests, errata=errata,
+                                            sha256=sha256)
 
 def read_tests(
     path,           # a YAML file
@@ -264,7 +287,7 @@ def read_tests(
         raise DataError(path, f'cannot be read ({e.strerror})', 'a file of primary tests') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DataError(path, str(e).splitlines()[0], 'a YAML file') from None
-    kinds = dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list, preconditions=dict)
+    kinds = dict(alpha=float, draws=int, sets=dict, tests=dict, errata=list, preconditions=dict, again=dict)
     _known(path, 'file', spec, kinds, ('alpha', 'sets', 'tests'))
     for name, s in spec['sets'].items():
         _known(path, f'set {name}', s, _SET, ('where', 'metric', 'delta'))
@@ -321,6 +344,8 @@ def needed(
 def _within(records, s, preset)->list:
     "Records of a set: those of the preset, and those that know no preset"
     found = [r for r in records if all(at_path(r, k) == v for k, v in s['where'].items())]
+    only = {x for sweeps in s['sweeps'].values() for x in sweeps} if 'sweeps' in s else None
+    found = [r for r in found if r['sweep'] not in s.get('but', ()) and (only is None or r['sweep'] in only)]
     known = lambda r: r['preset'] or preset_of(r['config'].get('method', ''))
     return [r for r in found if known(r) in (preset, None)
             and (r['block']['fold'] is not None) == s.get('folds', False)]
@@ -466,6 +491,11 @@ def base_table(
                       *told, ''])
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #230b74af
+def _of_test(records, s, name, t)->list:
+    "The records by which a set judges a test"
+    sweeps = s.get('sweeps', {}).get(name, []) if 'sweeps' in s else t.get('sweeps')
+    return [r for r in records if sweeps is None or r['sweep'] in sweeps]
+
 def verdicts(
     records:list,                # from `read_records`, with those of audits
     tests:dict,                  # from `read_tests`
@@ -477,7 +507,7 @@ def verdicts(
         mine, todo = (_within(records, s, preset),
                       {k: t for k, t in tests['tests'].items() if name in t.get('on', tests['sets'])})
         lines = {k: [] for k in todo}
-        of = {k: [r for r in mine if r['sweep'] in t.get('sweeps', [r['sweep']])] for k, t in todo.items()}
+        of = {k: _of_test(mine, s, k, t) for k, t in todo.items()}
         for k, t in todo.items():
             for c in t['contrasts']:
                 metric, delta = (c.get('metric', s['metric']),
