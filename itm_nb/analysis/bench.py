@@ -203,12 +203,26 @@ def _setting(method, given, lr)->dict:
     inside = ', '.join(f'{k}={v!r}' for k, v in given.items() if k not in _SHARED)
     return dict(lr=float(f'{lr:.3g}'), method=f'{method}({inside})' if inside else method) | shared
 
-# %% ../../nbs/8_analysis/13_bench.ipynb #9b3c21da
+# %% ../../nbs/8_analysis/13_bench.ipynb #c46b7133
 _STAGES = dict(    # name -> its protocol, sweeps it is read beside, the set of the primary tests
     scenes=('bench_scenes', ('bench_scenes', 'factorial_scenes', 'factorial_scenes_few',
                              'factorial_scenes_many'), 'S'),
     flickr8k=('flickr8k_core', ('flickr8k_core',), 'B'))
 _BASE = 'vsepp'     # the arm that every method is compared with
+_SHOWN = dict(         # packaged rows, from top to bottom, and what they are
+    vsepp_honest='oracle: no false negative of the batch is a negative',
+    infonce='softmax over the batch (CLIP)',
+    multi_positive='softmax, captions of one photo are positives',
+    sigmoid='every pair a question of its own (SigLIP)',
+    margin_filter='hinge of the hardest that a margin lets pass (NV-Retriever)',
+    gist='softmax without what a frozen guide prefers (GISTEmbed)',
+    glofnd='softmax without what a learned threshold bars (GloFND)',
+    semihard='hinge of the hardest below the true pair (FaceNet)',
+    vse0='sum of the hinges of all negatives',
+    aoq='offline negatives, adaptive weights (AOQ)',
+    fne='draw from batch and memory by a posterior (FNE)',
+    tags='synthetic negatives of a generator (TAGS)',
+    fne_tags='FNE and TAGS together')
 
 @dataclass(frozen=True)
 class _Bench:
@@ -255,7 +269,7 @@ def plan_bench(
     if not file.endswith('.py') or not fn.isidentifier():
         raise SetupError(f'{given!r} is no method; wanted FILE.py:FUNCTION, e.g. my_method.py:mine')
     name = slug(f'bench_{Path(file).stem}_{fn}') + (f'_{profile}' if profile else '')
-    home, arm = Path(runs)/name, fn if fn not in (_BASE, 'warm', 'oracle', 'chance') else f'{fn}_own'
+    home, arm = Path(runs)/name, f'{fn}_own' if fn in {_BASE, 'warm', 'oracle', 'chance', *_SHOWN} else fn
     _in_a_line(file, found, given)
     copy = home/f'{slug(Path(file).stem)}_{code_of(given)[:8]}.py'
     home.mkdir(parents=True, exist_ok=True)
@@ -270,22 +284,7 @@ def plan_bench(
         write_atomic(sweeps[stage], yaml.safe_dump(spec, sort_keys=False, allow_unicode=True).encode())
     return _Bench(given, name, arm, method, home, sweeps)
 
-# %% ../../nbs/8_analysis/13_bench.ipynb #f7b34136
-_SHOWN = dict(         # packaged rows, from top to bottom, and what they are
-    vsepp_honest='oracle: no false negative of the batch is a negative',
-    infonce='softmax over the batch (CLIP)',
-    multi_positive='softmax, captions of one photo are positives',
-    sigmoid='every pair a question of its own (SigLIP)',
-    margin_filter='hinge of the hardest that a margin lets pass (NV-Retriever)',
-    gist='softmax without what a frozen guide prefers (GISTEmbed)',
-    glofnd='softmax without what a learned threshold bars (GloFND)',
-    semihard='hinge of the hardest below the true pair (FaceNet)',
-    vse0='sum of the hinges of all negatives',
-    aoq='offline negatives, adaptive weights (AOQ)',
-    fne='draw from batch and memory by a posterior (FNE)',
-    tags='synthetic negatives of a generator (TAGS)',
-    fne_tags='FNE and TAGS together')
-
+# %% ../../nbs/8_analysis/13_bench.ipynb #a56d591c
 def _set_of(rec)->str:
     "The stage a record belongs to"
     return 'scenes' if rec['data']['name'] == 'scenes' else 'flickr8k'
@@ -304,9 +303,9 @@ def _compared(recs, arm, data, metric, mine)->dict:
                 base=np.mean([value(r, metric) for r in base]), tried=_tried(runs), base_tried=_tried(base),
                 replicates=tuple(c.estimate.blocks), estimate=c.estimate, runs=' '.join(c.runs))
 
-def _beside(packaged, data, stage, metric)->list:
+def _beside(packaged, data, stage, metric, own)->list:
     "Lines of the packaged rows on a data set; of two sweeps with one arm the first counts"
-    out, seen = [], set()
+    out, seen = [], {own}
     for sweep in _STAGES[stage][1]:
         recs = [r for r in packaged if r['sweep'] == sweep and r['data']['label'] == data]
         ran = {r['method'] for r in recs if r['kind'] == 'run'}
@@ -346,7 +345,7 @@ def standing(
         metric = tests['sets'][_STAGES[stage][2]]['metric']
         if _BASE in {r['method'] for r in recs}:
             own.append(_compared(recs, arm, data, metric, True) | dict(stage=stage))
-        others += [l | dict(stage=stage) for l in _beside(packaged, data, stage, metric)]
+        others += [l | dict(stage=stage) for l in _beside(packaged, data, stage, metric, arm)]
     own = [l for l in own if l['n']]
     _words(own, {k: tests['sets'][s[2]] for k, s in _STAGES.items()}, failed)
     return pd.DataFrame(own + others)
@@ -377,7 +376,7 @@ def standing_figure(
         axes[0][0].set_ylim(len(names) - .5, -.6)
     return fig
 
-# %% ../../nbs/8_analysis/13_bench.ipynb #36dc1db0
+# %% ../../nbs/8_analysis/13_bench.ipynb #f3a098a3
 def _last(series, name):
     "The value of the last epoch that has one"
     known = [x for x in series.get(name, []) if x is not None]
@@ -408,7 +407,8 @@ def _picked_table(
     for data in dict.fromkeys(r['data']['label'] for r in records if r['method'] == arm):
         here_ = [r for r in records if r['data']['label'] == data]
         stage = _set_of(here_[0])
-        for name, recs in ((arm, here_), (_BASE, here_), *((a, packaged) for a in ('fne', 'aoq', 'tags'))):
+        others = [(a, packaged) for a in ('fne', 'aoq', 'tags') if a != arm]
+        for name, recs in ((arm, here_), (_BASE, here_), *others):
             runs = [r for r in pick(recs, name) if r['data']['label'] == data and r.get('picks')]
             runs = runs if recs is here_ else [r for r in runs if r['sweep'] in _STAGES[stage][1]]
             false, gap = ([_picks_of(r, k) for r in runs] for k in ('false', 'gap'))
@@ -436,7 +436,7 @@ def photo_picks(
     truth = of_judgements(judged, 'main', (len(split), len(split.captions)))
     return audit_picks(image[ok], sentence[ok], dict(main=truth))
 
-# %% ../../nbs/8_analysis/13_bench.ipynb #daf015ed
+# %% ../../nbs/8_analysis/13_bench.ipynb #f98019d9
 def _cell(r)->str:
     "A change with its interval"
     ends = '' if math.isnan(r['lo']) else f" [{r['lo']:+z.1f}, {r['hi']:+z.1f}]"
@@ -470,8 +470,8 @@ def _control_lines(records, own)->list:
               for a in ('chance', 'oracle')}
         if all(of.values()):
             out.append(f"{escape_markup(r['data'])}, {label(r['metric'])}: chance {np.mean(of['chance']):.1f}, a "
-                       f"perfect model {np.mean(of['oracle']):.1f}. ")
-    return [' '.join(out)] if out else []
+                       f"perfect model {np.mean(of['oracle']):.1f}")
+    return ['Controls: ' + '; '.join(out) + '.'] if out else []
 
 def _standing_rows(tab, arm)->list:
     "The second table: a row per arm, a column per data set"
