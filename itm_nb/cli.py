@@ -417,7 +417,8 @@ def _sweep(a, spec, tried, costs)->int:
 def _keep_settings(a, spec)->int:
     "Write what the search has found"
     if missing := trials(spec).keys() - a.chosen.keys():
-        raise SetupError(f'{a.name}: no trial of {", ".join(sorted(missing))} ended well; no settings are written')
+        raise SetupError(f'{a.name}: no trial of {", ".join(sorted(missing))} ended well; no settings are '
+                         f'written')
     home = project()/'nbs'/'experiments'/'settings' if a.publish else Path(a.runs)/a.name
     at = home/(f'{a.name}.yaml' if a.publish else 'settings.yaml')
     write_settings(at, a.name, a.chosen)

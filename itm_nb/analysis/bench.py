@@ -6,7 +6,6 @@
 __all__ = ['try_method', 'plan_bench', 'standing', 'standing_figure', 'photo_picks', 'bench_page', 'check_sent']
 
 # %% ../../nbs/8_analysis/13_bench.ipynb #2dd2a528
-import ast
 import inspect
 import itertools
 import json
@@ -71,7 +70,8 @@ def _term_value(name, term, named, n):
                          f'rows without a negative, divisions and logarithms')
     return x
 
-_NO_GRADIENT = ('the loss has no gradient in {}: it is {:.4g} whatever the model does; wanted one that depends on '
+_NO_GRADIENT = ('the loss has no gradient in {}: it is {:.4g} whatever the model does; wanted one that '
+                'depends on '
                 'images and texts (was it detached, is it constant, is nothing ever picked?)')
 
 def _first_step(t, caps):
@@ -116,7 +116,8 @@ def _steps(t, n)->tuple:
         if not math.isfinite(loss := sum(map(float, parts.values()))):
             raise SetupError(f'the loss is {loss} after {i+1} steps; wanted a finite number')
         if not math.isfinite(grad := _moved(t)):
-            raise SetupError(f'the gradient is {grad} after {i+1} steps, the loss {loss:.4g}; look at divisions, '
+            raise SetupError(f'the gradient is {grad} after {i+1} steps, the loss {loss:.4g}; look at '
+                             f'divisions, '
                              f'roots and logarithms near 0')
         moved = max(moved, grad)
         asked += sum(p.valid.shape[0] for *_, p in seen)
@@ -140,7 +141,8 @@ def try_method(
     picked, _ = _in_a_line(file, _steps, t, steps)
     _in_a_line(file, _keeps_state, t)
     if not picked and not plain:
-        raise SetupError(f'{method}: no source ever picks a negative in {steps} steps; wanted a selector whose '
+        raise SetupError(f'{method}: no source ever picks a negative in {steps} steps; wanted a selector '
+                         f'whose '
                          f'`valid` is true somewhere')
     said = f'a negative for {picked:.0%} of the anchors' if picked else 'nothing that its gradient tells'
     return f'{method}: {steps} steps on the tiny world in {time.perf_counter()-began:.0f} s; it picks {said}'
@@ -169,6 +171,12 @@ def _takes(f)->dict:
         return plain
     return {} if isinstance(f, Method) or not callable(f) else dict(inspect.signature(f).parameters)
 
+def _taken_somewhere(f)->set:
+    "Settings that anything in a method's file takes: a file may hold several methods"
+    place = getattr(f, '__module__', '')
+    mine = [x for x in vars(sys.modules[place]).values() if getattr(x, '__module__', '') == place]
+    return {k for x in mine if inspect.isfunction(x) or inspect.isclass(x) for k in _takes(x)}
+
 def _some(grid:list, n:int)->list:
     "So many of a grid: the first, then a fixed choice from the rest"
     rest = np.random.default_rng(0).permutation(len(grid)-1) + 1
@@ -183,8 +191,10 @@ def _own_settings(
     f = found(method)
     takes, own = _takes(f), _own_lists(f)
     usual = {k: base.get(k, getattr(config({}), k)) for k in _SHARED}
-    if odd := [k for k in own if k not in takes]:
-        raise SetupError(f'{method}: SEARCH names {odd[0]!r}; the method takes {", ".join(takes) or "nothing"}')
+    if odd := [k for k in own if k not in _taken_somewhere(f)]:
+        raise SetupError(f'{method}: SEARCH names {odd[0]!r}, which nothing in the file takes; the method '
+                         f'takes {", ".join(takes) or "nothing"}')
+    own = {k: v for k, v in own.items() if k in takes}
     own = {k: v for k, v in _SHARED.items() if k in takes} | own
     given = {k: p.default for k, p in takes.items()} | usual
     values = [(None, *(x for x in v if x != given[k])) for k, v in own.items()]       # None: as given
@@ -298,7 +308,8 @@ def _compared(recs, arm, data, metric, mine)->dict:
     c = contrast(recs, {arm: 1, _BASE: -1}, metric)
     lo, hi, _ = c.estimate.interval()
     runs, base = c.arms[arm], c.arms[_BASE]
-    return dict(data=data, arm=arm, mine=mine, sweep=runs[0]['sweep'], metric=metric, d=c.estimate.d, lo=lo, hi=hi,
+    return dict(data=data, arm=arm, mine=mine, sweep=runs[0]['sweep'], metric=metric, d=c.estimate.d, lo=lo,
+                hi=hi,
                 p=c.estimate.p, n=c.n, mean=np.mean([value(r, metric) for r in runs]),
                 base=np.mean([value(r, metric) for r in base]), tried=_tried(runs), base_tried=_tried(base),
                 replicates=tuple(c.estimate.blocks), estimate=c.estimate, runs=' '.join(c.runs))
@@ -332,12 +343,13 @@ def standing(
     records:list,        # of the bench: one's own arm and its base
     arm:str,             # one's own
     packaged=(),         # records that come with the package
-# a line per data set and arm: d against the base with the same search, lo, hi, n, tried; word, needed of one's own
+# a line per data set and arm: d against the base with the same search, lo, hi, n, tried; word of one's own
 )->pd.DataFrame:
     "One's own method among the others"
     tests = read_tests(project()/'nbs'/'experiments'/'primary_tests.yaml')
     bases = preconditions(list(packaged), tests)
-    failed = bool(len(bases)) and any(ok is False and 'flickr8k_core' in s for ok, s in zip(bases.ok, bases.sweeps))
+    failed = bool(len(bases)) and any(ok is False and 'flickr8k_core' in s
+                                      for ok, s in zip(bases.ok, bases.sweeps))
     own, others = [], []
     for data in dict.fromkeys(r['data']['label'] for r in records if r['method'] == arm):
         recs = [r for r in records if r['data']['label'] == data]
@@ -359,7 +371,8 @@ def standing_figure(
     names = [arm, *(a for a in _SHOWN if a in set(tab.arm[~tab.mine]))]
     data = list(dict.fromkeys(tab.data))
     with style():
-        fig, axes = plt.subplots(1, len(data), figsize=(1.6 + 2.4*len(data), 1 + .28*len(names)), squeeze=False,
+        fig, axes = plt.subplots(1, len(data), figsize=(1.6 + 2.4*len(data), 1 + .28*len(names)),
+                                 squeeze=False,
                                  sharey=True, layout='constrained')
         plt.close(fig)
         fig.set_label('runs: ' + ' '.join(sorted({i for x in tab.runs for i in x.split()})))
@@ -414,7 +427,8 @@ def _picked_table(
             false, gap = ([_picks_of(r, k) for r in runs] for k in ('false', 'gap'))
             if runs:
                 out.append(dict(zip(('data', 'arm', 'false', 'false_half', 'gap', 'gap_half', 'n'),
-                                    (data, name, *(100*x for x in _mean_end(false)), *_mean_end(gap), len(runs)))))
+                                    (data, name, *(100*x for x in _mean_end(false)), *_mean_end(gap),
+                                     len(runs)))))
     return pd.DataFrame(out, columns=['data', 'arm', 'false', 'false_half', 'gap', 'gap_half', 'n'])
 
 def photo_picks(
@@ -455,10 +469,12 @@ def _need(r)->str:
 
 def _verdict_rows(own)->list:
     "The first table: one's own method, a row per data set"
-    out = ['| data | change against vsepp [95 %] | vsepp | replicates | settings tried, mine / vsepp | word | '
+    out = ['| data | change against vsepp [95 %] | vsepp | replicates | settings tried, mine / vsepp | word '
+           '| '
            'what would settle it |', '|---|---:|---:|---:|---:|---|---|']
     for r in own.to_dict('records'):
-        out.append(f"| {escape_markup(r['data'])} | {_cell(r)} | {r['base']:.1f} | {r['n']} of {r['blocks']:.0f} | "
+        out.append(f"| {escape_markup(r['data'])} | {_cell(r)} | {r['base']:.1f} | {r['n']} of "
+                   f"{r['blocks']:.0f} | "
                    f"{r['tried']} / {r['base_tried']} | **{r['word']}** | {_need(r)} |")
     return out
 
@@ -469,7 +485,8 @@ def _control_lines(records, own)->list:
         of = {a: [value(x, r['metric']) for x in pick(records, a) if x['data']['label'] == r['data']]
               for a in ('chance', 'oracle')}
         if all(of.values()):
-            out.append(f"{escape_markup(r['data'])}, {label(r['metric'])}: chance {np.mean(of['chance']):.1f}, a "
+            out.append(f"{escape_markup(r['data'])}, {label(r['metric'])}: chance "
+                       f"{np.mean(of['chance']):.1f}, a "
                        f"perfect model {np.mean(of['oracle']):.1f}")
     return ['Controls: ' + '; '.join(out) + '.'] if out else []
 
@@ -514,12 +531,13 @@ def _cost_rows(records, arm)->list:
     return out if len(out) > 2 else []
 
 # %% ../../nbs/8_analysis/13_bench.ipynb #4cbbb522
-_CAVEATS = '''- A packaged row stands beside yours on the same worlds or folds, against VSE++ of its own sweep. Where it was
-  tried with one setting, so was that VSE++; another search is another comparison.
+_CAVEATS = '''
+- A packaged row stands beside yours on the same worlds or folds, against VSE++ of its own sweep. Where it
+  was tried with one setting, so was that VSE++; another search is another comparison.
 - The drawn worlds are small (2,000 training scenes); a word there is about false negatives in principle, not
   about photographs.
-- *confirmed*: better than VSE++ by the smallest effect of interest or more, the interval above zero; *refuted*:
-  the whole interval below that effect; *reversed*: worse; *unresolved*: none of these can be said yet.
+- *confirmed*: better than VSE++ by the smallest effect of interest or more, the interval above zero;
+  *refuted*: the whole interval below that effect; *reversed*: worse; *unresolved*: none of these yet.
 - What a plain loss picks is read from its gradient: the negative it pushes away hardest.'''
 
 def _lead(own, arm)->str:
@@ -550,15 +568,17 @@ def bench_page(
     if len(tab):
         out += ['## Where it stands', 'Change against VSE++ with the same search, per replicate.', '',
                 *([f'![Change of every method against VSE++]({picture})', ''] if picture else []),
-                *_standing_rows(tab, arm), '', f'*not run*: the package has no record of that row yet.', '']
+                *_standing_rows(tab, arm), '', '*not run*: the package has no record of that row yet.', '']
     if len(seen):
-        out += ['## What it picks', 'In the last epoch of training; exact in drawn worlds.', '', *_pick_rows(seen), '']
+        out += ['## What it picks', 'In the last epoch of training; exact in drawn worlds.', '',
+                *_pick_rows(seen), '']
     out += _judged_lines(judged)
     out += ['## What it costs', *cost, ''] if cost else []
     found_ = [r['search'] for r in runs if r.get('search')]
     if found_:
-        out += [f"Settings found: `{json.dumps(found_[0]['settings'])}`, the best of {found_[0]['tried']}.", '']
-    out += ['## How to read it, and what it cannot say', _CAVEATS, '',
+        out += [f"Settings found: `{json.dumps(found_[0]['settings'])}`, the best of {found_[0]['tried']}.",
+                '']
+    out += ['## How to read it, and what it cannot say', _CAVEATS.strip(), '',
             f'Code of the method: sha256 `{code}`. {len(runs)} records of it, with ranks, lie in `records/`; '
             f'`itm_bench --check FOLDER` recomputes their numbers for whoever gets them.', '']
     return '\n'.join(out)
@@ -569,7 +589,8 @@ def _judged_lines(judged)->list:
     for data, arms in (judged or {}).items():
         out += [f'False negatives among the picks on {escape_markup(data)}, by people, percent:', '',
                 '| | at least | of those judged | at most | picks |', '|---|---:|---:|---:|---:|']
-        out += [f"| {escape_markup(a)} | {t.lower.mean():.1f} | {t.judged.mean():.1f} | {t.upper.mean():.1f} | "
+        out += [f"| {escape_markup(a)} | {t.lower.mean():.1f} | {t.judged.mean():.1f} | "
+                f"{t.upper.mean():.1f} | "
                 f"{t.picks.sum()} |" for a, t in arms.items()] + ['']
     return out
 

@@ -98,7 +98,7 @@ class _Plain:
 
 # %% ../../nbs/5_methods/08_plain_loss.ipynb #716d0394
 def plain_loss(
-    f:Callable,      # (images (N, D), texts (N, D), ids (N,), settings) -> one number with gradient; or a class
+    f:Callable,  # (images (N, D), texts (N, D), ids (N,), settings) -> one number with gradient; or a class
     **settings,      # passed to it; to a class when it is made
 )->Method:
     "A method that is one function of a batch's vectors; an object of a class may keep state"

@@ -1,20 +1,21 @@
 """A method of your own, to copy: change `mine`, then `itm_bench my_method.py:mine`.
 
-It is tried on a tiny world first; what is wrong with it is said in one line. Then it is trained beside VSE++ in
-drawn worlds with known false negatives, and on Flickr8k where you have it (`-p folder DATA -p models MODELS`).
+It is tried on a tiny world first; what is wrong with it is said in one line. Then it is trained beside VSE++
+in drawn worlds with known false negatives, and on Flickr8k where you have it
+(`-p folder DATA -p models MODELS`).
 """
 import torch
 
-# Settings of yours that are searched, at most three; the learning rate, and `temperature` or `margin` where your
-# function takes them, are searched anyway. VSE++ is searched with the same number of settings.
+# Settings of yours that are searched, at most three; the learning rate, and `temperature` or `margin` where
+# your function takes them, are searched anyway. VSE++ is searched with the same number of settings.
 SEARCH = dict(keep=[0.9, 0.99])
 
 
 def mine(images, texts, ids, temperature=0.05, keep=0.99):
-    """One number for a batch: InfoNCE without the best-scored share of each row, which may be false negatives.
+    """One number for a batch: InfoNCE without the best-scored share of each row: perhaps false negatives.
 
-    images, texts: (B, D), of length 1; row i of both is a pair. ids: (B,), the image of each row: rows with the
-    same id show one image and are no negatives of each other.
+    images, texts: (B, D), of length 1; row i of both is a pair. ids: (B,), the image of each row: rows with
+    the same id show one image and are no negatives of each other.
     """
     scores = images @ texts.T
     same = ids[:, None] == ids
@@ -54,8 +55,8 @@ class Remembers:
 def on_the_seam(margin=0.2, keep=0.99):
     """The same idea in parts: where negatives come from, which one is picked, what it costs.
 
-    A method of this kind may keep state (`Source(..., stateful=(it,))`, with `state_dict` and `load_state_dict`),
-    look at a memory or at lists, and be added to others: `itm_bench my_method.py:on_the_seam`.
+    A method of this kind may keep state (`Source(..., stateful=(it,))`, with `state_dict` and
+    `load_state_dict`), look at a memory, and be added to others: `itm_bench my_method.py:on_the_seam`.
     """
     from itm_nb.methods.losses import triplet_term
     from itm_nb.methods.method import Method
