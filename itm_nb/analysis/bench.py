@@ -299,6 +299,11 @@ def _set_of(rec)->str:
     "The stage a record belongs to"
     return 'scenes' if rec['data']['name'] == 'scenes' else 'flickr8k'
 
+def _data_of(records, arm)->list:
+    "The data sets an arm was tested on, by the share of false negatives, photographs last"
+    runs = sorted(pick(records, arm), key=lambda r: (_set_of(r) != 'scenes', r['config'].get('rho', 0.)))
+    return list(dict.fromkeys(r['data']['label'] for r in runs))
+
 def _tried(runs)->int:
     "How many settings were tried for an arm; 1: as given"
     return max((int((r.get('search') or {}).get('tried', 1)) for r in runs), default=1)
@@ -351,7 +356,7 @@ def standing(
     failed = bool(len(bases)) and any(ok is False and 'flickr8k_core' in s
                                       for ok, s in zip(bases.ok, bases.sweeps))
     own, others = [], []
-    for data in dict.fromkeys(r['data']['label'] for r in records if r['method'] == arm):
+    for data in _data_of(records, arm):
         recs = [r for r in records if r['data']['label'] == data]
         stage = _set_of(recs[0])
         metric = tests['sets'][_STAGES[stage][2]]['metric']
@@ -417,7 +422,7 @@ def _picked_table(
 )->pd.DataFrame:         # data, arm, false, false_half, gap, gap_half, n: percent, points of score
     "False negatives among the picks, and how hard they are, at the end of training"
     out = []
-    for data in dict.fromkeys(r['data']['label'] for r in records if r['method'] == arm):
+    for data in _data_of(records, arm):
         here_ = [r for r in records if r['data']['label'] == data]
         stage = _set_of(here_[0])
         others = [(a, packaged) for a in ('fne', 'aoq', 'tags') if a != arm]
@@ -478,17 +483,21 @@ def _verdict_rows(own)->list:
                    f"{r['tried']} / {r['base_tried']} | **{r['word']}** | {_need(r)} |")
     return out
 
-def _control_lines(records, own)->list:
-    "What chance and a perfect model reach"
+def _control_lines(records, own, arm)->list:
+    "What chance and a perfect model reach; where the runs of VSE++ come from"
     out = []
     for r in own.to_dict('records'):
-        of = {a: [value(x, r['metric']) for x in pick(records, a) if x['data']['label'] == r['data']]
-              for a in ('chance', 'oracle')}
+        here_ = [x for x in records if x['data']['label'] == r['data']]
+        of = {a: [value(x, r['metric']) for x in pick(here_, a)] for a in ('chance', 'oracle')}
         if all(of.values()):
             out.append(f"{escape_markup(r['data'])}, {label(r['metric'])}: chance "
                        f"{np.mean(of['chance']):.1f}, a "
                        f"perfect model {np.mean(of['oracle']):.1f}")
-    return ['Controls: ' + '; '.join(out) + '.'] if out else []
+    code = {r['source'].partition('+')[0] for r in pick(records, arm)}
+    base = pick(records, _BASE)
+    known = sum(r['source'] not in code for r in base)
+    said = f'{known} of {len(base)} runs of VSE++ come with the package.'
+    return [*(['Controls: ' + '; '.join(out) + '.'] if out else []), said]
 
 def _standing_rows(tab, arm)->list:
     "The second table: a row per arm, a column per data set"
@@ -519,15 +528,18 @@ def _pick_rows(seen)->list:
     return out
 
 def _cost_rows(records, arm)->list:
-    "The fourth table: seconds of a run and memory"
+    "The fourth table: seconds of a run and memory; VSE++'s where they were measured here too"
     out = ['| data | seconds a run | vsepp | times vsepp | MiB |', '|---|---:|---:|---:|---:|']
-    for data in dict.fromkeys(r['data']['label'] for r in records if r['method'] == arm):
-        of = lambda a: [r['cost'] for r in pick(records, a) if r['data']['label'] == data and r.get('cost')]
-        mine, base = of(arm), of(_BASE)
-        if mine and base:
-            a, b = (np.mean([c['seconds'] for c in x]) for x in (mine, base))
-            out.append(f"| {escape_markup(data)} | {a:.1f} | {b:.1f} | {a/b:.2f} | "
-                       f"{max(c['peak_mib'] for c in mine):.0f} |")
+    code = lambda r: r['source'].partition('+')[0]
+    for data in _data_of(records, arm):
+        here_ = [r for r in records if r['data']['label'] == data and r.get('cost')]
+        mine = pick(here_, arm)
+        base = [r for r in pick(here_, _BASE) if code(r) in set(map(code, mine))]
+        a, b = (np.mean([r['cost']['seconds'] for r in x]) if x else math.nan for x in (mine, base))
+        if mine:
+            most = max(r['cost']['peak_mib'] for r in mine)
+            beside = f'{b:.1f} | {a/b:.2f}' if base else 'measured elsewhere |'
+            out.append(f'| {escape_markup(data)} | {a:.1f} | {beside} | {most:.0f} |')
     return out if len(out) > 2 else []
 
 # %% ../../nbs/8_analysis/13_bench.ipynb #4cbbb522
@@ -564,7 +576,7 @@ def bench_page(
     seen, cost = _picked_table(records, arm, packaged), _cost_rows(records, arm)
     code = ' '.join(sorted({r['source'].rpartition('+')[2] for r in runs}))
     out = [f'# {escape_markup(given)}', '', _lead(own, arm), '']
-    out += [*_verdict_rows(own), '', *_control_lines(records, own), ''] if len(own) else []
+    out += [*_verdict_rows(own), '', *_control_lines(records, own, arm), ''] if len(own) else []
     if len(tab):
         out += ['## Where it stands', 'Change against VSE++ with the same search, per replicate.', '',
                 *([f'![Change of every method against VSE++]({picture})', ''] if picture else []),
