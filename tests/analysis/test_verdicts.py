@@ -316,7 +316,8 @@ def test_ranks_among_more_photos():
 
 def test_published_rows_are_all_there():
     tab = published(ROOT/'figures'/'published.csv'); rows = tab.drop_duplicates(['data', 'row'])
-    assert rows.groupby('data').row.count().to_dict() == {'AOQ, COCO 1K': 12, 'AOQ, COCO 5K': 6, 'AOQ, Flickr30K': 6, 'TAGS-DC, COCO 5K': 2, 'TAGS-DC, Flickr30K': 2,
+    assert rows.groupby('data').row.count().to_dict() == {'AOQ, COCO 1K': 12, 'AOQ, COCO 5K': 6, 'AOQ, Flickr30K': 6,
+                                                     'TAGS-DC, COCO 5K': 2, 'TAGS-DC, Flickr30K': 2,
                                                      'Collected, Flickr8k': 11}
     assert lint_table(tab, tol=.31) == [] and set(tab.source) == {'F', 'R', 'C', 'C, M'}
     steps = published_steps(tab)

@@ -16,7 +16,8 @@ from itm_nb.models.released_checkpoints import itm_convert
 from itm_nb.training.config import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = dict(itm_run=cli.itm_run, itm_sweep=cli.itm_sweep, itm_data=cli.itm_data, itm_readme=cli.itm_readme, itm_bench=cli.itm_bench, itm_convert=itm_convert)
+COMMANDS = dict(itm_run=cli.itm_run, itm_sweep=cli.itm_sweep, itm_data=cli.itm_data, itm_readme=cli.itm_readme,
+                itm_bench=cli.itm_bench, itm_convert=itm_convert)
 REMEDY = re.compile(r'wanted|did you mean|there are|see itm_|\b(given?|correct|rename|name|choose|takes|set|finish|use|install|change|remove|say|save|move|make|complete|leave|run|convert)\b', re.I)
 SWEEP = 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\n'
 
@@ -122,7 +123,8 @@ def of_data(here):
     table += [('itm_bench', a, w) for a, w in (
         ([], 'my_method.py'), (['mine'], 'mine'), (['nowhere.py:mine'], 'nowhere'), (['bad.npz:mine'], 'bad'),
         (['m.py:mine', '-p', 'seed', '3'], 'seed'), (['m.py:mine', '--budget', 'soon'], 'soon'),
-        (['m.py:mine', '--settings', '0'], '--settings'), (['m.py:mine', '-p', 'folder', 'nowhere'], 'nowhere'),
+        (['m.py:mine', '--settings', '0'], '--settings'),
+        (['m.py:mine', '-p', 'folder', 'nowhere'], 'nowhere'),
         (['m.py:mine', '-p', 'folder', 'empty'], 'models'), (['--check', 'nowhere'], 'nowhere'),
         (['--check', 'empty'], 'empty'), (['m.py:mine', '--runs', 'file'], 'file'))]
     return table + [('itm_readme', ['now'], 'now'), ('itm_readme', ['--quiet'], '--quiet')]
