@@ -200,6 +200,16 @@ OTHER = {   # arms without a claim -> what they do
     'vsepp scratch': 'likewise',
     'infonce scratch': 'likewise',
     'vse0 scratch': 'from random weights, as long as warm start and fork',
+    'warm': 'the warm start alone, two epochs',
+    'semihard': 'the hardest of the batch that scores below the own pair',
+    'vsepp_published': 'the hardest, learning rate and margin as published, no search',
+    'aoq_published': 'AOQ, learning rate and margin as published, no search',
+    'fne_published': 'FNE with the released prior, learning rate of the others, no search',
+    'multi_positive': 'rival: softmax, all captions of an image are positives',
+    'sigmoid': 'rival: a sigmoid per pair (SigLIP)',
+    'margin_filter': 'rival: negatives near the own score are left out (sentence-transformers)',
+    'gist': 'rival: a frozen guide leaves out likely false negatives (GISTEmbed)',
+    'glofnd': 'rival: a learned threshold per anchor leaves them out (GloFND)',
 }
 
 def arm_labels(
