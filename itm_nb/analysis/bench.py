@@ -88,7 +88,7 @@ def _first_step(t, caps):
         values += [_term_value(name, term, named, len(caps)) for name, term in method.terms.items()
                    if side in term.sides and all(f'{s}.valid' in named for s in term.needs)]
     if not any(x.requires_grad for x in values):
-        raise SetupError(_NO_GRADIENT.format('the first step', float(sum(x.sum() for x in values))))
+        raise SetupError(_NO_GRADIENT.format('the first step', float(sum(x.mean() for x in values))))
 
 def _keeps_state(t):
     "SetupError where what keeps state cannot give it away and take it back"

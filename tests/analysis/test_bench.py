@@ -13,7 +13,7 @@ from itm_nb.analysis import bench as module
 from itm_nb.analysis.bench import check_sent, plan_bench, try_method
 from itm_nb.core.commands import SetupError
 from itm_nb.methods.registry import code_of, named
-from itm_nb.runs.sweep_plan import entries, read_sweep, searches, trials
+from itm_nb.runs.sweep_plan import entries, read_sweep, searches, sweep_file, trials
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT/'nbs'/'guides'/'my_method.py'
@@ -116,6 +116,24 @@ def test_the_protocol_has_the_ids_of_the_committed_records(tmp_path):
     have = [e for e in todo if (ROOT/'figures'/'results'/f'{e.out.name}.json').is_file()]
     assert sorted((e.arm, e.values['rho']) for e in have) == sorted(
         (a, r) for a in ('vsepp', 'oracle', 'chance') for r in (.25, 1.) for _ in range(5))
+
+
+def test_photographs_take_what_the_package_has_found_for_the_base(tmp_path):
+    "With as many settings the base is the run of the study; with fewer it is searched anew, beside the method"
+    shutil.copy(TEMPLATE, tmp_path/'my_method.py')
+    study = read_sweep(sweep_file('flickr8k_core'))
+    def runs(spec):
+        known = dict(vsepp=spec['search']['found']['vsepp'])
+        return {(e.arm, e.block): e.out.name for e in entries(spec, 'x', tmp_path, chosen=known)}
+    b = plan_bench(f'{tmp_path}/my_method.py:mine', tmp_path/'runs', 12, ('scenes', 'flickr8k'))
+    spec = read_sweep(b.sweeps['flickr8k'], allow_code=True)
+    tried = {e.arm.partition('~')[0] for e in searches(spec, 'x', tmp_path)}
+    assert tried == {'warm', 'mine'} and spec['search']['found']['vsepp']['tried'] == 12
+    theirs = {k: v for k, v in runs(study).items() if k[0] == 'vsepp'}
+    assert len(theirs) == 10 and theirs.items() <= runs(spec).items()
+    b = plan_bench(f'{tmp_path}/my_method.py:mine', tmp_path/'runs', 4, ('flickr8k',))
+    fewer = read_sweep(b.sweeps['flickr8k'], allow_code=True)
+    assert {k: len(v) for k, v in trials(fewer).items()} == dict(mine=4, vsepp=4) and 'found' not in fewer['search']
 
 
 def test_a_search_of_ones_own_is_read_strictly(tmp_path):
