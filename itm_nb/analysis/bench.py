@@ -496,8 +496,8 @@ def _control_lines(records, own, arm)->list:
     code = {r['source'].partition('+')[0] for r in pick(records, arm)}
     base = pick(records, _BASE)
     known = sum(r['source'] not in code for r in base)
-    said = f'{known} of {len(base)} runs of VSE++ come with the package.'
-    return [*(['Controls: ' + '; '.join(out) + '.'] if out else []), said]
+    said = [f'{known} of {len(base)} runs of VSE++ come with the package.'] if known else []
+    return [*(['Controls: ' + '; '.join(out) + '.'] if out else []), *said]
 
 def _standing_rows(tab, arm)->list:
     "The second table: a row per arm, a column per data set"

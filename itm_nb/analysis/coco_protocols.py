@@ -30,7 +30,7 @@ from ..models.similarity import are_vectors
 from ..training.checkpoint import load_checkpoint
 from ..training.config import config, current_names
 from ..training.corpus import corpus
-from ..runs.records import record, write_record
+from ..runs.records import keep_record, record
 from ..runs.run_folder import done
 from ..runs.run_record import finish_by_hand, about, tested_on
 
@@ -227,7 +227,7 @@ def test_row(
     save_ranks(run/'ranks_test.npz', ranks)
     rec = record(about(values, 'test_sets', values['test_set'], device), where, ranks, s.img_of, s.gallery,
                  found, kind='ensemble')
-    write_record(run.parent/'records', rec)
+    keep_record(run, rec)
     finish_by_hand(run, 'test_sets', values)
     return rec
 

@@ -27,7 +27,7 @@ from ..models.encode import embed, rank_encoded, save_ranks, scores_of
 from ..models.factory import from_pretrained
 from ..models.similarity import are_vectors
 from .identity import about_folder
-from .records import record, write_record
+from .records import keep_record, record
 from .run_folder import done
 from .run_record import about, control, finish_by_hand, tested_on, under_truth
 
@@ -189,7 +189,7 @@ def _write(run, ranks, rec, values)->dict:
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     save_ranks(run/'ranks_test.npz', ranks)
-    write_record(run.parent/'records', rec)
+    keep_record(run, rec)
     finish_by_hand(run, 'evaluate', values)
     return rec
 

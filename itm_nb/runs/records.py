@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'pack', 'unpack', 'gallery_summary', 'record', 'stored_ranks', 'recompute', 'mismatches', 'write_record',
-           'read_record', 'read_records', 'made_up_record']
+           'keep_record', 'read_record', 'read_records', 'made_up_record']
 
 # %% ../../nbs/7_runs/00_records.ipynb #34c3f945
 import base64
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr
 
-from ..core.errors_files import DataError
+from ..core.errors_files import DataError, write_atomic
 from ..core.names import LINE, NAME
 from ..core.random import purpose_key
 from ..metrics.ranks import by_gallery, mean_summary, Ranks
@@ -342,6 +342,15 @@ def write_record(
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+    return path
+
+def keep_record(
+    run,           # run folder
+    rec:dict,      # from `record`
+)->Path:           # records/ID.json beside the run folder
+    "Write a run's record beside the others, and into its own folder: one that is lost can be had again"
+    path = write_record(Path(run).parent/'records', rec)
+    write_atomic(Path(run)/'record.json', path.read_bytes())
     return path
 
 # %% ../../nbs/7_runs/00_records.ipynb #a6d9ace1

@@ -174,18 +174,18 @@ def conclude(
 )->dict:               # the record, written to records/ beside the run folder
     "Open the test split, rank it with the best model, write the record"
     from itm_nb.metrics.statistics import spread
-    from itm_nb.models.encode import embed, scores_of
-    from itm_nb.training.loop import evaluate, gap_to_hardest
-    from itm_nb.runs.records import record, write_record
+    from itm_nb.models.encode import scores_of
+    from itm_nb.training.loop import encoded, gap_to_hardest
+    from itm_nb.runs.records import keep_record, record
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
     if values['search']:
         more |= dict(search=json.loads(values['search']))
     if not values['test']:
         return _searched(values, run, t, more)
-    ranks, split, batches = evaluate(run, data, 'test', device)
-    vectors = embed(t.core, batches)
-    more['spread'] = spread(*vectors).get('spread', {}) | dict(gap=gap_to_hardest(t))
-    truth = None if data.world is None else under_truth(data.world, split, scores_of([(t.core, *vectors)]))
+    ranks, batches, found = encoded(run, data, 'test', device)
+    split = batches.split
+    more['spread'] = spread(*found[1:]).get('spread', {}) | dict(gap=gap_to_hardest(t))
+    truth = None if data.world is None else under_truth(data.world, split, scores_of([found]))
     if seen := picks(run, t.train.split, data.world):
         more |= dict(picks=seen)
     if spent := cost(run):
@@ -195,7 +195,7 @@ def conclude(
                  ranks, split.img_of, split.gallery, truth, val=t.history[t.best[1]], best_epoch=t.best[1],
                  last=t.history[-1],
                  curves=curves(run), **more)
-    write_record(run.parent/'records', rec)
+    keep_record(run, rec)
     finish_by_hand(run, 'train', values)
     return rec
 
@@ -237,7 +237,7 @@ def control(
     "The row of a control: expectations over random ties, averaged over galleries"
     import numpy as np
     from itm_nb.metrics.ranks import mean_summary
-    from itm_nb.runs.records import record, write_record
+    from itm_nb.runs.records import keep_record, record
     split = data.split('test')
     gallery = np.zeros(len(split), int) if split.gallery is None else split.gallery
     rows = []
@@ -252,7 +252,7 @@ def control(
     rec = record(about(values, 'evaluate', values['scores']), tested_on(values, split, data.label),
                  test=mean_summary(rows), kind='control')
     run.mkdir(parents=True, exist_ok=True)
-    write_record(run.parent/'records', rec)
+    keep_record(run, rec)
     finish_by_hand(run, 'evaluate', values)
     return rec
 

@@ -375,7 +375,9 @@ def test_deleted_tables_and_figures_come_back_byte_equal(tmp_path):
 def test_the_audit_of_flickr8k_agrees_with_the_earlier_measurement():
     import csv
     rows = list(csv.DictReader(open(ROOT/'figures'/'audits'/'audit_agreement.csv'))); head = [r for r in rows if r['picks'] == 'rank 1']
-    assert len(head) >= 12 and all(r['agrees'] == 'yes' for r in head) and sum(r['agrees'] == 'yes' for r in rows) >= .93*len(rows)
+    assert len(head) >= 12
+    assert all(r['agrees'] == 'yes' for r in head)
+    assert sum(r['agrees'] == 'yes' for r in rows) >= .93*len(rows)
     have = {p.stem for p in (ROOT/'figures'/'audits').glob('*.json')} & {p.stem for p in (ROOT/'figures'/'results').glob('*.json')}
     assert {r['run'] for r in rows} <= have
 
@@ -448,9 +450,16 @@ def test_the_findings_of_the_study_come_from_its_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path/'out'/'run.ipynb').read_text())['cells'][-1]['outputs'][0]['data']['text/markdown']; said = ''.join(last).split('**')
     said = {k: v for k, v in zip(said[1::2], said[2::2])}; better, worse = said['Better than the base'], said['Worse than the base']
-    assert 'one, of 1 arms: good +' in better and 'bad' not in better and 'two, of 1 arms: bad -' in worse and 'warm' not in better + worse and 'over 4 blocks' in worse
-    assert '2 defects' in said['What the defects cost'] and 'aoq_summed -' in said['What the defects cost'] and 'has not been made' in said['Open, and what it would take']
-    assert said["Against the papers' rows"].count('rSum') == 3 and 'ours, made-up ranks' in said["Against the papers' rows"]
+    assert 'one, of 1 arms: good +' in better
+    assert 'bad' not in better
+    assert 'two, of 1 arms: bad -' in worse
+    assert 'warm' not in better + worse
+    assert 'over 4 blocks' in worse
+    assert '2 defects' in said['What the defects cost']
+    assert 'aoq_summed -' in said['What the defects cost']
+    assert 'has not been made' in said['Open, and what it would take']
+    assert said["Against the papers' rows"].count('rSum') == 3
+    assert 'ours, made-up ranks' in said["Against the papers' rows"]
 
 
 def test_the_page_of_defects_is_made_from_records(tmp_path):
@@ -462,7 +471,10 @@ def test_the_page_of_defects_is_made_from_records(tmp_path):
     done = subprocess.run([sys.executable, '-c', code, 'defects', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     tab = pd.read_csv(tmp_path/'figures'/'defects_defects_scenes.csv').set_index('arm')
-    assert list(tab.index) == ['aoq_summed', 'aoq_tied', 'fne_drift'] and list(tab.without) == ['aoq', 'aoq', 'fne'] and tab.word['aoq_summed'] == 'harms' and tab.d['aoq_summed'] < tab.lo['aoq_tied']
+    assert list(tab.index) == ['aoq_summed', 'aoq_tied', 'fne_drift']
+    assert list(tab.without) == ['aoq', 'aoq', 'fne']
+    assert tab.word['aoq_summed'] == 'harms'
+    assert tab.d['aoq_summed'] < tab.lo['aoq_tied']
     assert (tmp_path/'figures'/'defects_defects_scenes.svg').is_file()
 
 
