@@ -507,8 +507,8 @@ def _check_bench(a):
     a.places = dict(a.p) | dict(progress=False)
     _check_given(a)
     if a.places.get('folder') and not a.places.get('models'):
-        raise SetupError('photographs need the text network of the strong base; give -p models FOLDER, the folder '
-                         'that holds all-MiniLM-L6-v2')
+        raise SetupError('photographs need the text network of the strong base; give -p models FOLDER, the '
+                         'folder that holds all-MiniLM-L6-v2')
 
 def _packaged()->list:
     "The records that come with the package"
