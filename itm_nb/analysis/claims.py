@@ -740,7 +740,7 @@ ARMS |= dict(        # the ladders of AOQ and of TAGS-DC
     longer=('the hardest, twice the epochs', 'vsepp'),
     wide=('the hardest, three times the batch', 'vsepp'))
 # their generator learns no more
-_STATIC = ('core_flickr8k', 'factorial_scenes', 'scenes', 'rare_scenes', 'defects_scenes')
+_STATIC = ('core_flickr8k', 'factorial_scenes', 'bench_scenes', 'scenes', 'rare_scenes', 'defects_scenes')
 OWN = dict.fromkeys(_STATIC, dict(       # sweeps, and their profiles, in which a name means something else
     tags=('synthetic negatives of a generator that never changes', "vsepp|tags(sharing='static')")))
 _SEARCHED = 'prior=0.002, monotone=True'  # on the strong base: with a prior to search and monotone log-odds

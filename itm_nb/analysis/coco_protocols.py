@@ -232,8 +232,8 @@ def test_row(
     return rec
 
 # %% ../../nbs/8_analysis/09_coco_protocols.ipynb #6d7569aa
-# side of images a paper's rows were made with
-_NEEDS = {'AOQ': 'regions', 'TAGS-DC': 'boxes', 'FNE': 'pixels'}
+# side of images a paper's rows were made with; '': rows of many papers, with any
+_NEEDS = {'AOQ': 'regions', 'TAGS-DC': 'boxes', 'FNE': 'pixels', 'Collected': ''}
 _TRAIN = {6000: 'Flickr8k', 29000: 'Flickr30K', 113287: 'COCO', 82783: 'COCO'}
 _TESTS = {('Flickr8k', 1000): ('Flickr8k',), ('Flickr30K', 1000): ('Flickr30K',),
           ('COCO', 5000): ('COCO 1K', 'COCO 5K')}
@@ -295,7 +295,7 @@ def served(
     most = max(sizes.get('test', 0), sizes.get('testall', 0))
     if not tables:
         out.append(f'serves no published row: its test part is not whole ({most:,} photos)')
-    able = [p for p, x in _NEEDS.items() if x == side or (x, side) == ('regions', 'boxes')]
+    able = [p for p, x in _NEEDS.items() if x in (side, '') or (x, side) == ('regions', 'boxes')]
     for t in tables:
         there = rows[rows.data.isin([f'{p}, {t}' for p in able])]
         names = dict.fromkeys(there.row)

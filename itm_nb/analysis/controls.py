@@ -300,6 +300,8 @@ def published_steps(
     "Differences of neighbouring rows of one model in a published table"
     wide = tab.pivot_table(index=['data', 'row'], columns='metric', values='mean', sort=False).reset_index()
     wide['rsum'] = wide['rsum'].fillna(wide[_SIX].sum(axis=1, min_count=6))
+    # a row that lacks a recall is no step
+    wide = wide.dropna(subset='rsum')
     wide['model'] = wide.row.str.split(' ').str[0]
     out = []
     for (data, model), part in wide.groupby(['data', 'model'], sort=False):

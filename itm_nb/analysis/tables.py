@@ -457,6 +457,8 @@ def lint_table(
     return out + [x for at, r in zip(name, lines) if 'runs' in r for x in _provenance(at, r, by_id)]
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #85ee1ea5
+_MARKS = ('F', 'R', 'C', 'C, M')     # where a number was read
+
 def published(
     path,               # a CSV: paper, table, row, column, value, source
 # data ('paper, table'), row, metric, mean, source: as `lint_table` and `markdown` take it
@@ -467,9 +469,9 @@ def published(
     if list(tab) != wanted:
         raise DataError(path, f'columns {list(tab)}', f'columns {wanted}')
     for i, source in enumerate(tab.source):
-        if source in ('F', 'R'):
+        if source in _MARKS:
             continue
-        raise DataError(path, f'source mark {source!r}', "'F' or 'R'",
+        raise DataError(path, f'source mark {source!r}', f'one of {", ".join(map(repr, _MARKS))}',
                         'A number from memory is no published number.', line=i+2)
     return pd.DataFrame(dict(data=tab.paper + ', ' + tab.table, row=tab.row, metric=tab.column,
                              mean=tab.value, source=tab.source))

@@ -20,6 +20,7 @@ from ..core.errors_files import DataError
 from .aoq import aoq, caption
 from .fne import aoq_fne, bank_source, fne, fne_warmup
 from .method import METHODS, Method
+from .plain_loss import plain_loss, plain_settings
 from .rivals import RIVALS
 from .samplers import Source
 from .stored_sentences import static_tags
@@ -114,14 +115,16 @@ def _maker(path, known, what, allow_code):
 
 def _made(path, maker, kind, kw, own):
     "Call a maker with the settings it knows, and with those that were written behind its name"
+    plain = plain_settings(maker) if kind is Method else None
     if callable(maker) and not isinstance(maker, kind):
-        known = inspect.signature(maker).parameters
+        known = inspect.signature(maker).parameters if plain is None else plain
         free = any(p.kind == p.VAR_KEYWORD for p in known.values())
         if odd := [k for k in own if k not in known and not free]:
             near = difflib.get_close_matches(odd[0], known, 1)
             hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(known)}'
             raise ValueError(f'{path} has no setting {odd[0]!r}; {hint}')
-        maker = maker(**{k: v for k, v in kw.items() if k in known} | own)
+        given = {k: v for k, v in kw.items() if k in known} | own
+        maker = maker(**given) if plain is None else plain_loss(maker, **given)
     # a user's function may return (sources, terms)
     if kind is Method and isinstance(maker, tuple):
         maker = Method(*maker)

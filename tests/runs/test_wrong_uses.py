@@ -16,7 +16,8 @@ from itm_nb.models.released_checkpoints import itm_convert
 from itm_nb.training.config import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = dict(itm_run=cli.itm_run, itm_sweep=cli.itm_sweep, itm_data=cli.itm_data, itm_readme=cli.itm_readme, itm_convert=itm_convert)
+COMMANDS = dict(itm_run=cli.itm_run, itm_sweep=cli.itm_sweep, itm_data=cli.itm_data, itm_readme=cli.itm_readme,
+                itm_bench=cli.itm_bench, itm_convert=itm_convert)
 REMEDY = re.compile(r'wanted|did you mean|there are|see itm_|\b(given?|correct|rename|name|choose|takes|set|finish|use|install|change|remove|say|save|move|make|complete|leave|run|convert)\b', re.I)
 SWEEP = 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\n'
 
@@ -119,6 +120,13 @@ def of_data(here):
         ([], 'file'), (['bad.pth'], '--out'), (['bad.pth', '--out', 'to'], '--as'), (['bad.pth', '--as', 'scan9', '--out', 'to'], 'scan9'), (['bad.pth', '--as', 'scan_t2i', '--out', 'to'], 'bad'),
         (['nowhere.pth', '--as', 'scan_t2i', '--out', 'to'], 'nowhere'), (['bad.pth', '--as', 'scan_t2i', '--out', 'file'], 'file'), (['empty', '--to-released', '--out', 'to.pth'], 'empty'),
         (['nowhere', '--to-released', '--out', 'to.pth'], 'nowhere'), (['bad.pth', '--out', 'to', '--to-relased'], '--to-relased'))]
+    table += [('itm_bench', a, w) for a, w in (
+        ([], 'my_method.py'), (['mine'], 'mine'), (['nowhere.py:mine'], 'nowhere'), (['bad.npz:mine'], 'bad'),
+        (['m.py:mine', '-p', 'seed', '3'], 'seed'), (['m.py:mine', '--budget', 'soon'], 'soon'),
+        (['m.py:mine', '--settings', '0'], '--settings'),
+        (['m.py:mine', '-p', 'folder', 'nowhere'], 'nowhere'),
+        (['m.py:mine', '-p', 'folder', 'empty'], 'models'), (['--check', 'nowhere'], 'nowhere'),
+        (['--check', 'empty'], 'empty'), (['m.py:mine', '--runs', 'file'], 'file'))]
     return table + [('itm_readme', ['now'], 'now'), ('itm_readme', ['--quiet'], '--quiet')]
 
 
@@ -176,7 +184,8 @@ def count(table, capsys, here, title):
 
 def test_wrong_uses_are_refused_in_one_line_with_nothing_written(capsys, here):
     table = [*of_training(), *together(), *of_places(here), *of_itm_run(here), *of_sweeps(here), *of_data(here)]
-    assert len(table) >= 200 and {n for n, *_ in table} == set(COMMANDS) and {a[0] for n, a, _ in table if n == 'itm_run' and a} >= set(TEMPLATES)
+    assert len(table) >= 200 and {n for n, *_ in table} == set(COMMANDS)
+    assert {a[0] for n, a, _ in table if n == 'itm_run' and a} >= set(TEMPLATES)
     count(table, capsys, here, 'wrong uses')
 
 
