@@ -177,7 +177,7 @@ class Batches:
         device='cpu',
         dtype:torch.dtype=torch.float32,   # of kept features; float16 halves the memory; batches are float32
         pixels=None,                       # array-like of N pictures (N, S, S, 3) in place of features
-        change=None,                       # (pictures, caption ids, epoch) -> pictures as training sees them
+        change=None,                       # (pictures, ids on the host, epoch) -> pictures as training sees them
         workers:int=0,                     # threads that load coming batches; 0: features lie on the device
         boxes:bool=False,                  # give the places of the regions too
     ):
@@ -187,7 +187,7 @@ class Batches:
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
         self._mask = _real_regions(split, 1 if pixels is not None else split.feats.shape[1])
         self.mask = self._mask.to(device)                              # a picture: one region
-        self.tokens, self.lengths, self._lengths = _encoded(vocab, split, device)
+        self._tokens, self.tokens, self.lengths, self._lengths = _encoded(vocab, split, device)
         self.img_of, self.img_ids, self.cap_ids = _numbers_on(device, split)
         self.sorted = _sorted(image=split.img_ids, text=split.cap_ids)
 
@@ -205,7 +205,8 @@ class Batches:
         "Some sentences, cut to the longest"
         at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
         l = int(self.lengths[idx if isinstance(idx, slice) else np.asarray(idx)].max(initial=0))
-        return dict(tokens=self.tokens[at, :l], lengths=_known(self._lengths[at], lambda: self.lengths[idx]))
+        tokens = _known(self.tokens[at, :l], lambda: self._tokens[idx, :l])
+        return dict(tokens=tokens, lengths=_known(self._lengths[at], lambda: self.lengths[idx]))
 
     def take(self,
         cap:Tensor,       # (B,) caption indices, on the CPU
@@ -235,9 +236,9 @@ def _numbers_on(device, split):
     return [torch.tensor(np.array(a), dtype=torch.int64, device=device) for a in rows]
 
 def _encoded(vocab, split, device):
-    "Tokens on the device; lengths on the host and on the device"
+    "Tokens and lengths, both on the host and on the device"
     tokens, lengths = vocab.encode(split.captions)
-    return tokens.to(device), lengths.numpy(), lengths.to(device)
+    return tokens, tokens.to(device), lengths.numpy(), lengths.to(device)
 
 def _sorted(**ids):
     return {k: np.argsort(x, kind='stable') for k, x in ids.items()}
@@ -246,7 +247,7 @@ def _features_of(b, at, idx):
     "Features or pictures of some images, on the device"
     if b.feats is not None:
         return b.feats[at].float()
-    return _look(b, np.arange(len(b.split))[idx]).to(b.device)
+    return upload(_look(b, np.arange(len(b.split))[idx]), b.device)
 
 def _whose(b, cap, at, img)->dict:
     "Mask and caption ids of a batch; the host goes on knowing them"
@@ -279,13 +280,10 @@ def fetched(
              else batches.texts(idx) | dict(cap_ids=batches.cap_ids[there]))
     return found | dict(img_ids=batches.img_ids[images])
 
-def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) indices; captions' in training -> on the host
+def _look(b, img)->Tensor:   # (B,) indices -> on the host
     "Pictures or features of some images, read where they lie"
     if b.pixels is not None:
-        x = b.pixels[img]
-        if b.change is None or cap is None:
-            return x
-        return b.change(x, torch.tensor(b.split.cap_ids[cap]), epoch)
+        return b.pixels[img]
     x = torch.from_numpy(np.array(b.split.feats[img])).to(b.dtype)
     if not x.isfinite().all():
         check_finite(b.split.feats, b.split.source, img)
@@ -295,12 +293,21 @@ def _look(b, img, cap=None, epoch=0)->Tensor:   # (B,) indices; captions' in tra
 
 def _loaded(b, cap, epoch, ahead)->Tensor:
     """A batch's pictures or features on the device: the ones loaded ahead if they were announced, and the
-    next ones set going"""
+    next ones set going; pictures change where they are computed with, on a CPU by the loader's threads"""
     name = lambda c, e: (e, c.numpy().tobytes())
+    near = b.device.type == 'cpu'
     def load(c, e):
-        x = _look(b, b.split.img_of[c.numpy()], c.numpy(), e)
+        x = _look(b, b.split.img_of[c.numpy()])
+        x = _changed(b, x, c, e) if near else x
         return x.pin_memory() if b.device.type == 'cuda' else x
     job = b.coming.pop(name(cap, epoch), None)
     if b.pool:
         b.coming = {k: b.coming.get(k) or b.pool.submit(load, c, e) for c, e in ahead for k in [name(c, e)]}
-    return (job.result() if job else load(cap, epoch)).to(b.device, non_blocking=True)
+    x = job.result() if job else load(cap, epoch)
+    return x if near else _changed(b, x.to(b.device, non_blocking=True), cap, epoch)
+
+def _changed(b, x, cap, epoch)->Tensor:   # pictures of captions, on any device
+    "Pictures as training sees them"
+    if b.change is None or b.pixels is None:
+        return x
+    return b.change(x, torch.tensor(b.split.cap_ids[cap.numpy()]), epoch)
