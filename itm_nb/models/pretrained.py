@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import encoders
 from ..core.errors_files import DataError, read_json, regular_file
-from ..data.batches import on_host
+from ..data.batches import on_host, told
 from ..data.pixels import SCALES, normalise
 from .encoders import POOLS, pooling, real
 
@@ -529,7 +529,10 @@ def parts(
     "What cross-attention compares words with: regions, or patches, which are all real"
     x = tower.states(feats)
     patches = isinstance(getattr(tower, 'inner', tower), VisionTower)
-    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if patches else real(num, x.shape[1])
+    if not patches:
+        return x, real(num, x.shape[1])
+    all_real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return x, told(all_real, lambda: torch.ones(x.shape[:2], dtype=torch.bool))
 
 TOWERS = dict(vision=VisionTower, text=TextTower)
 

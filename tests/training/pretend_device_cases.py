@@ -40,9 +40,9 @@ MORE = dict(
     gru_last=(dict(text='gru_last'), 0, 0, 1800),
     vsrn=(dict(image='vsrn', text='gru_last', epochs=1), 0, 0, 2100),
     captioner=(dict(image='vsrn', captioner=8, method='vsepp|caption()', epochs=1), 0, 0, 4000),
-    scan_t2i=(dict(similarity='scan_t2i', text='gru', epochs=1), 19, 0, 2600),
-    scan_i2t=(dict(similarity='scan_i2t', text='gru', epochs=1), 19, 0, 2600),
-    bfan=(dict(similarity='bfan_equal', text='gru', epochs=1), 26, 0, 3200),
+    scan_t2i=(dict(similarity='scan_t2i', text='gru', epochs=1), 0, 0, 2600),
+    scan_i2t=(dict(similarity='scan_i2t', text='gru', epochs=1), 0, 0, 2600),
+    bfan=(dict(similarity='bfan_equal', text='gru', epochs=1), 0, 0, 3200),
     two_modes=(dict(similarity='two_modes', epochs=1), 0, 0, 1000),
     cross=(dict(similarity='cross', method='infonce', batch=16, epochs=1), 0, 0, 2000),
     chunk=(dict(chunk=32), 0, 0, 700))
