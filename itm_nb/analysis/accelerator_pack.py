@@ -128,8 +128,8 @@ def sizes(
     folder,         # that was packed
 )->dict:            # part -> bytes
     "What the parts of a packed folder weigh"
-    weigh = lambda p: sum(f.stat().st_size for f in p.rglob('*') if f.is_file()) if p.is_dir() else p.stat().st_size
-    return {p.name: weigh(p) for p in sorted(Path(folder).iterdir())}
+    files = lambda p: [f for f in p.rglob('*') if f.is_file()] if p.is_dir() else [p]
+    return {p.name: sum(f.stat().st_size for f in files(p)) for p in sorted(Path(folder).iterdir())}
 
 def accelerator_pack(
     to,                # folder to make; it must not be there yet
@@ -150,7 +150,9 @@ def accelerator_pack(
             prune_network(n, new/'models'/n.name, said)
         _packed_repository(project(), new/'repository.tar.xz')
         if wheels:
-            shutil.copytree(wheels, new/'wheels', ignore=lambda d, names: [n for n in names if n[-4:] != '.whl'])
+            (new/'wheels').mkdir()
+            for w in sorted(Path(wheels).glob('*.whl')):
+                shutil.copyfile(w, new/'wheels'/w.name)
         write_atomic(new/'run.sh', _START.encode())
         weights = sizes(new)
         if sum(weights.values()) > limit*2**20:

@@ -664,6 +664,16 @@ REPORTS |= dict(
               default=9),
         replace(_FIGURES, help="where the table goes; '': figures of the clone"),
         _like('out', "run folder; '': runs/acceptance"), _like('progress', 'show bars')),
+    accelerator=(
+        Setting('size', 'tiny', 'how much is done', dict(tiny='minutes on a CPU', full='an accelerator')),
+        _like('device'),
+        _like('folder', "features in the SCAN layout, for the study of size full; '': without the study"),
+        KNOWN['models'],
+        Setting('study_seconds', 360, 'time for the study; 0: without it', within=_NAT, unit='seconds'),
+        Setting('jobs', 0, 'its runs side by side; 0: 2 on a CPU, 8 on an accelerator', within=_NAT),
+        Setting('kills', -1, 'SIGKILLs that a run has to survive; -1: 1 for tiny, 5 for full',
+                within='[-1, inf)'),
+        _like('out', "where this notebook and its files go; '': runs/manual/<id>")),
     benchmark=(
         _like('threads', 'threads of torch'),
         Setting('images', 5000, 'images of the large gallery', within='[5, inf)'),
