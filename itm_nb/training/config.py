@@ -540,7 +540,7 @@ _IDS = dict(img_of="npy: row of each sentence's photo, for scores that do not be
 
 # %% ../../nbs/6_training/00_config.ipynb #350e923e
 RUNS = dict(      # templates whose runs are rows of a table, or what such runs need
-    train=(*OF_CONFIG[:-len(READERS)], *OF_RUNS[:-2], *READERS, *OF_RUNS[-2:]),
+    train=(*(s for s in OF_CONFIG if s not in READERS), *OF_RUNS[:-2], *READERS, *OF_RUNS[-2:]),
     evaluate=(
         Setting('scores', 'oracle',
                 'folders of finished runs joined by commas, an npy file of scores, an npz file of ranks, or '
