@@ -14,7 +14,7 @@ from itm_nb.training.build import memory_needed, warn_of_memory
 from itm_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from itm_nb.training.config import config, Config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import fit, only_deterministic, prepare, products, train_step
+from itm_nb.training.loop import _only_deterministic, _products, fit, prepare, train_step
 
 TINY = Config(preset='tiny', text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=16, epochs=1,
               batch=64, method='vsepp')
@@ -33,7 +33,7 @@ def stands():
                                               ('bf16', ('highest', False))])
 def test_products_inside_and_as_before_outside(precision, inside):
     before = stands()
-    with pytest.raises(KeyError), products(precision):
+    with pytest.raises(KeyError), _products(precision):
         assert stands() == inside
         raise KeyError
     assert stands() == before
@@ -66,7 +66,7 @@ def test_deterministic_algorithms_inside_only(world, tmp_path, monkeypatch):
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     fit(TINY, tmp_path/'b', world, progress=False)               # on a CPU they are the same algorithms
     assert (tmp_path/'a'/'log.jsonl').read_bytes() == (tmp_path/'b'/'log.jsonl').read_bytes()
-    with only_deterministic(True), only_deterministic(False):
+    with _only_deterministic(True), _only_deterministic(False):
         assert torch.are_deterministic_algorithms_enabled()       # somebody else's wish is kept
 
 
