@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATE', 'Opened', 'opened', 'some_captions', 'step_of', 'writing', 'written', 'gate', 'above_all', 'ruled', 'foils',
-           'judged', 'noted', 'over_epochs', 'slope', 'examine']
+           'grounded', 'by_rule', 'judged', 'noted', 'over_epochs', 'slope', 'examine']
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #64098f8a
 import json
@@ -24,7 +24,8 @@ from ..data.tokenizers import load
 from ..scenes.dataset import word_foils
 from ..models.factory import from_pretrained
 from ..models.similarity import image_inputs
-from ..methods.generator import elsewhere, judge_of, mask_copies, refill, Synthetic, TextGenerator
+from ..methods.generator import (
+    elsewhere, judge_of, mask_copies, refill, Synthetic, TextGenerator, word_classes)
 from ..methods.samplers import Step, top, DirectedStep
 from ..methods.tags_dc import captions_of, word_counts
 from .perplexity import Ngrams, perplexity
@@ -256,9 +257,12 @@ def _scores_of_texts(
     o:Opened, cap:Tensor,
     said:list,           # B lists of N sentences; '' where there is none
     rows:int=2048,       # sentences at a time
+    strange:bool=False,  # beside another caption's image
 )->tuple:                # (B,) scores of the captions, (B, N) of the sentences
     "What a run thinks of sentences about its images"
     s = step_of(o, cap)
+    if strange:
+        s.images = s.images[elsewhere(s.img)]
     N = len(said[0])
     flat = [x or o.batches.split.captions[int(c)] for c, row in zip(cap, said) for x in row]
     of = torch.arange(len(cap)).repeat_interleave(N)
@@ -275,12 +279,30 @@ _GROUPS = ('black white red blue green yellow brown pink orange purple gray', 'o
            'boy girl', 'boys girls', 'he she', 'his her')
 _OTHERS = {w: [v for v in g.split() if v != w] for g in _GROUPS for w in g.split()}
 
+_RULES = dict(colour=_GROUPS[:1], number=_GROUPS[1:2], gender=_GROUPS[2:], order=())
+
 def ruled(
     sentence:str,
+    rule:str='',    # a name in `_RULES`; '': colour, number and gender
 )->list:            # of sentences
-    "Every way to replace one colour, number or gender by another"
+    "Every way to replace one colour, number or gender by another, or to exchange two things in their order"
     said = words(sentence)
-    return [' '.join([*said[:k], v, *said[k+1:]]) for k, w in enumerate(said) for v in _OTHERS.get(w, ())]
+    if rule == 'order':
+        return _exchanged(said)
+    known = {w for g in _RULES[rule] for w in g.split()} if rule else _OTHERS.keys()
+    return [' '.join([*said[:k], v, *said[k+1:]]) for k, w in enumerate(said) if w in known
+            for v in _OTHERS.get(w, ())]
+
+def _exchanged(said)->list:
+    "Two things that a relation joins change places; what stands in a row (and, or) is left alone"
+    kinds = word_classes(said)
+    heads = [k for k, c in enumerate(kinds) if c == 'entity' and kinds[k+1:k+2] != ['entity']]
+    out = []
+    for a, b in zip(heads, heads[1:]):
+        related = 'relation' in kinds[a+1:b] and not {'and', 'or'} & {*said[a+1:b]}
+        if related and said[a] != said[b]:
+            out.append(' '.join([*said[:a], said[b], *said[a+1:b], said[a], *said[b+1:]]))
+    return out
 
 def foils(
     o:Opened, cap:Tensor,
@@ -297,6 +319,32 @@ def foils(
     N = max(map(len, found), default=0)
     return [f + ['']*(N-len(f)) for f in found], np.array([[k < len(f) for k in range(N)] for f in found],
                                                           bool).reshape(len(found), N)
+
+# %% ../../nbs/8_analysis/08_attacks.ipynb #a282d2f1
+def grounded(
+    o:Opened, cap:Tensor,
+    said:list,           # B lists of N sentences; '' where there is none
+    ok:np.ndarray,       # (B, N) which of them count
+)->dict:                 # percent above a sentence: with the own image, with another, the difference
+    "How often a caption beats sentences, and how much of that its image gives"
+    out = dict(sentences=int(ok.sum()))
+    for k, strange in (('own', False), ('other', True)):
+        pos, neg = _scores_of_texts(o, cap, said, strange=strange)
+        out[k] = 100*float((pos[:,None] > neg)[ok].mean()) if ok.any() else float('nan')
+    return out | dict(grounded=out['own']-out['other'])
+
+def by_rule(
+    o:Opened,
+    captions:int=256,
+)->dict:                 # rule -> what `grounded` gives
+    "Foils of photographs' captions by rule: colour, number, gender, word order"
+    cap, out = some_captions(o, captions), {}
+    for rule in _RULES:
+        said = [ruled(o.batches.split.captions[int(c)], rule) for c in cap]
+        N = max(1, *map(len, said))
+        ok = np.array([[k < len(f) for k in range(N)] for f in said], bool)
+        out[rule] = grounded(o, cap, [f + ['']*(N-len(f)) for f in said], ok)
+    return out
 
 # %% ../../nbs/8_analysis/08_attacks.ipynb #ad250b53
 _ATTACKS = ('random', 'text alone', 'own')

@@ -39,6 +39,9 @@ FIRST = dict(    # parameters that always count: those the templates had when th
     mine='init share honest data name preset rho world dims regions layout vision size resize similarity '
          'boxes seed folds fold threads '
          'arm'.split(),
+    generate='text_model tokenizer wordpiece_vocab max_tokens upper d_word layers heads dropout epochs batch '
+             'lr pretrained_lr_scale weight_decay clip precision mask_share patience copies draws keep tau '
+             'data name preset rho world dims regions seed folds fold threads arm'.split(),
     test_sets='scores test_set seed threads arm'.split())
 
 def about_folder(

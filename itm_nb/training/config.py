@@ -321,6 +321,17 @@ METHOD_SETTINGS['aoq_fne'] = (
     *(s for s in METHOD_SETTINGS['aoq'] if s.name in ('preset', 'stage', 'share', 'lists')), _MARGIN, _SEED,
     Setting('detach', True, "no gradient through AOQ's weight; False exploits it"),
     *(s for s in METHOD_SETTINGS['fne'] if s.name not in ('preset', 'margin', 'seed')))
+METHOD_SETTINGS['static_tags'] = (
+    Setting('kind', 'generator', 'who has filled the masks',
+            dict(generator='', blind='the generator, shown another image (a control)',
+                 random='nobody: words of the same class (a control)')),
+    Setting('sentences', 4, 'stored sentences of a caption that are used', within=_POS),
+    Setting('pick', 'hardest', 'which of them', dict(hardest='', uniform='one at random',
+                                                     fne="one by FNE's weights")),
+    Setting('hard', 1, 'how many of the hardest cost; 0: all', within=_NAT),
+    Setting('weight', 1., 'of the term', within=_NOT_NEGATIVE), _MARGIN,
+    Setting('prior', .1, 'fne: share of the sentences that are true of the image', within='(0, 1)'),
+    Setting('generator', '', 'folder of a finished run of generate; without it that of the run'))
 _TEMPERATURE = METHOD_SETTINGS['infonce'][0]
 METHOD_SETTINGS |= dict(      # rivals, see 5_methods/08_rivals
     multi_positive=(_TEMPERATURE, Setting('copies', 'sum', 'what other captions of the photo are',
@@ -493,6 +504,7 @@ def _of_methods(v, run)->list:
              'the generator of a run'),
             (name == 'tags' and run and own.get('sharing') == 'static' and not (writes or random),
              'method tags with sharing static needs a finished run that writes: name it with generator'),
+            (name == 'static_tags' and run and not writes, f'{name}: name the run of generate with generator'),
             (name == 'caption' and not v.captioner,
              'method caption needs a captioner: set image to vsrn, and captioner to its width'),
             (run and own.get('honest') and v.data != 'scenes',
@@ -573,6 +585,23 @@ RUNS = dict(      # templates whose runs are rows of a table, or what such runs 
         _like('threads', 'lists are equal for any number'),
         _like('arm', 'name of this run in a sweep'), *_some('sweep out folder cache models device progress'),
         *READERS),
+    generate=(
+        _like('text_model', "network whose layers the generator has: name or folder; '': layers of its own"),
+        *_some('tokenizer wordpiece_vocab max_tokens'),
+        Setting('upper', 0, 'how many of its layers see the image and learn; 0: all', within=_NAT),
+        *_some('d_word layers heads'), _like('dropout', 'in its layers'),
+        _like('epochs', 'most passes over the training sentences; it ends where validation does'),
+        KNOWN['batch'], _like('lr', 'learning rate', default=.001),
+        _like('pretrained_lr_scale', default=.3), *_some('weight_decay clip precision'),
+        Setting('mask_share', .3, "of a caption's places that are masked in training", within='(0, 1]'),
+        Setting('patience', 2, 'answers of validation that are no better before it ends', within=_POS),
+        Setting('copies', 4, 'masked copies of a caption', within=_POS),
+        Setting('draws', 16, 'refills of each', within=_POS),
+        Setting('keep', 16, 'clean sentences that are kept, at random', within=_POS),
+        Setting('tau', 1.5, 'temperature of the refill', within='(0, inf)'),
+        *DATA, _like('seed', 'init, order, dropout, masks, draws; scenes: of the world'),
+        *_some('folds fold'), KNOWN['threads'], _like('arm', 'name of this run in a sweep'),
+        *_some('sweep out folder cache models progress')),
     test_sets=(
         Setting('scores', '', 'folders of finished runs, joined by commas', place='runs'),
         Setting('test_set', 'coco_5k', 'how they are tested', ('coco_1k', 'coco_5k', 'eccv', 'cxc')),

@@ -345,7 +345,7 @@ def prepare(
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models),
                     model=model, train=batches[0],
                     vocab=vocab, world=data.world, seed=cfg.seed, epochs=cfg.epochs, lists=str(lists),
-                    generator=str(generator))
+                    generator=str(generator), states=data.states)
     phases = schedule(cfg.method, cfg.warmup, cfg.warmup_method, allow_code, **settings)
     return Training(cfg, model, opt, accelerator, phases, *batches, vocab, _prints(cfg, data, (train, val)),
                     meter=torch.zeros(4, device=accelerator.device), code=code_of(cfg.method))
