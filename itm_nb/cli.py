@@ -136,6 +136,9 @@ def _data_command(what, *argv)->tuple:
     if what == 'audit':
         from itm_nb.analysis.audit_runs import audit_command
         return [audit_command(list(argv))], 0
+    if what == 'accelerator-pack':
+        from itm_nb.analysis.accelerator_pack import pack_command
+        return pack_command(list(argv)), 0
     if what == 'get':
         from itm_nb.data.download import get_command
         return get_command(list(argv))
@@ -148,9 +151,10 @@ def _data_command(what, *argv)->tuple:
 @command
 def itm_data(argv=None)->int:
     """Look at a data folder; `itm_data get`: fetch one; `itm_data prepare`: keep copies of pictures together;
-    `itm_data subset`: cut one; `itm_data audit --help`: what samplers pick from it"""
+    `itm_data subset`: cut one; `itm_data accelerator-pack`: carry one to a GPU without network; `itm_data
+    audit --help`: what samplers pick from it"""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (['audit'], ['get'], ['prepare'], ['subset']):
+    if argv[:1] in (['audit'], ['get'], ['prepare'], ['subset'], ['accelerator-pack']):
         lines, code = _data_command(*argv)
         print('\n'.join(lines))
         return code

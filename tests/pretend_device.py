@@ -45,7 +45,7 @@ class Ledger:
     def blocking(self): return Counter({k: n for k, n in self.uploads.items() if k[1] == 'blocking'})
 
 
-HELPERS = ('upload', 'on_host', '_known')     # of `data`: who called them is what one wants to know
+HELPERS = ('upload', 'on_host', 'told')     # of `data`: who called them is what one wants to know
 
 
 def place():

@@ -18,11 +18,13 @@ from typing import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..core.errors_files import DataError, read_json, regular_file, write_atomic
 from ..core.random import uniform
+from .batches import upload
 
 # %% ../../nbs/1_data/05_pixels.ipynb #f84bf0a1
 # what is decoded, recognised by content
@@ -206,30 +208,39 @@ def normalise(
     "Bytes to what a network wants"
     x = x.permute(0, 3, 1, 2)
     x = x.float()/255 if x.dtype == torch.uint8 else x.float()
-    return (x - x.new_tensor(mean)[:,None,None]) / x.new_tensor(std)[:,None,None]
+    mean, std = (upload(torch.tensor(c, dtype=x.dtype)[:,None,None], x.device) for c in (mean, std))
+    return (x - mean) / std
 
 # %% ../../nbs/1_data/05_pixels.ipynb #a5a3e492
+# pixels that are moved in one go: what a processor keeps at hand; what a device has memory for (0.3 GB)
+_AT_ONCE = dict(cpu=2**18, other=2**22)
+
+def _places(m, size)->tuple:
+    "(B, 2, 3) maps -> what columns and what rows add to places in 256ths of a pixel: each (B, size, 2)"
+    at = torch.arange(size, dtype=torch.float64) - (size-1)/2
+    rows = m[:,:,1,None]*at + m[:,:,2,None] + (size-1)/2
+    return (m[:,:,0,None]*at).mT*256, rows.mT*256
+
+def _moved(x, columns, rows, fill)->Tensor:
+    "Bytes at the sum of two places, rounded to 256ths: float32 holds every number on the way exactly"
+    S = x.shape[1]
+    side, low, high = 1 << (S-1).bit_length(), *((0, (S-1)*256) if fill is None else (-512, (S+1)*256))
+    place = (columns[:,None] + rows[:,:,None]).round_().clamp_(low, high)
+    place = place.float().mul_(1/(128*side)).add_(1/side - 1)       # as `grid_sample` counts: -1 to 1
+    v = F.pad(x.float() - (fill or 0), (0, 0, 0, side-S, 0, side-S)).permute(0, 3, 1, 2)
+    y = F.grid_sample(v, place, align_corners=False)
+    return y.add_(.5 + (fill or 0)).floor_().permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+
 def warp(
     x:Tensor,             # (B, S, S, 3) uint8
-    m:Tensor,             # (B, 2, 3) float64: (column, row, 1) of the result -> place in `x`, from the centre
+    m:Tensor,             # (B, 2, 3) float64, on the host: (column, row, 1) of the result -> place in `x`,
+                          # from the centre
     fill:int=None,        # grey level outside the picture; None: its border goes on
 )->Tensor:                # (B, S, S, 3) uint8
     "Every picture through its own affine map, bilinear"
-    B, S = x.shape[:2]
-    at = torch.arange(S, dtype=torch.float64, device=x.device) - (S-1)/2
-    # (B, 2, S, S)
-    place = m[:,:,0,None,None]*at + m[:,:,1,None,None]*at[:,None] + m[:,:,2,None,None] + (S-1)/2
-    place = ((place*256).round().long()).clamp(-512, (S+1)*256)
-    low, part = place >> 8, (place & 255).int()
-    start, flat, out = torch.arange(B, device=x.device)[:,None,None]*S*S, x.flatten(0, 2), 0
-    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        c, r = low[:,0]+dx, low[:,1]+dy
-        v = flat[start + r.clamp(0, S-1)*S + c.clamp(0, S-1)].int()
-        if fill is not None:
-            v = v.masked_fill(((c < 0)|(c >= S)|(r < 0)|(r >= S)).unsqueeze(-1), fill)
-        out = out + v * ((part[:,0] if dx else 256-part[:,0])
-                         * (part[:,1] if dy else 256-part[:,1])).unsqueeze(-1)
-    return ((out + 32768) >> 16).to(torch.uint8)
+    n = max(1, _AT_ONCE['cpu' if x.device.type == 'cpu' else 'other']//x.shape[1]**2)
+    given = x, *(upload(t, x.device) for t in _places(m, x.shape[1]))
+    return torch.cat([_moved(*part, fill) for part in zip(*(t.split(n) for t in given))])
 
 def _affine(a, b, c, d, e, f)->Tensor:   # six (B,) tensors or numbers -> (B, 2, 3)
     "Rows (a, b, c) and (d, e, f)"
@@ -239,7 +250,7 @@ def _affine(a, b, c, d, e, f)->Tensor:   # six (B,) tensors or numbers -> (B, 2,
 
 def crop(
     x:Tensor,             # (B, S, S, 3) uint8
-    u:Tensor,             # (B, 5) uniform numbers: area, aspect ratio, column, row, mirror
+    u:Tensor,             # (B, 5) uniform numbers, on the host: area, aspect ratio, column, row, mirror
     area:tuple=(.5, 1.),  # share of the picture
     ratio:float=4/3,      # largest aspect ratio, and one over the smallest
 )->Tensor:                # (B, S, S, 3) uint8
@@ -252,23 +263,29 @@ def crop(
     return warp(x, _affine(w*sign, 0, (1-w)*(u[:,2]-.5)*S, 0, h, (1-h)*(u[:,3]-.5)*S))
 
 # %% ../../nbs/1_data/05_pixels.ipynb #15003466
+def _slots(x):
+    "The place of every byte in tables (B, 3, 256), flat"
+    first = torch.arange(0, len(x)*768, 256, device=x.device, dtype=torch.int32)
+    return (first.view(-1, 1, 1, 3) + x).flatten()
+
 def _histogram(x):
     "(B, S, S, 3) bytes -> (B, 3, 256) counts"
-    B = len(x)
-    slot = (torch.arange(B*3, device=x.device).view(B, 1, 1, 3)*256 + x).flatten()
-    return torch.bincount(slot, minlength=B*3*256).view(B, 3, 256)
+    at = _slots(x)
+    one = torch.ones(1, dtype=torch.int32, device=x.device)
+    return one.new_zeros(len(x)*768).index_add_(0, at, one.expand(len(at))).view(-1, 3, 256).long()
 
 def _look_up(x, table):
     "Every byte replaced by the entry of its picture's and channel's table (B, 3, 256)"
-    B = len(x)
-    slot = torch.arange(B*3, device=x.device).view(B, 1, 1, 3)*256 + x
-    return table.flatten()[slot].to(torch.uint8)
+    return table.to(torch.uint8).flatten().index_select(0, _slots(x)).view_as(x)
 
 def _autocontrast(x, sign, m):
     "Stretch each channel from its smallest and largest value to 0..255"
-    low, high = x.amin((1, 2), keepdim=True).int(), x.amax((1, 2), keepdim=True).int()
+    v = x.permute(0, 3, 1, 2).flatten(2)
+    low, high = v.amin(2).float()[:,None,None], v.amax(2).float()[:,None,None]
     wide = high - low
-    return torch.where(wide > 0, (x.int()-low)*255 // wide.clamp(min=1), x.int()).to(torch.uint8)
+    low, wide = torch.where(wide > 0, low, 0.), torch.where(wide > 0, wide, 255.)
+    # half a unit more: no rounding of a quotient, on any device, comes near a whole number
+    return (x.float() - low).mul_(255).add_(.5).div_(wide).to(torch.uint8)
 
 def _equalise(x, sign, m):
     "Make the values of each channel equally frequent"
@@ -284,54 +301,74 @@ def _brightness(x, sign, m):
 
 def _sharpness(x, sign, m):
     "Away from the smoothed picture; the border stays"
-    v = x.int()
-    near = sum(v[:, i:i+x.shape[1]-2, j:j+x.shape[1]-2] for i in range(3) for j in range(3)) + 4*v[:, 1:-1,
-        1:-1]
-    smooth = (near*2 + 13)//26
-    out = v.clone()
-    out[:, 1:-1, 1:-1] = (smooth*100 + (10 + 18*m)*(v[:, 1:-1, 1:-1] - smooth) + 50)//100
-    return out.clamp(0, 255).to(torch.uint8)
+    v, more = x.float(), 10 + 18*m
+    mid = v[:, 1:-1, 1:-1]
+    near = v[:, :-2] + v[:, 1:-1] + v[:, 2:]
+    near = near[:, :, :-2] + near[:, :, 1:-1] + near[:, :, 2:] + 4*mid
+    smooth = near.mul_(2).add_(13.5).mul_(1/26).floor_()            # of whole numbers, see `_autocontrast`
+    y = smooth.mul_(100 - more).add_(mid*more).add_(50.5).mul_(.01).floor_().clamp_(0, 255)
+    out = x.clone()
+    out[:, 1:-1, 1:-1] = y.to(torch.uint8)
+    return out
 
-def _turn(x, sign, m):
+def _turned(sign, m, size):
     "Rotate by 3 m degrees"
     a = sign*(m*3*np.pi/180)
-    return warp(x, _affine(a.cos(), a.sin(), 0, -a.sin(), a.cos(), 0), 128)
+    return _affine(a.cos(), a.sin(), 0, -a.sin(), a.cos(), 0)
 
-OPERATIONS = dict(
-    identity=lambda x, sign, m: x, autocontrast=_autocontrast, equalise=_equalise, brightness=_brightness,
-    sharpness=_sharpness,
-    shear_x=lambda x, sign, m: warp(x, _affine(1, sign*m*.03, 0, 0, 1, 0), 128),
-    shear_y=lambda x, sign, m: warp(x, _affine(1, 0, 0, sign*m*.03, 1, 0), 128),
-    shift_x=lambda x, sign, m: warp(x, _affine(1, 0, sign*round(m*x.shape[1]/384), 0, 1, 0), 128),
-    shift_y=lambda x, sign, m: warp(x, _affine(1, 0, 0, 0, 1, sign*round(m*x.shape[1]/384)), 128),
-    rotate=_turn)
+# (signs, magnitude, side of the picture) -> maps of `warp`
+_MOVES = dict(
+    shear_x=lambda sign, m, size: _affine(1, sign*m*.03, 0, 0, 1, 0),
+    shear_y=lambda sign, m, size: _affine(1, 0, 0, sign*m*.03, 1, 0),
+    shift_x=lambda sign, m, size: _affine(1, 0, sign*round(m*size/384), 0, 1, 0),
+    shift_y=lambda sign, m, size: _affine(1, 0, 0, 0, 1, sign*round(m*size/384)),
+    rotate=_turned)
+_VALUES = dict(identity=lambda x, sign, m: x, autocontrast=_autocontrast, equalise=_equalise,
+               brightness=_brightness, sharpness=_sharpness)
+
+def _moving(name):
+    return lambda x, sign, m: warp(x, _MOVES[name](sign, m, x.shape[1]), 128)
+
+OPERATIONS = _VALUES | {name: _moving(name) for name in _MOVES}
 
 # %% ../../nbs/1_data/05_pixels.ipynb #6f4b5491
 def _change(x, u, m):
-    "Row by row one drawn operation, or none: u (B, 3) says which, whether, and with which sign"
-    op = torch.where(u[:,1] < .5, (u[:,0]*len(OPERATIONS)).long(), 0)
-    x = x.clone()
-    for i, f in enumerate(OPERATIONS.values()):
-        rows = (op == i).nonzero().squeeze(1)
-        if i and len(rows):
-            x[rows] = f(x[rows], torch.where(u[rows,2] < .5, 1., -1.).double(), m)
+    """Row by row one drawn operation, or none: u (B, 3) on the host says which, whether, and with which sign;
+    all rows that move are moved together"""
+    op, sign = torch.where(u[:,1] < .5, (u[:,0]*len(OPERATIONS)).long(), 0), torch.where(u[:,2] < .5, 1.,
+                                                                                          -1.).double()
+    kinds = op.clamp(max=len(_VALUES))             # 0: stays; 1..4: values change; 5: moves
+    x, names = x.clone(), list(OPERATIONS)
+    for kind in range(1, len(_VALUES)+1):
+        rows = (kinds == kind).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        there = upload(rows, x.device)
+        part = x.index_select(0, there)
+        if kind < len(_VALUES):
+            part = OPERATIONS[names[kind]](part, None, m)
+        else:
+            maps = torch.stack([f(sign[rows], m, x.shape[1]) for f in _MOVES.values()])
+            part = warp(part, maps[op[rows]-len(_VALUES), torch.arange(len(rows))], 128)
+        x.index_copy_(0, there, part)
     return x
 
 KINDS = ('none', 'crop', 'rand')      # of augmentation; each includes the one before it
 
 def augment(
-    x:Tensor,           # (B, S, S, 3) uint8
-    ids:Tensor,         # (B,) caption (or image) ids
+    x:Tensor,           # (B, S, S, 3) uint8, on any device
+    ids:Tensor,         # (B,) caption (or image) ids, on the host
     seed:int=0,
     epoch:int=0,
     kind:str='rand',    # 'none', 'crop', or 'rand': crop and two operations
     m:int=7,            # magnitude, 0..10
 )->Tensor:              # (B, S, S, 3) uint8
-    "Pictures as this epoch shows them: row i depends on its picture, ids[i], seed and epoch alone"
+    """Pictures as this epoch shows them: row i depends on its picture, ids[i], seed and epoch alone; the
+    same bytes on every device, which is never waited for"""
     if kind not in KINDS:
         raise ValueError(f'no augmentation called {kind!r}; there are {KINDS}')
     if kind == 'none':
         return x
-    u = uniform(ids, 'augment', 11, seed, epoch).to(x.device)
+    u = uniform(ids, 'augment', 11, seed, epoch)
     x = crop(x, u[:,:5])
     return x if kind == 'crop' else _change(_change(x, u[:,5:8], m), u[:,8:], m)

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ..data.batches import on_host, surely_all, told, upload
+
 # %% ../../nbs/4_models/07_cross_attention.ipynb #d9339465
 def l2_normalize(
     x:Tensor,           # (..., D)
@@ -89,7 +91,7 @@ def attention(
 )->Tensor:                 # (n, K, Q, m) sums to 1 over the real sources
     "How much of every source element each query gathers; padded sources get nothing (rule b)"
     z = over_queries(x, query, norm) * sharp
-    if not source.all():
+    if not surely_all(source):
         z = z.masked_fill(~source[:,:,None,None], -torch.inf)
     a = z.softmax(1)
     return focus(a, source.sum(1), focal) if focal else a
@@ -167,7 +169,7 @@ def part(
     lanes:bool=True,
 )->Part:
     "One part; padding becomes zero"
-    if not mask.all():
+    if not surely_all(mask):
         x = x.masked_fill(~mask.unsqueeze(-1), 0.)
     columns = x.transpose(0, 1).flatten(0, 1) if lanes else None
     return Part(x, mask, torch.linalg.vector_norm(x, dim=-1), x @ x.mT if gram else None, columns)
@@ -179,17 +181,20 @@ def parts(
     **kw,           # what `part` works out
 )->tuple:           # list of `Part`, (n,) where each set went
     "Sort by size and cut; every part is padded to its own longest set only"
-    order = mask.sum(1).argsort(descending=True, stable=True)
-    sizes, many, longest, at = mask.sum(1)[order].tolist(), [], [], 0
+    known = on_host(mask)
+    order = known.sum(1).argsort(descending=True, stable=True)
+    sizes, many, longest, at = known.sum(1)[order].tolist(), [], [], 0
     if len(set(sizes)) > 1:
-        x, mask = x[order], mask[order]
+        there = upload(order, x.device)
+        x, mask, known = x[there], mask[there], known[order]
     while at < len(sizes):
         longest.append(max(sizes[at], 1))
         many.append(min(max(most//longest[-1], 1), len(sizes)-at))
         at += many[-1]
     # one split: a slice each would be one gradient of full size each
-    cut = zip(x.split(many), mask.split(many), longest)
-    return [part(a[:,:n], m[:,:n], **kw) for a, m, n in cut], order.argsort()
+    cut = zip(x.split(many), mask.split(many), known.split(many), longest)
+    made = [part(a[:,:n], told(m[:,:n], lambda k=k, n=n: k[:,:n]), **kw) for a, m, k, n in cut]
+    return made, upload(order.argsort(), x.device)
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #f17d03a3
 @dataclass(frozen=True)

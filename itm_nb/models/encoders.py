@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..data.batches import on_host, upload
+from ..data.batches import on_host, told, upload
 
 # %% ../../nbs/4_models/00_encoders.ipynb #68587909
 def real(
@@ -22,7 +22,9 @@ def real(
     size:int,         # padded length
 )->Tensor:            # (B, size) True where an element is real
     "The mask of the real elements; they come first"
-    return torch.arange(size, device=lengths.device) < lengths[:,None]
+    mask = torch.arange(size, device=lengths.device) < lengths[:,None]
+    known = getattr(lengths, 'host', None)              # then the host knows the mask too
+    return mask if known is None else told(mask, lambda: real(known, size))
 
 def _places(lengths, size)->Tensor:   # (n,) in the flattened mask
     "Where the real elements are; for the CPU alone: to count on an accelerator would stop its stream"

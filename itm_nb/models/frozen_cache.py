@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.errors_files import DataError, read_json, sha256_of, write_atomic
+from ..data.batches import on_host, upload
 from .encoders import max_pool, mean_pool, real, topk_pool
 from .pretrained import layer_stack, depths, layers, TextTower, VisionTower
 
@@ -206,8 +207,8 @@ def sentence_rows(
 
 def _rows(tokens, lengths)->list:
     "Each sentence's pieces as bytes"
-    x = np.ascontiguousarray(tokens.cpu().numpy().astype('<i4'))
-    return [r[:n].tobytes() for r, n in zip(x, lengths.tolist())]
+    x = np.ascontiguousarray(on_host(tokens).numpy().astype('<i4'))
+    return [r[:n].tobytes() for r, n in zip(x, on_host(lengths).tolist())]
 
 def picture_print(
     files:Sequence,      # image files of a part
@@ -340,7 +341,7 @@ class KeptStates:
         if len(inputs) == 1: return inputs[0]
         tokens, lengths = inputs
         at = np.array([self.files.index.get(r, -1) for r in _rows(tokens, lengths)])
-        out = self.files.rows(at.clip(0), 0 if self.pooled else tokens.shape[1]).to(tokens.device)
+        out = upload(self.files.rows(at.clip(0), 0 if self.pooled else tokens.shape[1]), tokens.device)
         if (new := np.flatnonzero(at < 0)).size:
             out[new] = read(made, (tokens[new], lengths[new]), self.reading, out.shape[1])[0]
         return out

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import encoders
 from ..core.errors_files import DataError, read_json, regular_file
+from ..data.batches import on_host, told
 from ..data.pixels import SCALES, normalise
 from .encoders import POOLS, pooling, real
 
@@ -419,6 +420,19 @@ def _probe_text(self)->int:
         raise ValueError('this network has no pooler')
     return out.pooler_output.shape[-1]
 
+# networks whose words look both ways and that take a mask of all pairs as it is
+_BOTH_WAYS = ('bert', 'roberta', 'xlm-roberta', 'electra', 'distilbert')
+
+def _attention_mask(config, mask, lengths)->Tensor:   # (B, L), or of all pairs (B, 1, L, L), or None
+    """What `transformers` is told of the padding. It would ask the device whether there is any, and wait for
+    the answer: the host knows"""
+    plain = config.model_type not in _BOTH_WAYS or getattr(config, '_attn_implementation', '') != 'sdpa'
+    if plain or mask.device.type in ('cpu', 'meta'):
+        return mask.long()
+    if bool((on_host(lengths) == mask.shape[1]).all()):
+        return None
+    return mask[:,None,None].expand(-1, -1, mask.shape[1], -1)
+
 class TextTower(nn.Module):
     "Tokens to one vector per sentence, by a text network of `transformers`"
     kept = None  # states of what is frozen in it, looked up instead of computed: see `frozen_cache`
@@ -452,7 +466,7 @@ class TextTower(nn.Module):
         if self.most and tokens.shape[1] > self.most:
             raise ValueError(f'{tokens.shape[1]} tokens, but this network reads {self.most}')
         if self.fill: return self.net(input_ids=F.pad(ids, (0, self.fill-ids.shape[1]), value=self.pad))
-        return self.net(input_ids=ids, attention_mask=mask.long())
+        return self.net(input_ids=ids, attention_mask=_attention_mask(self.net.config, mask, lengths))
 
     def _run(self, *inputs): return self.kept.run(self, *inputs) if self.kept else self.computed(*inputs)
     def states(self, tokens:Tensor, lengths:Tensor)->Tensor:   # (B, L), (B,) -> (B, L, dim)
@@ -515,7 +529,10 @@ def parts(
     "What cross-attention compares words with: regions, or patches, which are all real"
     x = tower.states(feats)
     patches = isinstance(getattr(tower, 'inner', tower), VisionTower)
-    return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if patches else real(num, x.shape[1])
+    if not patches:
+        return x, real(num, x.shape[1])
+    all_real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return x, told(all_real, lambda: torch.ones(x.shape[:2], dtype=torch.bool))
 
 TOWERS = dict(vision=VisionTower, text=TextTower)
 

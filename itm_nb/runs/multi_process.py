@@ -37,6 +37,8 @@ def train_together(
     if values['folds']:
         data = in_fold(data, fold_file(values['folds']), values['fold'])
     more = {k: values[k] for k in ('lists', 'generator', 'known_false_negatives') if k in values}
+    if 'checkpoint_seconds' in values:
+        more |= dict(seconds=values['checkpoint_seconds'])
     fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'],
         carry=values['carry'],
         allow_code=allow_code, **more)

@@ -134,8 +134,9 @@ def cost(
         warnings.warn(f'{run}: timing.jsonl is not whole, so the cost is not known')
         return {}
     seconds, pairs = (sum(l[k] for l in lines) for k in ('seconds', 'pairs'))
+    there = max(l.get('device_mib', 0) for l in lines)
     return dict(steps=upto, seconds=round(seconds, 2), pairs_per_s=round(pairs/seconds, 1),
-                peak_mib=max(l['peak_mib'] for l in lines))
+                peak_mib=max(l['peak_mib'] for l in lines)) | (dict(device_mib=there) if there else {})
 
 def tested_on(
     values:dict,      # all parameters of the template

@@ -141,7 +141,7 @@ TRAINING = (
             dict(cosine='to zero', step='a tenth after two thirds', none='')),
     Setting('clip', 2., 'largest gradient norm; 0: no clipping', within=_NOT_NEGATIVE),
     Setting('precision', 'fp32', 'of the towers; scores, losses and metrics are fp32 always',
-            ('fp32', 'bf16')),
+            dict(fp32='', tf32='products with 10 bits, on accelerators that can', bf16='')),
     Setting('seed', 0, 'init, order, dropout, draws', within=_NAT),
     Setting('threads', 1, 'results are bit-equal for equal threads', within='[1, 1024]'))
 NETWORKS = (
@@ -208,7 +208,12 @@ READERS = (
     Setting('captions_of_split', '', "max_captions counts in these parts only, joined by commas; '': in all",
             form=('((train|val|test|testall)(,(train|val|test|testall))*)?',
                   "parts joined by commas, e.g. 'val,test'")))
-OF_CONFIG = (*DATA, *TOWERS, *TRAINING, *NETWORKS, *SIMILARITY, *PARTS, *READERS)
+_COMPUTING = (
+    Setting('compile', 'off', 'what torch compiles: minutes at the start, then faster steps',
+            ('off', 'towers')),
+    Setting('deterministic', False,
+            'only algorithms that give equal bytes twice, on an accelerator too; slower there'))
+OF_CONFIG = (*DATA, *TOWERS, *TRAINING, *NETWORKS, *SIMILARITY, *PARTS, *READERS, *_COMPUTING)
 CHOICES = {s.name: tuple(s.choices) for s in OF_CONFIG if s.choices}
 
 # %% ../../nbs/6_training/00_config.ipynb #5a2cafa9
@@ -237,6 +242,8 @@ OF_RUNS = (
     Setting('workers', 0, 'threads that load coming batches; results are equal for any number',
             within='[0, 256]'),
     Setting('device', 'cpu', 'where it is computed', _AUTO),
+    Setting('checkpoint_seconds', 300, 'a run that is killed loses at most about so much; there is a '
+                                       'checkpoint after every epoch too', within=_NAT, unit='seconds'),
     Setting('search', '', 'how the settings were found, written by a sweep'),
     Setting('progress', True, 'show a bar'))
 
@@ -548,7 +555,7 @@ _IDS = dict(img_of="npy: row of each sentence's photo, for scores that do not be
 
 # %% ../../nbs/6_training/00_config.ipynb #350e923e
 RUNS = dict(      # templates whose runs are rows of a table, or what such runs need
-    train=(*OF_CONFIG[:-len(READERS)], *OF_RUNS[:-2], *READERS, *OF_RUNS[-2:]),
+    train=(*(s for s in OF_CONFIG if s not in READERS), *OF_RUNS[:-2], *READERS, *OF_RUNS[-2:]),
     evaluate=(
         Setting('scores', 'oracle',
                 'folders of finished runs joined by commas, an npy file of scores, an npz file of ranks, or '
@@ -692,6 +699,16 @@ REPORTS |= dict(
               default=9),
         replace(_FIGURES, help="where the table goes; '': figures of the clone"),
         _like('out', "run folder; '': runs/acceptance"), _like('progress', 'show bars')),
+    accelerator=(
+        Setting('size', 'tiny', 'how much is done', dict(tiny='minutes on a CPU', full='an accelerator')),
+        _like('device'),
+        _like('folder', "features in the SCAN layout, for the study of size full; '': without the study"),
+        KNOWN['models'],
+        Setting('study_seconds', 360, 'time for the study; 0: without it', within=_NAT, unit='seconds'),
+        Setting('jobs', 0, 'its runs side by side; 0: 2 on a CPU, 8 on an accelerator', within=_NAT),
+        Setting('kills', -1, 'SIGKILLs that a run has to survive; -1: 1 for tiny, 5 for full',
+                within='[-1, inf)'),
+        _like('out', "where this notebook and its files go; '': runs/manual/<id>")),
     benchmark=(
         _like('threads', 'threads of torch'),
         Setting('images', 5000, 'images of the large gallery', within='[5, inf)'),

@@ -14,7 +14,7 @@ import resource
 import shutil
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -43,8 +43,9 @@ from ..models.similarity import join, image_inputs
 from ..methods.method import losses, fetches
 from ..methods.registry import code_of, in_force, schedule
 from ..methods.samplers import exclude_pairs, Step
-from .build import (
-    words_seen, build, learning_rate, measure, networks, optimiser, remembering, vocabulary)
+from itm_nb.training.build import (
+    words_seen, build, learning_rate, measure, memory_needed, networks, optimiser, remembering, vocabulary,
+    warn_of_memory)
 from .checkpoint import (
     whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped)
 from .config import Config, current_names
@@ -117,6 +118,43 @@ def share(
                          f'{world}')
     return caps.chunk(world)[rank]
 
+@contextmanager
+def _products(
+    precision:str,    # 'fp32', 'tf32' or 'bf16'
+):
+    "How exact float32 products are inside: with 10 bits for 'tf32', else whole; as before afterwards"
+    cudnn = torch.backends.cudnn
+    try:
+        was = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:                     # said through torch's newer interface: the user's own business
+        yield
+        return
+    def put(matmul, others):
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = others            # convolutions and GRUs
+    put('high' if precision == 'tf32' else 'highest', precision == 'tf32')
+    try:
+        yield
+    finally:
+        put(*was)
+
+@contextmanager
+def _only_deterministic(
+    wanted:bool,
+):
+    "Inside, torch takes algorithms that give equal bytes twice, and refuses where there is none"
+    was, name = torch.are_deterministic_algorithms_enabled(), 'CUBLAS_WORKSPACE_CONFIG'
+    size = os.environ.get(name)
+    if wanted:
+        os.environ.setdefault(name, ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+        if size is None:
+            os.environ.pop(name, None)
+
 class Encoder:
     "Calls towers; part by part where a training says so, and then once more after the losses are known"
     def __init__(self, t:Training):
@@ -127,7 +165,7 @@ class Encoder:
 
     def __call__(self, encode:Callable, *inputs):   # tensors with a row per item -> encoding
         "Encode"
-        with self.t.accelerator.autocast():
+        with self.t.accelerator.autocast(), _products(self.t.cfg.precision):
             if not self.size or not torch.is_grad_enabled():
                 return encode(*inputs)
             with torch.no_grad():
@@ -207,8 +245,9 @@ def train_step(
         call_hooks(t.stateful(), hook, step)
     parts = losses(method, step, seen)
     t.opt.zero_grad(set_to_none=True)
-    t.accelerator.backward(sum(parts.values()))
-    encode.again()
+    with _products(cfg.precision):
+        t.accelerator.backward(sum(parts.values()))
+        encode.again()
     parts = _sum_devices(t, parts)
     norm = t.accelerator.clip_grad_norm_(t.core.parameters(), cfg.clip or torch.inf)
     t.opt.step()
@@ -253,6 +292,23 @@ def _own_temperature(cfg, models)->float:
                          'here')
     return own
 
+def _workers(data, device)->int:
+    "Threads that load: pictures for an accelerator are never read while it waits"
+    return data.workers or 2*(data.pixels is not None and device.type != 'cpu')
+
+def _compile_towers(model):
+    "In place: names of weights stay, and what is saved is a model like any other"
+    for name in ('image_tower', 'text_tower'):
+        if getattr(model, name, None) is not None:
+            getattr(model, name).compile(dynamic=True)
+
+def _look_at_memory(t:Training):
+    "Say before the first step on an accelerator that it is too small"
+    kind = t.accelerator.device
+    module = None if kind.type == 'cpu' else torch.get_device_module(kind)
+    if hasattr(module, 'mem_get_info'):
+        warn_of_memory(t.cfg, memory_needed(t.cfg, t.core, t.train), module.mem_get_info()[0])
+
 def _without_known(phases, file, split, device)->tuple:
     "The methods of a schedule on sources that leave out pairs which are marked as true"
     if not file:
@@ -292,8 +348,10 @@ def prepare(
                   words_seen(cfg, vocab, train)).to(accelerator.device)
     data = remembering(model, data, vocab, augment=cfg.augment)
     batches = [data.batches(s, vocab, accelerator.device, change, n)
-               for s, n in ((train, data.workers), (val, 0))]
+               for s, n in ((train, _workers(data, accelerator.device)), (val, 0))]
     measure(model, batches[0])
+    if cfg.compile == 'towers':
+        _compile_towers(model)
     # not the model: `_sum_devices` does what a wrapper would, for all heads
     opt = accelerator.prepare(optimiser(cfg, model))
     settings = dict(margin=cfg.margin, temperature=cfg.temperature or _own_temperature(cfg, data.models),
@@ -395,7 +453,8 @@ def _beside(
 # %% ../../nbs/6_training/04_loop.ipynb #fb7f5453
 def _same(t:Training, run, state):
     "Refuse a checkpoint of another run"
-    told = current_names(state.get('config') or {})
+    # settings that came later have their defaults
+    told = asdict(Config()) | current_names(state.get('config') or {})
     same = [('settings', told, asdict(t.cfg))] + [(name, state.get(k), want) for name, k, want in
             (('data', 'prints', t.prints), ('source of its method', 'code', t.code))]
     for name, have, want in same:
@@ -562,6 +621,14 @@ def _say(t:Training, run:Path, **line):
         f.flush()
         t.log_bytes = f.tell()
 
+def _on_the_device(t:Training)->dict:
+    "Most memory that was taken there so far, MiB"
+    device = t.accelerator.device
+    module = None if device.type == 'cpu' else torch.get_device_module(device)
+    if not hasattr(module, 'max_memory_allocated'):
+        return {}
+    return dict(device_mib=round(module.max_memory_allocated()/2**20))
+
 def _log(t:Training, run:Path, epoch:int, clock:list):
     "One line of means since the last, and one of the clock; the only place that waits for the device"
     loss, norm, clipped, n = t.meter.tolist()
@@ -575,6 +642,7 @@ def _log(t:Training, run:Path, epoch:int, clock:list):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     with open(run/'timing.jsonl', 'a') as f:
         spent = dict(seconds=round(seconds, 4), pairs=int(n)*t.cfg.batch, peak_mib=round(peak))
+        spent |= _on_the_device(t)
         f.write(stamped(dict(step=t.step, since=t.step - int(n), steps=t.steps) | spent))
 
 # ids; -1: unknown
@@ -708,13 +776,55 @@ class _Bar:
         self.bar.close()
 
 # %% ../../nbs/6_training/04_loop.ipynb #5729826a
+class _Pace:
+    "When a checkpoint is due: by the clock, and by the count of steps where one is asked for"
+    def __init__(self, every, seconds):
+        self.every, self.seconds, self.last = every, seconds, time.monotonic()
+
+    def due(self, step)->bool:
+        return bool(self.every and step % self.every == 0) or time.monotonic() - self.last >= self.seconds
+
+    def keep(self, t, run):
+        "Write one; the time it takes does not count"
+        if leads():
+            _keep(t, run)
+        self.last = time.monotonic()
+
+def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
+    "Steps until the end; told: called with the number of steps done, after each"
+    clock = [time.perf_counter()]
+    while t.step < t.steps:
+        epoch, i = divmod(t.step, t.per_epoch)
+        if i == 0:
+            call_hooks(t.stateful(), 'start_epoch', epoch)
+        ends, due = i == t.per_epoch-1, (t.step+1) % LOG_EVERY == 0
+        seen = [] if ends or due else None
+        train_step(t, _batch(t, t.step)[0], epoch, seen)
+        t.step += 1
+        told(t.step)
+        keep = ends or pace.due(t.step)
+        if _waits(t, stop, ends, due, keep):
+            refuse_nan(t)
+        if seen is not None:
+            _note(t, run, epoch, seen)
+        halt = _halt(t, stop, ends or due)
+        if ends or due:
+            _log(t, run, epoch, clock)
+        if ends:
+            _validate(t, run, epoch)
+        if keep or halt:
+            pace.keep(t, run)
+        if halt:
+            raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
+
 def fit(
     cfg:Config,
     run,                       # run folder; what is there is gone on from
     data:Corpus=None,          # None: opened from the configuration
     folder='',                 # of a data set that is not embedded
     device:str='cpu',
-    every:int=200,             # steps between checkpoints (there is one after every epoch too)
+    every:int=0,               # steps between checkpoints; 0: the clock alone says when
+    seconds:float=300,         # between checkpoints (there is one after every epoch too)
     progress:bool=True,        # show a bar
     on_step:Callable=None,     # called with the number of steps done, after each
     init='',                   # run folder whose weights this one starts from; '': fresh ones
@@ -726,28 +836,19 @@ def fit(
 )->Training:                   # holding the best model
     "Train to the end, from where the last checkpoint left off"
     run = Path(run)
-    with locked(run) if leads() else nullcontext(), stop_signal() as stop:
+    alone = locked(run) if leads() else nullcontext()
+    with alone, stop_signal() as stop, _only_deterministic(cfg.deterministic):
         t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code,
                     known_false_negatives)
         if not resume(t, run) and init:
             warm_start(t, init, carry)
-        clock = [time.perf_counter()]
+        _look_at_memory(t)
         bar = _Bar(t, progress)
-        while t.step < t.steps:
-            epoch, i = divmod(t.step, t.per_epoch)
-            if i == 0:
-                call_hooks(t.stateful(), 'start_epoch', epoch)
-            caps = order(len(t.train.lengths), cfg.seed, epoch)[i*cfg.batch:(i+1)*cfg.batch]
-            ends, due = i == t.per_epoch-1, (t.step+1) % LOG_EVERY == 0; seen = [] if ends or due else None
-            train_step(t, caps, epoch, seen); t.step += 1; bar.update()
-            if on_step: on_step(t.step)
-            if _waits(t, stop, ends, due, t.step % every == 0): refuse_nan(t)
-            if seen is not None: _note(t, run, epoch, seen)
-            halt = _halt(t, stop, ends or due)
-            if ends or due: _log(t, run, epoch, clock)
-            if ends: _validate(t, run, epoch)
-            if (ends or halt or t.step % every == 0) and leads(): _keep(t, run)
-            if halt: raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
+        def told(step):
+            bar.update()
+            if on_step:
+                on_step(step)
+        _go_on(t, run, stop, _Pace(every, seconds), told)
         bar.close()
         return _finished(t, run)
 

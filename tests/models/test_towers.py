@@ -471,3 +471,18 @@ def test_a_pair_without_weights_is_two_halves_of_one_description():
     assert network(a['net']).config.hidden_size == 16 and freeze_parts(network(a['net']),
         '') == [] and pretrained.temperature(source) is None
     assert sum(len(g['params']) for g in groups(m, .1)) == len(list(m.parameters()))
+
+
+@pytest.mark.parametrize('kind', pretrained._BOTH_WAYS)
+def test_a_mask_of_all_pairs_is_the_mask_of_the_padding(kind):
+    "What is told on an accelerator in place of a mask that would be asked there"
+    sizes = dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32) if kind == 'distilbert' else SMALL
+    net = pretrained.network(dict(sizes, model_type=kind, vocab_size=30)).eval()
+    lengths, ids = torch.tensor([5, 2, 3]), torch.randint(5, 30, (3, 5))
+    mask = torch.arange(5) < lengths[:,None]
+    plain = pretrained._attention_mask(net.config, mask, lengths)
+    assert plain.ndim == 2
+    with torch.no_grad():
+        a, b = (net(input_ids=ids, attention_mask=m).last_hidden_state
+                for m in (plain, mask[:,None,None].expand(-1, -1, 5, -1)))
+        assert torch.allclose(a[mask], b[mask], atol=1e-6)

@@ -34,7 +34,7 @@ def of_training():
         seed='-1 abc 0.5', threads='0 100000', tokenizer='letters own', wordpiece_vocab='0', max_tokens='-1', size='0 -3', resize='stretch', augment='flip', freeze='half 1++2', text_freeze='top', pretrained_lr_scale='-1',
         layer_decay='0 1.5', weight_decay='-5 1e6', chunk='-1', similarity='cosin dot', image='resnet', captioner='-1 8', attention_scale='-1', lse_scale='inf', agg='Median', norm='l3', layers='0', heads='0',
         boxes='perhaps true', columns='a;b', max_captions='-1', captions_of_split='tset', folds='flikr8k_5', fold='0 -2', carry='true', test='no', sweep='../x a/b .hidden', workers='-1 9999',
-        device='banana cuda:x', progress='perhaps')
+        device='banana cuda:x', progress='perhaps', compile='on', deterministic='perhaps', checkpoint_seconds='-1 soon')
     return [setting(k, v) for k, vs in wrong.items() for v in vs.split()] + [('itm_run', ['train', '-p', 'method', ' '], 'method')]
 
 
@@ -57,7 +57,7 @@ def of_places(here):
         ('tags_dc', 'attempts', '0'), ('tags_dc', 'runs', 'file'), ('defects', 'delta', '-1'), ('dose', 'records', 'nowhere'), ('factorial', 'figures', '/dev/null/x'), ('first_look', 'records', 'nowhere'), ('audit', 'run', 'nowhere'),
         ('audit', 'part', 'dev2'), ('audit', 'gallery', '-1'), ('audit', 'judgements', 'nowhere'), ('run_report', 'top', '0'), ('run_report', 'folder', 'nowhere'), ('search', 'query', ' '),
         ('search', 'device', 'banana'), ('search', 'top', '-1'), ('search', 'run', 'other'), ('acceptance', 'preset', 'huge'), ('acceptance', 'epochs', '0'), ('benchmark', 'batches', 'a,b'),
-        ('benchmark', 'depth', '3'), ('benchmark', 'rounds', '0'), ('evaluate', 'scores', 'nowhere.npy'), ('evaluate', 'scores', 'nowhere/run'), ('evaluate', 'scores', ' '), ('evaluate', 'rerank', '-1'),
+        ('benchmark', 'depth', '3'), ('accelerator', 'size', 'huge'), ('accelerator', 'kills', '-2'), ('accelerator', 'folder', 'nowhere'), ('benchmark', 'rounds', '0'), ('evaluate', 'scores', 'nowhere.npy'), ('evaluate', 'scores', 'nowhere/run'), ('evaluate', 'scores', ' '), ('evaluate', 'rerank', '-1'),
         ('evaluate', 'weights', 'nowhere'), ('evaluate', 'img_of', 'nowhere.npy'), ('evaluate', 'fold', '0'), ('evaluate', 'data', 'scan'), ('mine', 'share', '2'), ('mine', 'init', 'nowhere'),
         ('mine', 'similarity', 'x'), ('test_sets', 'test_set', 'coco_2k'), ('test_sets', 'scores', 'nowhere'), ('test_sets', 'workers', '-1'))]
     return table
