@@ -19,7 +19,7 @@ setup(
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "data": cfg["data_requirements"].split(),
-                    "ray": cfg["ray_requirements"].split()},
+                    "ray": cfg["ray_requirements"].split(), "docs": cfg["docs_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )
