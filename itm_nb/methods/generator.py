@@ -331,6 +331,10 @@ class Captions:
                             'an id of the prepared split')
         return self.place[k]
 
+    def ids_at(self, at:Tensor)->Tensor:   # (B,) places -> (B,) caption ids
+        "Which captions stand there"
+        return self.ids[self.place.argsort()[at]]
+
     def own(self, at:Tensor)->Tensor:   # (B,) -> (B, C, L)
         "All captions of the image of each caption"
         s = self.siblings[at]
@@ -399,13 +403,14 @@ def refill(
 )->tuple:              # (n,) flat places in (B, K, L), (n, V) logits there
     "Logits at all masked places, bucket by bucket"
     (B, K, L), at, out = copies.shape, [], []
+    guess = getattr(model, 'guess', None) or model.stream.guess
     lengths, send = (tokens.cpu() != 0).sum(1), partial(upload, device=copies.device)
     for rows, long in buckets(lengths):
         h, r = hit[rows,:,:long].flatten(0, 1), send(rows)  # on the host: nothing waits for the device
         l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]
         c, j = h.gather(1, l).nonzero(as_tuple=True)
         states = model.tokens(regions[r].repeat_interleave(K, 0), copies[r,:,:long].flatten(0, 1), send(l))
-        out.append(model.stream.guess(states[send(c), send(j)]))
+        out.append(guess(states[send(c), send(j)]))
         at.append((rows[c//K]*K + c%K)*L + l[c,j])
     return send(torch.cat(at)), torch.cat(out)
 

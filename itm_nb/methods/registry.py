@@ -22,11 +22,12 @@ from .fne import aoq_fne, bank_source, fne, fne_warmup
 from .method import METHODS, Method
 from .rivals import RIVALS
 from .samplers import Source
+from .stored_sentences import static_tags
 from .tags_dc import mlm_warmup, tags
 
 # %% ../../nbs/5_methods/09_registry.ipynb #a829cec2
 PAPERS = dict(aoq=aoq, aoq_fne=aoq_fne, caption=caption, fne=fne, fne_warmup=fne_warmup, tags=tags,
-              mlm_warmup=mlm_warmup)      # they want something of a run
+              mlm_warmup=mlm_warmup, static_tags=static_tags)      # they want something of a run
 SOURCES = {'itm_nb.fne:bank_source': bank_source}     # behind `on=`: sources that stand alone
 
 # %% ../../nbs/5_methods/09_registry.ipynb #27e01687

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['going_on', 'layer_states', 'pool_of', 'pooled_states', 'Reading', 'frozen_layers', 'reading_of', 'network_print',
            'sentence_rows', 'picture_print', 'stored', 'KeptFiles', 'KeptStates', 'Looked', 'read', 'keep_sentences',
-           'keep_pictures']
+           'keep_more', 'keep_pictures']
 
 # %% ../../nbs/4_models/02_frozen_cache.ipynb #00000002
 import fcntl
@@ -328,7 +328,7 @@ class KeptStates:
         note:dict,          # widths of the layers; of a grid, its sides; do layers give tuples?
         parts:Sequence,     # as for `KeptFiles`
     ):
-        self.reading, self.files = reading, KeptFiles(parts)
+        self.reading, self.files, self.note, self.parts = reading, KeptFiles(parts), note, list(parts)
         self.widths, self.grid, self.as_tuple = note['widths'], note['grid'], note['as_tuple']
         self.pooled = bool(reading.pools)
 
@@ -488,6 +488,21 @@ def keep_sentences(
         return None
     rows = [sentence_rows(*e) for e in encoded]
     return _put(made, reading, note, [_sentences(made, reading, note, folder, r, progress) for r in rows])
+
+def keep_more(
+    made:TextTower,          # that keeps states, from `keep_sentences`
+    encoded:Sequence,        # of (tokens, lengths): sentences beside the data set, such as synthetic ones
+    folder,                  # of the files
+    progress:bool=False,     # show a bar
+)->KeptStates:               # also put into the tower; None: nothing is kept
+    "Let the network read further sentences once; what it keeps already stays"
+    kept = made.kept
+    if kept is None:
+        return None
+    rows = [sentence_rows(*e) for e in encoded]
+    new = [_sentences(made, kept.reading, kept.note, folder, r, progress) for r in rows]
+    made.kept = KeptStates(kept.reading, kept.note, [*kept.parts, *(p for p in new if p is not None)])
+    return made.kept
 
 def _sentences(made, reading, note, folder, rows, progress):
     "One part: names, states, where they begin"

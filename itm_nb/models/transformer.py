@@ -58,9 +58,12 @@ class WordHead(nn.Module):
         self.dense, self.LayerNorm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(n_words))
 
-    def forward(self, states:Tensor, table:Tensor)->Tensor:   # (.., dim), (V, dim) -> (.., V)
-        "Logits over the vocabulary"
-        return F.linear(self.LayerNorm(F.gelu(self.dense(states))), table, self.bias)
+    # (.., dim), (V, dim), (v,) rows -> (.., V or v)
+    def forward(self, states:Tensor, table:Tensor, some:Tensor=None)->Tensor:
+        "Logits over the vocabulary, or over some of its words"
+        bias = self.bias if some is None else self.bias[some]
+        return F.linear(self.LayerNorm(F.gelu(self.dense(states))), table if some is None else table[some],
+                        bias)
 
 # %% ../../nbs/4_models/05_transformer.ipynb #38afe0fd
 def real_words(
@@ -110,11 +113,11 @@ class Stream(nn.Module):
         self.mlm, self.cor, self.disc = WordHead(dim, n_words), WordHead(dim, n_words), nn.Linear(dim, 2)
         self.apply(_start)
 
-    def run(self, x:Tensor, keep:Tensor, at:Tensor=None)->Tensor:   # embedded, which are real, places
-        "The encoder; states at the places asked for, or at all"
+    def run(self, x:Tensor, keep:Tensor, at:Tensor=None, first:int=0)->Tensor:
+        "The encoder from layer `first` on; states at the places asked for, or at all"
         mask = keep[:,None,None].expand(-1, 1, x.shape[1], -1)
         if at is None: return self.encoder(x, attention_mask=mask).last_hidden_state
-        for layer in self.encoder.layer[:-1]: x = layer(x, mask)
+        for layer in self.encoder.layer[first:-1]: x = layer(x, mask)
         return _asked(self.encoder.layer[-1], x, keep, at)
 
     def read(self, tokens:Tensor)->Tensor:   # (B, L), 0 is padding -> (B, L, dim)

@@ -13,7 +13,7 @@ from itm_nb.training.config import check_method
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT/'nbs'/'experiments'/'sweeps'
-STRONG = dict(flickr8k_core=10, flickr8k_aoq=10, flickr8k_fne=10, flickr8k_models=5, flickr8k_quality=5)
+STRONG = dict(flickr8k_core=10, flickr8k_aoq=10, flickr8k_fne=10, flickr8k_models=5, flickr8k_quality=5, flickr8k_tags=5)
 
 
 @pytest.mark.parametrize('name, blocks', STRONG.items())
@@ -37,16 +37,29 @@ def made_up_photos(at, n=dict(train=60, dev=20, test=20), d=8):
 
 
 @pytest.mark.slow
-def test_the_tiny_profile_from_end_to_end(tmp_path):
-    "Search, choice, lists and arms of flickr8k_core: some arms, two settings each, on photographs of noise"
-    folder, spec = made_up_photos(tmp_path/'photos'), yaml.safe_load((SWEEPS/'flickr8k_core.yaml').read_text())
-    some = ('vsepp', 'aoq', 'glofnd'); spec['arms'] = {k: v for k, v in spec['arms'].items() if k in (*some, 'warm')}; del spec['profiles']['tiny']['arms']
-    spec['search']['arms'] = {k: [dict(zip(v, (x[-1] for x in v.values()))) | dict(lr=r) for r in (.001, .01)] for k, v in spec['search']['arms'].items() if k in some}
-    spec['profiles']['tiny'].update(batch=32); spec['search'].pop('block'); (tmp_path/'core.yaml').write_text(yaml.safe_dump(spec, sort_keys=False))
+@pytest.mark.parametrize('name, some', [('core', ('vsepp', 'aoq', 'glofnd')),
+                                        ('tags', ('tags_random', 'tags_static', 'tags_static_fne'))])
+def test_the_tiny_profile_from_end_to_end(tmp_path, name, some):
+    "Search, choice, lists or stored sentences, and arms: some arms, two settings each, on photographs of noise"
+    folder = made_up_photos(tmp_path/'photos')
+    spec = yaml.safe_load((SWEEPS/f'flickr8k_{name}.yaml').read_text())
+    spec['arms'] = {k: v for k, v in spec['arms'].items() if k in (*some, 'warm')}
+    spec['profiles']['tiny'].pop('arms', None)
+    spec['search']['arms'] = {k: [dict(zip(v, (x[-1] for x in v.values()))) | dict(lr=r) for r in (.001, .01)]
+                              for k, v in spec['search']['arms'].items() if k in some}
+    spec['profiles']['tiny'].update(batch=32)
+    spec['search'].pop('block')
+    (tmp_path/'own.yaml').write_text(yaml.safe_dump(spec, sort_keys=False))
     code = 'import sys; from itm_nb.cli import itm_sweep; sys.exit(itm_sweep())'
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path/'core.yaml'), '--profile', 'tiny', '--runs', str(tmp_path/'runs'), '--jobs', '2',
-                           '-p', 'folder', str(folder)], cwd=ROOT, capture_output=True, text=True)
+    given = [str(tmp_path/'own.yaml'), '--profile', 'tiny', '--runs', str(tmp_path/'runs'), '--jobs', '2',
+             '-p', 'folder', str(folder)]
+    done = subprocess.run([sys.executable, '-c', code, *given], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     recs = [json.loads(p.read_text()) for p in (tmp_path/'runs').glob('*/records/*.json')]
     found = {r['method']: r for r in recs if r['kind'] == 'run' and r['metrics'].get('test')}
     assert set(some) <= found.keys() and all(found[k]['search']['tried'] == 2 for k in some)
+    if name == 'tags':
+        stores = list((tmp_path/'runs').glob('*/*/sentences/sentences.json'))
+        assert len(stores) == 1                       # written once, shared by search and arms
+        said = json.loads((stores[0].parent.parent/'report.json').read_text())
+        assert said['perplexity_own'] < 25 and all(said[k]['clean'] > 1 for k in ('generator', 'blind', 'random'))
