@@ -1,5 +1,8 @@
 """Long acceptance runs are `pytest -m slow`; everything else is quick and needs nothing outside the repository."""
+import json
 import os
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -25,6 +28,39 @@ def pytest_configure(config):
     at = Path(folder)
     if any((at/f'{n}.json').is_file() for n in GOLDEN) or any((at/'traces').glob('*.npz')): return
     raise pytest.UsageError(f'ITM_GOLDEN={folder}: no golden numbers there; wanted a folder with {", ".join(n + ".json" for n in GOLDEN)} or traces/NAME.npz')
+
+
+def pytest_addoption(parser):
+    parser.addoption('--report', metavar='FILE', default='',
+                     help='write how many tests of each file passed: the page "How sure are we?" reads it')
+
+
+def counts(stats):
+    "{file: {passed, skipped, failed}} of what pytest has seen"
+    words = dict(passed='passed', xfailed='passed', skipped='skipped', failed='failed', error='failed')
+    seen = Counter((r.nodeid.partition('::')[0], word) for k, word in words.items() for r in stats.get(k, []))
+    files = sorted({f for f, _ in seen})
+    return {f: {w: seen[f, w] for w in ('passed', 'skipped', 'failed')} for f in files}
+
+
+def write_report(path, found, commit):
+    "Renew the files that were run, keep the others; each says at which commit it ran"
+    known = json.loads(path.read_text('utf-8')) if path.is_file() else {}
+    known |= {f: n | dict(commit=commit) for f, n in found.items()}
+    there = {f: known[f] for f in sorted(known) if (path.parent.parent/f).is_file()}
+    path.write_text(json.dumps(there, indent=1) + '\n', 'utf-8')
+
+
+def pytest_sessionfinish(session):
+    "With --report: counts by file; a file of which only a part was asked for is not counted"
+    at, option = session.config.getoption('--report'), session.config.option
+    if not at or hasattr(session.config, 'workerinput') or option.collectonly: return
+    part = option.keyword or any('::' in a for a in session.config.args)
+    if part or option.markexpr: return
+    stats = session.config.pluginmanager.get_plugin('terminalreporter').stats
+    commit = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=Path(__file__).parent,
+                            capture_output=True, text=True).stdout.strip()
+    write_report(Path(at).resolve(), counts(stats), commit)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,0 +1,93 @@
+"""The site: no warning, no broken link, nothing from the network. Partly skipped without the extra `docs`."""
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import conftest
+from itm_nb.analysis import site
+
+ROOT = Path(__file__).parent.parent.parent
+ABSENT = [x for x in ('sphinx', 'myst_nb', 'sphinx_design', 'pydata_sphinx_theme', 'latex2mathml')
+          if importlib.util.find_spec(x) is None]
+docs = pytest.mark.skipif(bool(ABSENT), reason=f'the extra docs is absent: {", ".join(ABSENT)}')
+
+
+def test_sources_have_a_page_for_everything(tmp_path):
+    "Links of every page lead somewhere (else this raises); every page says where it comes from"
+    found = site.write_sources(ROOT, tmp_path)
+    books = {p for p in found.notebooks if p not in ('nbs/index.ipynb', 'nbs/results.ipynb')}
+    assert len(books) > 80 and all((tmp_path/p).is_file() for p in books)
+    for p in books:
+        cells = json.loads((tmp_path/p).read_text('utf-8'))['cells']
+        assert f'Made from the notebook `{p}`' in cells[0]['source'], p
+        lines = [x for c in cells if c['cell_type'] == 'code' for x in c['source'].splitlines()]
+        assert not any(x.startswith('#|') for x in lines), f'{p}: a line for nbdev is shown'
+    assert len(list((tmp_path/'api').rglob('*.md'))) >= len(found.modules)
+    start = (tmp_path/'index.md').read_text('utf-8')
+    assert start.count('![') == 1
+    assert all(f'grid-item-card}} {door}' in start for door in ('Read', 'Run', 'Use'))
+
+
+@pytest.mark.parametrize('folder', ['0_core', '1_data', '2_scenes', '3_metrics', 'guides'])
+def test_a_first_cell_says_what_to_expect(folder):
+    "Why, what to read before, and how long on a CPU"
+    for p in sorted((ROOT/'nbs'/folder).glob('*.ipynb')):
+        first = ''.join(json.loads(p.read_text('utf-8'))['cells'][0]['source'])
+        assert '**Read before**' in first and 'CPU' in first, p.name
+        assert '**Why**' in first or '**At the end you have**' in first, p.name
+
+
+def test_no_page_names_a_machine(tmp_path):
+    site.write_sources(ROOT, tmp_path)
+    for p in tmp_path.rglob('*.md'):
+        assert str(ROOT) not in p.read_text('utf-8') and 'file://' not in p.read_text('utf-8'), p.name
+
+
+@docs
+def test_every_formula_is_read():
+    "As MathML, without a word of TeX left over"
+    import re
+    for p, book in site.find(ROOT).notebooks.items():
+        for c in book['cells']:
+            if c['cell_type'] != 'markdown': continue
+            for tex in re.findall(r'\$\$?([^$`]+)\$\$?', ''.join(c['source'])):
+                made = site.mathml(tex)
+                assert made.startswith('<math') and '\\' not in made, f'{p}: {tex}'
+
+
+@docs
+def test_a_formula_that_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match='cannot be read'):
+        site.mathml(r'\frac{1')
+
+
+@docs
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(monkeypatch, capsys):
+    assert site.itm_docs(['--out', '_docs']) == 0
+    told = capsys.readouterr().out
+    assert ' 0 warnings,' in told and ' 0 broken,' in told
+    assert (ROOT/'_docs'/'searchindex.js').is_file()
+
+
+def test_counts_of_a_report(tmp_path):
+    said = lambda f: SimpleNamespace(nodeid=f'{f}::test_x')
+    a, b = said('tests/a.py'), said('tests/b.py')
+    stats = dict(passed=[a, a], failed=[b], warnings=[said('x')])
+    found = conftest.counts(stats)
+    one, two = dict(passed=2, skipped=0, failed=0), dict(passed=0, skipped=0, failed=1)
+    assert found == {'tests/a.py': one, 'tests/b.py': two}
+    for name in ('tests', 'figures'): (tmp_path/name).mkdir()
+    for name in ('tests/a.py', 'tests/b.py'): (tmp_path/name).touch()
+    at = tmp_path/'figures'/'tests.json'
+    conftest.write_report(at, found, 'one')
+    conftest.write_report(at, {'tests/b.py': dict(passed=1, skipped=0, failed=0)}, 'two')
+    kept = json.loads(at.read_text())
+    assert kept['tests/b.py'] == dict(passed=1, skipped=0, failed=0, commit='two')
+    assert kept['tests/a.py']['commit'] == 'one'
+    (tmp_path/'tests'/'a.py').unlink()
+    conftest.write_report(at, {}, 'three')
+    assert list(json.loads(at.read_text())) == ['tests/b.py']
