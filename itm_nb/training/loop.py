@@ -682,7 +682,7 @@ def fit(
             epoch, i = divmod(t.step, t.per_epoch)
             if i == 0:
                 call_hooks(t.stateful(), 'start_epoch', epoch)
-            caps = order(len(t.train.lengths), cfg.seed, epoch)[i*cfg.batch:(i+1)*cfg.batch]
+            caps, _ = _batch(t, t.step)
             ends, due = i == t.per_epoch-1, (t.step+1) % LOG_EVERY == 0; seen = [] if ends or due else None
             train_step(t, caps, epoch, seen); t.step += 1; bar.update()
             if on_step: on_step(t.step)
