@@ -86,6 +86,11 @@ class Training:
     def steps(self)->int:
         return self.cfg.epochs*self.per_epoch
 
+    def autocast(self):
+        "Inside, towers multiply in this run's precision; other runs of the process have their own"
+        half = self.cfg.precision == 'bf16'
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16) if half else nullcontext()
+
     def ahead(self)->list:   # of (captions, epoch)
         "The batches that follow, as far as the loader's threads can work ahead"
         last = min(self.step+1+2*self.train.workers, self.steps)
@@ -125,7 +130,7 @@ class Encoder:
 
     def __call__(self, encode:Callable, *inputs):   # tensors with a row per item -> encoding
         "Encode"
-        with self.t.accelerator.autocast():
+        with self.t.autocast():
             if not self.size or not torch.is_grad_enabled():
                 return encode(*inputs)
             with torch.no_grad():
@@ -147,7 +152,7 @@ class Encoder:
             if vectors.grad is None:
                 continue
             for (i, x), g in zip(self._cut(inputs), vectors.grad.split(self.size)):
-                with self.t.accelerator.autocast():
+                with self.t.autocast():
                     out = self._part(call, i, encode, x)
                 out = out if isinstance(out, Tensor) else out.x
                 if out.requires_grad:
@@ -269,8 +274,8 @@ def prepare(
     # an impossible network is refused before data are opened
     torch.set_num_threads(cfg.threads)
     networks(cfg, data.models)
-    accelerator = Accelerator(cpu=device == 'cpu',
-                              mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
+    # not its mixed precision: that is one for all of a process, for ever
+    accelerator = Accelerator(cpu=device == 'cpu')
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
     change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch,
