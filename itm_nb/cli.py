@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from .runs.parameters import check_places, Parameter, parameters
 from .runs.run_folder import BUSY, RESUMABLE, finished, in_turn
 from .runs.sweep_driver import (
     BLOCKED, count_done, drive, gather, launch, Plan, report, stale, state, where)
-from .runs.sweep_plan import (
-    checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials)
+from itm_nb.runs.sweep_plan import (
+    checked_entry, choose, entries, estimate, measured, read_sweep, searches, sweep_file, trials,
+    write_settings)
+from .runs.warm_server import Warm
 
 # %% ../nbs/9_cli.ipynb #f50f7dce
 def _listed(p:Parameter)->str:
@@ -258,6 +261,8 @@ def _parser()->argparse.ArgumentParser:
     _add_limits(p)
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='folder, cache, models, workers, device')
+    p.add_argument('--cold', action='store_true',
+                   help='every run imports everything by itself (default: they are forked from one process)')
     p.add_argument('--allow-code', action='store_true',
                    help="the file may name methods and notebooks of one's own: it is trusted")
     _add_questions(p)
@@ -276,6 +281,8 @@ def _add_limits(p):
 def _add_questions(p):
     "Arguments: what is answered without running anything"
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
+    p.add_argument('--search-only', action='store_true',
+                   help='search, write the settings found to a file, and stop')
     p.add_argument('--status', action='store_true', help='say what is finished, failed, blocked, and stop')
     p.add_argument('--stale', action='store_true',
                    help='list what was made by other source than the present, and stop')
@@ -299,14 +306,14 @@ def itm_sweep(argv=None)->int:
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
     look = a.dry_run or a.status or a.stale
     _check_inputs(tried + todo)
-    if not look:
-        _has_data(tried + todo)
+    _has_data([] if look else tried + todo)
     known, open_ = measured(a.runs, project()/'figures'/'results'), trials(spec).keys() - a.chosen.keys()
     costs = lambda e: estimate(e, known)
     if look:
         return _look(a, todo, spec, tried, open_, costs)
     _engine(a, tried + todo, costs)
-    return _sweep(a, spec, tried, costs)
+    with closing(a.warm):
+        return _sweep(a, spec, tried, costs)
 
 def _check_given(a):
     "Refuse places on the command line that cannot be, before anything is read"
@@ -339,7 +346,8 @@ def _engine(a, todo, costs):
     "How a run is started, and how many at a time"
     more = (('--accelerate', str(a.accelerate)) if a.accelerate > 1 else ()) + ('--allow-code',)*a.allow_code
     begin = partial(launch, more=more)
-    a.start, n = begin, _jobs()
+    a.warm = Warm(more)
+    a.start, n = begin if a.cold else a.warm.start, _jobs()
     if a.engine == 'ray':
         from itm_nb.runs.ray_engine import starter
         a.start, n = starter(todo, costs, a.retries, begin, a.accelerate)
@@ -384,6 +392,8 @@ def _sweep(a, spec, tried, costs)->int:
             print('stopped; the same command goes on from here')
             return RESUMABLE
         a.chosen = choose(spec, tried, failed)
+    if a.search_only:
+        return _keep_settings(a, spec)
     todo = entries(spec, a.name, Path(a.runs), a.places, a.chosen)
     before = sum(finished(e.out, e.values) for e in todo)
     print(f'{spec["title"]}: {len(todo)} runs, {before} of them finished before; {a.jobs} side by side')
@@ -393,27 +403,36 @@ def _sweep(a, spec, tried, costs)->int:
         print('stopped; the same command goes on from here')
         return RESUMABLE
     code = _report(a, todo)
-    if late:
-        print('the time is used up; the same command goes on from here')
-        return code or RESUMABLE
-    print(f'{time.perf_counter()-began:.0f} s')
-    return code or (1 if codes else 0)
+    print('the time is used up; the same command goes on from here' if late
+          else f'{time.perf_counter()-began:.0f} s')
+    return code or (RESUMABLE if late else 1 if codes else 0)
+
+def _keep_settings(a, spec)->int:
+    "Write what the search has found"
+    if missing := trials(spec).keys() - a.chosen.keys():
+        raise SetupError(f'{a.name}: no trial of {", ".join(sorted(missing))} ended well; no settings are written')
+    home = project()/'nbs'/'experiments'/'settings' if a.publish else Path(a.runs)/a.name
+    at = home/(f'{a.name}.yaml' if a.publish else 'settings.yaml')
+    write_settings(at, a.name, a.chosen)
+    print(at)
+    return 0
 
 def _report(a, todo)->int:
     "Records, tables and figures of what is finished"
     from itm_nb.analysis.tables import figure_path
     base, name = project()/'figures' if a.publish else Path(a.runs)/a.name/'report', a.name
+    begin = launch if a.engine == 'ray' or a.cold else a.warm.start
     if not any(finished(e.out, e.values) for e in todo):
         print('nothing is finished yet')
         return 0
     # a second driver of the same folder waits here and then makes the same files
     with in_turn(Path(a.runs)/name/'report.lock'):
         gather(todo, base/'results', name, a.runs)
-        code, kind = report(name, base/'results', base, Path(a.runs)/name/'study'), 'study'
+        code, kind = report(name, base/'results', base, Path(a.runs)/name/'study', start=begin), 'study'
         if a.told and not code:
             more = dict(runs=Path(a.runs)/name, folder=a.places.get('folder', ''), allow_code=a.allow_code)
             kind = a.told
-            code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, **more)
+            code = report(name, base/'results', base, Path(a.runs)/name/kind, kind, begin, **more)
     if code:
         print(f'the report failed; see {Path(a.runs)/name/kind/"worker.log"}', file=sys.stderr)
     # the second: the template's own words

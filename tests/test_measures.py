@@ -21,7 +21,7 @@ BOUNDS = {
     'several statements a line, modules, per mille': 10,
     'several statements a line, notebooks, per mille': 10,
     'README lines': 136,
-    'public names': 967,
+    'public names': 977,
     'private imports': 0,
     'circles': 0,
     'unused or doubtful names (ruff)': 146,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'PICK', 'Training', 'call_hooks', 'share', 'Encoder', 'train_step', 'NotFinite', 'refuse_nan', 'prepare',
-           'resume', 'check_run', 'warm_start', 'load_picks', 'fit', 'evaluate', 'gap_to_hardest']
+           'resume', 'check_run', 'warm_start', 'load_picks', 'fit', 'encoded', 'evaluate', 'gap_to_hardest']
 
 # %% ../../nbs/6_training/04_loop.ipynb #7cc86fba
 import hashlib
@@ -35,7 +35,7 @@ from ..data.batches import Batches, Vocabulary
 from ..data.pixels import augment
 from ..data.splits import fingerprint
 from ..metrics.ranks import summary
-from ..models.encode import rank_split, save_ranks
+from ..models.encode import embed, rank_encoded, rank_split, save_ranks
 from ..models.factory import from_pretrained, save_pretrained
 from ..models.pretrained import temperature, weights_print
 from ..models.similarity import join, image_inputs
@@ -702,6 +702,24 @@ def fit(
         return _finished(t, run)
 
 # %% ../../nbs/6_training/04_loop.ipynb #da138a34
+def encoded(
+    run,                   # run folder
+    data:Corpus,
+    part:str='test',
+    device='cpu',
+)->tuple:                  # (Ranks, Batches, (model, encodings of images, of sentences))
+    """Ranks of a split by the best model of a run, written to `ranks_<part>.npz`, and the encodings that were
+    ranked"""
+    run = Path(run)
+    check_run(run)
+    vocab, model = tokens.load(run/'best'/'vocab.json'), from_pretrained(run/'best', device)
+    data = remembering(model, data, vocab, (part,))
+    batches = data.batches(data.split(part), vocab, device)
+    found = model, *embed(model, batches)
+    r = rank_encoded([found], batches.split)
+    save_ranks(run/f'ranks_{part}.npz', r)
+    return r, batches, found
+
 def evaluate(
     run,                   # run folder
     data:Corpus,
@@ -709,13 +727,7 @@ def evaluate(
     device='cpu',
 )->tuple:                  # (Ranks, Split, Batches)
     "Ranks of a split by the best model of a run, written to `ranks_<part>.npz`"
-    run = Path(run)
-    check_run(run)
-    vocab, model = tokens.load(run/'best'/'vocab.json'), from_pretrained(run/'best', device)
-    data = remembering(model, data, vocab, (part,))
-    batches = data.batches(data.split(part), vocab, device)
-    r = rank_split(model, batches)
-    save_ranks(run/f'ranks_{part}.npz', r)
+    r, batches, _ = encoded(run, data, part, device)
     return r, batches.split, batches
 
 @torch.no_grad()

@@ -142,7 +142,9 @@ REGISTERED = '73bc5814e469187ecbdce5afa995496479ce44d39c697781dbec22c7e077541b' 
 def test_an_erratum_puts_words_right_and_nothing_else():
     "The hash is that of the registered bytes; contrasts, arms, gates and the registered words are what they were; tables say what stood"
     raw = TESTS.read_bytes(); before = raw[:raw.index(b'preconditions:')]; plain, t = yaml.safe_load(before), read_tests(TESTS)
-    assert hashlib.sha256(before).hexdigest() == REGISTERED == t['sha256'] and plain['sets'] == t['sets'] and plain['tests'].keys() == t['tests'].keys()
+    assert hashlib.sha256(before).hexdigest() == REGISTERED == t['sha256'] and plain['tests'].keys() == t['tests'].keys()
+    asked = {k: {x: v for x, v in s.items() if x != 'but'} for k, s in t['sets'].items()}; again = asked.pop('B')
+    assert asked == plain['sets'] and {k: v for k, v in again.items() if k not in ('about', 'sweeps')} == {k: v for k, v in plain['sets']['P'].items() if k != 'about'}
     changed = {k for k, x in t['tests'].items() if x != plain['tests'][k]}; assert changed == {'FNE-4'} == {e['test'] for e in t['errata']}
     assert {k: v for k, v in t['tests']['FNE-4'].items() if k != 'claim'} == {k: v for k, v in plain['tests']['FNE-4'].items() if k != 'claim'}
     e = t['errata'][0]; assert (e['stood'], e['right'], e['date']) == (plain['tests']['FNE-4']['claim'], t['tests']['FNE-4']['claim'], '2026-11-28')
@@ -174,7 +176,7 @@ def test_damaged_lists(tmp_path, raw):
 # ---------------------------------------------------------------- preconditions of a base
 
 def test_preconditions_are_no_part_of_what_is_registered(tmp_path):
-    t = read_tests(TESTS); p = t['preconditions']; assert t['sha256'] == REGISTERED and p['date'] == '2026-11-28' and p['sets'] == ['P']
+    t = read_tests(TESTS); p = t['preconditions']; assert t['sha256'] == REGISTERED and p['date'] == '2026-11-28' and p['sets'] == ['P', 'B']
     assert [c['name'] for c in p['conditions']] == ['level', 'base effect', 'spread', 'gap', 'collapse', 'search', 'trained']
     raw = TESTS.read_bytes(); (tmp_path/'t.yaml').write_bytes(raw.replace(b'at_least: 300', b'at_least: 200')); other = read_tests(tmp_path/'t.yaml')
     assert other['sha256'] == REGISTERED and other['preconditions'] != p

@@ -393,3 +393,26 @@ def test_a_run_of_two_sweeps_keeps_a_record_in_each(tmp_path):
     for s in ('one', 'two', 'one', 'two'): gather(made[s], into, s)
     assert sorted((r['id'], r['sweep']) for r in read_records(into)) == [(rec['id'], 'one'), (rec['id'], 'two')] and len(list(into.iterdir())) == 2
     (into/f"{rec['id']}.json").unlink(); gather(made['two'], into, 'two'); assert [r['sweep'] for r in read_records(into)] == ['two']
+
+
+def test_a_lost_record_is_had_again_from_the_folder_of_its_run(tmp_path, capsys):
+    "The record lies in the run folder too, under its seal; with one byte changed there, the run is not finished"
+    from itm_nb.runs.records import keep_record, made_up_record
+    from itm_nb.runs.run_folder import finish
+    from itm_nb.runs.sweep_driver import gather
+    rec = made_up_record('oracle', 2.) | dict(sweep='s')
+    out, into = tmp_path/'s'/rec['id'], tmp_path/'into'
+    out.mkdir(parents=True)
+    at = keep_record(out, rec)
+    finish(out)
+    raw, todo = at.read_bytes(), [SimpleNamespace(out=out, values={})]
+    assert b'record.json' in (out/'manifest.json').read_bytes()
+    at.unlink()
+    gather(todo, into, 's')
+    assert at.read_bytes() == raw == (into/at.name).read_bytes()
+    assert 'was lost' in capsys.readouterr().out
+    at.unlink()
+    (out/'record.json').write_bytes(raw.replace(b'oracle', b'miracl'))
+    with pytest.warns(UserWarning, match='record.json'):
+        gather(todo, into, 's')
+    assert not at.exists() and not (into/at.name).exists()
