@@ -132,8 +132,8 @@ def _vocabulary_words(d, path):
     return tuple(w)
 
 # %% ../../nbs/1_data/02_batches.ipynb #8657e9ae
-# bytes as float32. Larger features stay on the disk (COCO's take 31 GiB, Flickr30K's 8) and come from the page
-# cache row by row; below this one copy is not worth a thought, and no step has to read anything
+# bytes as float32. Larger features stay on the disk (COCO's take 31 GiB, Flickr30K's 8) and come from the
+# page cache row by row; below this one copy is not worth a thought, and no step has to read anything
 _MAPPED = 1 << 30
 
 def _room(device)->int:
@@ -158,9 +158,11 @@ def _rows(feats, at)->np.ndarray:
         file.madvise(mmap.MADV_DONTNEED)
     return x
 
-def _on_device(split, device, dtype):
+def _on_device(split, device, dtype)->Tensor:
     """All features on the device, block by block (no second copy of everything on the host), and every number
-    looked at"""
+    looked at; None where they are too large for that"""
+    if math.prod(split.feats.shape)*dtype.itemsize > _room(torch.device(device)):
+        return None
     feats = torch.empty(split.feats.shape, dtype=dtype, device=device)
     for at in row_blocks(split.feats):
         feats[at] = torch.from_numpy(_rows(split.feats, at)).to(device, dtype)
@@ -221,8 +223,7 @@ class Batches:
         self.split, self.device, self.dtype = split, torch.device(device), dtype
         self.pixels, self.change, self.workers, self.coming = pixels, change, workers, {}
         self.boxes, self.pool = _boxes_on(device, split, boxes), _loaders(workers)
-        large = workers or pixels is None and math.prod(split.feats.shape)*dtype.itemsize > _room(self.device)
-        self.feats = None if large or pixels is not None else _on_device(split, device, dtype)
+        self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
         self._mask = _real_regions(split, 1 if pixels is not None else split.feats.shape[1])
         self.mask = self._mask.to(device)                              # a picture: one region
         self.tokens, self.lengths, self._lengths = _encoded(vocab, split, device)

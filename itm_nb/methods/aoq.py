@@ -232,7 +232,6 @@ class Offline:
         self.draw, self.second = draw, second
         self.wanted, self.true_pairs, self.shuffle = wanted, true_pairs, shuffle
         self.cap_ids, self.img_ids, self.img_of = map(_int64, (split.cap_ids, split.img_ids, split.img_of))
-        # once: a step must not cost more where there are more captions
         self.known, self.sorted = self.cap_ids.sort()
 
     def fetch(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> {name: ids}
