@@ -8,13 +8,17 @@ __all__ = ['SPECIALS', 'words', 'run_together', 'padded', 'Vocabulary', 'upload'
 
 # %% ../../nbs/1_data/02_batches.ipynb #a1cc674e
 import json
+import math
+import mmap
 import re
 import unicodedata
 import warnings
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Sequence
+from itertools import chain
+from typing import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -24,13 +28,17 @@ from ..core.errors_files import DataError, read_json, write_atomic
 from .splits import row_blocks, spread_rows, check_finite, Split
 
 # %% ../../nbs/1_data/02_batches.ipynb #b6fb7eca
+_PLAIN, _ANY = re.compile('[a-z0-9]+|;'), re.compile("['’]")
+
 def words(
     sentence:str,
 )->list:           # of words
     """Lower case, apostrophes dropped, marks kept with their letters, all else but digits blanks; ';' stays a
     word"""
-    text = re.sub("['’]", '', unicodedata.normalize('NFC', sentence).lower())
-    return re.findall(r'[^\W_]+|;', text) if text.isascii() else _marked_words(text)
+    if sentence.isascii():      # most are, and this is twice as fast
+        return _PLAIN.findall(sentence.replace("'", '').lower())
+    text = _ANY.sub('', unicodedata.normalize('NFC', sentence).lower())
+    return _PLAIN.findall(text) if text.isascii() else _marked_words(text)
 
 def _marked_words(text):
     """Words of a text beyond ASCII: a mark (Unicode M) belongs to the letter before it, hidden joiners to
@@ -56,13 +64,17 @@ def run_together(
 SPECIALS = ('<pad>', '<start>', '<end>', '<unk>')
 
 def padded(
-    ids:list,      # M lists of numbers
+    ids:Iterable,  # M lists of numbers; they are read once and not kept
 )->tuple:          # (M, L) int64 tokens padded with 0, (M,) int64 lengths, both on the CPU
     "Lists of different lengths as one array"
-    lengths = torch.tensor([len(x) for x in ids], dtype=torch.int64)
-    mask = torch.arange(max(map(len, ids), default=0)) < lengths[:,None]
+    flat, n = array('q'), array('q')
+    for x in ids:
+        flat.extend(x)
+        n.append(len(x))
+    lengths = torch.tensor(n, dtype=torch.int64)
+    mask = torch.arange(max(n, default=0)) < lengths[:,None]
     tokens = torch.zeros(mask.shape, dtype=torch.int64)
-    tokens[mask] = torch.tensor([i for x in ids for i in x], dtype=torch.int64)
+    tokens[mask] = torch.tensor(flat, dtype=torch.int64)
     return tokens, lengths
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Vocabulary:
             warnings.warn(f'{100*share:.0f} % of the sentences have no blanks between their words: each '
                           f'would be '
                           "one long word; take word pieces instead (tokenizer='pieces')")
-        count = Counter(w for s in sentences for w in words(s))
+        count = Counter(chain.from_iterable(map(words, sentences)))
         return cls(SPECIALS + tuple(w for w, n in sorted(count.items(), key=lambda x: (-x[1], x[0]))
                                     if n >= min_count))
 
@@ -95,10 +107,9 @@ class Vocabulary:
         longest:int=None,          # cut sentences to so many words
     )->tuple:                      # (M, L) int64 tokens padded with 0, (M,) int64 lengths, both on the CPU
         "Sentences as rows of numbers; a sentence without any word becomes <unk>"
-        ids = [[self.index.get(w, 3) for w in words(s)[:longest]] or [3] for s in sentences]
-        if ends:
-            ids = [[1, *x, 2] for x in ids]
-        return padded(ids)
+        number = self.index.get
+        ids = ([number(w, 3) for w in words(s)[:longest]] or [3] for s in sentences)
+        return padded([1, *x, 2] for x in ids) if ends else padded(ids)
 
     def save(self, path):
         "As JSON, a word per line"
@@ -122,13 +133,41 @@ def _vocabulary_words(d, path):
     return tuple(w)
 
 # %% ../../nbs/1_data/02_batches.ipynb #8657e9ae
-def _on_device(split, device, dtype):
+# bytes as float32. Larger features stay on the disk (COCO's take 31 GiB, Flickr30K's 8) and come from the
+# page cache row by row; below this one copy is not worth a thought, and no step has to read anything
+_MAPPED = 1 << 30
+
+def _room(device)->int:
+    "Bytes that features may take on a device: of an accelerator's free memory half"
+    return torch.cuda.mem_get_info(device)[0]//2 if device.type == 'cuda' else _MAPPED
+
+def _finite(x)->bool:
+    "No NaN, no infinity; in one pass and without temporaries, both of which `isfinite` needs"
+    return x.numel() == 0 or bool(torch.stack(x.aminmax()).isfinite().all())
+
+def _file_of(feats):
+    "What maps a file that is only read, or None"
+    x = feats if isinstance(feats, np.memmap) and feats.mode == 'r' else None
+    while isinstance(x, np.ndarray):
+        x = x.base
+    return x if isinstance(x, mmap.mmap) and hasattr(mmap, 'MADV_DONTNEED') else None
+
+def _rows(feats, at)->np.ndarray:
+    "A copy of some rows; a file's pages are let go at once, or an epoch would end with all of it resident"
+    x, file = np.array(feats[at]), _file_of(feats)
+    if file is not None:
+        file.madvise(mmap.MADV_DONTNEED)
+    return x
+
+def _on_device(split, device, dtype)->Tensor:
     """All features on the device, block by block (no second copy of everything on the host), and every number
-    looked at"""
+    looked at; None where they are too large for that"""
+    if math.prod(split.feats.shape)*dtype.itemsize > _room(torch.device(device)):
+        return None
     feats = torch.empty(split.feats.shape, dtype=dtype, device=device)
     for at in row_blocks(split.feats):
-        feats[at] = torch.from_numpy(np.array(split.feats[at])).to(device, dtype)
-        if not feats[at].isfinite().all():
+        feats[at] = torch.from_numpy(_rows(split.feats, at)).to(device, dtype)
+        if not _finite(feats[at]):
             check_finite(split.feats, split.source)  # bad on disk, or only too large for the type?
             raise DataError(split.source, 'too large features', f'features that fit {dtype}',
                             'Keep them as torch.float32.')
@@ -190,7 +229,7 @@ class Batches:
         dtype:torch.dtype=torch.float32,   # of kept features; float16 halves the memory; batches are float32
         pixels=None,                       # array-like of N pictures (N, S, S, 3) in place of features
         change=None,                       # (pictures, ids on the host, epoch) -> pictures as training sees them
-        workers:int=0,                     # threads that load coming batches; 0: features lie on the device
+        workers:int=0,                     # threads that load coming batches; then features stay on the disk
         boxes:bool=False,                  # give the places of the regions too
     ):
         self.split, self.device, self.dtype = split, torch.device(device), dtype
@@ -259,7 +298,7 @@ def _features_of(b, at, idx):
     "Features or pictures of some images, on the device"
     if b.feats is not None:
         return b.feats[at].float()
-    return upload(_look(b, np.arange(len(b.split))[idx]), b.device)
+    return _widened(upload(_look(b, np.arange(len(b.split))[idx]), b.device))
 
 def _whose(b, cap, at, img)->dict:
     "Mask and caption ids of a batch; the host goes on knowing them"
@@ -296,12 +335,17 @@ def _look(b, img)->Tensor:   # (B,) indices -> on the host
     "Pictures or features of some images, read where they lie"
     if b.pixels is not None:
         return b.pixels[img]
-    x = torch.from_numpy(np.array(b.split.feats[img])).to(b.dtype)
-    if not x.isfinite().all():
+    x = torch.from_numpy(_rows(b.split.feats, img))
+    x = x.to(b.dtype) if x.itemsize > b.dtype.itemsize else x      # a wider type would only be more to send
+    if not _finite(x):
         check_finite(b.split.feats, b.split.source, img)
         raise DataError(b.split.source, 'too large features', f'features that fit {b.dtype}',
                         'Keep them as torch.float32.')
-    return x.float()
+    return x
+
+def _widened(x)->Tensor:
+    "Features as float32; pictures stay bytes"
+    return x.float() if x.is_floating_point() else x
 
 def _loaded(b, cap, epoch, ahead)->Tensor:
     """A batch's pictures or features on the device: the ones loaded ahead if they were announced, and the
@@ -310,13 +354,13 @@ def _loaded(b, cap, epoch, ahead)->Tensor:
     near = b.device.type == 'cpu'
     def load(c, e):
         x = _look(b, b.split.img_of[c.numpy()])
-        x = _changed(b, x, c, e) if near else x
+        x = _changed(b, _widened(x), c, e) if near else x
         return x.pin_memory() if b.device.type == 'cuda' else x
     job = b.coming.pop(name(cap, epoch), None)
     if b.pool:
         b.coming = {k: b.coming.get(k) or b.pool.submit(load, c, e) for c, e in ahead for k in [name(c, e)]}
     x = job.result() if job else load(cap, epoch)
-    return x if near else _changed(b, x.to(b.device, non_blocking=True), cap, epoch)
+    return x if near else _changed(b, _widened(x.to(b.device, non_blocking=True)), cap, epoch)
 
 def _changed(b, x, cap, epoch)->Tensor:   # pictures of captions, on any device
     "Pictures as training sees them"

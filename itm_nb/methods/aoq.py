@@ -232,11 +232,11 @@ class Offline:
         self.draw, self.second = draw, second
         self.wanted, self.true_pairs, self.shuffle = wanted, true_pairs, shuffle
         self.cap_ids, self.img_ids, self.img_of = map(_int64, (split.cap_ids, split.img_ids, split.img_of))
-        self.sorted = self.cap_ids.argsort()
+        self.known, self.sorted = self.cap_ids.sort()
 
     def fetch(self, cap:Tensor, seed:int=0, epoch:int=0)->dict:   # (B,) caption ids -> {name: ids}
         "What is loaded with a batch; an anchor without negatives gets itself"
-        at = self.sorted[torch.searchsorted(self.cap_ids[self.sorted], cap.contiguous())]
+        at = self.sorted[torch.searchsorted(self.known, cap.contiguous())]
         d = self.draw(at, seed, epoch)
         if self.second:
             d |= {f'{k[0]}4': v for k, v in self.second(at, seed, epoch).items() if k[1] == '3'}

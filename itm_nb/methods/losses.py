@@ -29,11 +29,66 @@ def total(
     "Sum over the negatives that count; 0 where there is none"
     return torch.where(ok, x, 0.).sum(1)
 
+_ROWS = 256     # of a block of costs: a few megabytes, which stay in the cache
+
+class _HingeTotal(torch.autograd.Function):
+    "`total(hinge(...))` of a matrix, a block at a time; the gradient is written once, from a mask"
+    @staticmethod
+    def forward(ctx, pos, neg, ok, margin):
+        cost, paid = neg.new_empty(len(neg)), torch.empty_like(ok)
+        for a in range(0, len(neg), _ROWS):
+            at = slice(a, a + _ROWS)
+            x = (margin + neg[at]).sub_(pos[at,None])
+            torch.logical_and(x >= 0, ok[at], out=paid[at])
+            cost[at] = x.clamp_(min=0).masked_fill_(~ok[at], 0.).sum(1)
+        ctx.save_for_backward(paid, neg)
+        return cost
+
+    @staticmethod
+    def backward(ctx, g):
+        paid, neg = ctx.saved_tensors
+        into_pos, into_neg = torch.empty_like(g), torch.empty_like(neg)
+        for a in range(0, len(neg), _ROWS):
+            at = slice(a, a + _ROWS)
+            x = torch.mul(paid[at], g[at,None], out=into_neg[at])
+            into_pos[at] = x.sum(1).neg_()
+        return into_pos, into_neg, None, None
+
+def _hinge_total(pos, neg, ok, margin):
+    "(B,) sums of hinges"
+    if neg.ndim == 2 and pos.dtype == neg.dtype and neg.shape == ok.shape:
+        return _HingeTotal.apply(pos, neg, ok, margin)
+    return total(hinge(pos[:,None], neg, margin), ok)
+
 def average(x:Tensor, ok:Tensor)->Tensor:
     "Mean over the negatives that count; 0 where there is none"
     return total(x, ok) / ok.sum(1).clamp(min=1)
 
 # %% ../../nbs/5_methods/00_losses.ipynb #0a7a8246
+class _InfoNCE(torch.autograd.Function):
+    "InfoNCE, a block at a time; backward makes the softmax where the gradient is to stand"
+    @staticmethod
+    def forward(ctx, pos, neg, ok, temperature):
+        cost, whole = neg.new_empty(len(neg)), neg.new_empty(len(neg))
+        for a in range(0, len(neg), _ROWS):
+            at = slice(a, a + _ROWS)
+            z = torch.cat([pos[at,None], neg[at].masked_fill(~ok[at], -torch.inf)], 1).div_(temperature)
+            whole[at] = z.logsumexp(1)
+            cost[at] = whole[at] - z[:,0]
+        ctx.temperature = temperature
+        ctx.save_for_backward(pos, neg, ok, whole)
+        return cost
+
+    @staticmethod
+    def backward(ctx, g):
+        pos, neg, ok, whole = ctx.saved_tensors
+        each, into_neg = g/ctx.temperature, torch.empty_like(neg)
+        for a in range(0, len(neg), _ROWS):
+            at = slice(a, a + _ROWS)
+            x = into_neg[at].copy_(neg[at]).masked_fill_(~ok[at], -torch.inf)
+            x.div_(ctx.temperature).sub_(whole[at,None]).exp_().mul_(each[at,None])
+        return ((pos/ctx.temperature - whole).exp() - 1)*each, into_neg, None, None
+
 def infonce(
     pos:Tensor,               # (B,) score of the true pair
     neg:Tensor,               # (B, k) scores of the negatives
@@ -41,8 +96,7 @@ def infonce(
     temperature:float=.05,    # scores are divided by it
 )->Tensor:                    # (B,), 0 where there is no negative
     "How improbable the positive is among the negatives (CPC, eq. 4)"
-    z = torch.cat([pos[:,None], neg.masked_fill(~ok, -torch.inf)], 1) / temperature
-    return z.logsumexp(1) - z[:,0]
+    return _InfoNCE.apply(pos, neg, ok, temperature)
 
 # %% ../../nbs/5_methods/00_losses.ipynb #61ae49fa
 @dataclass(frozen=True)
@@ -72,8 +126,11 @@ def triplet_term(
     **kw,                   # weight, reduce, sides of the `LossTerm`
 )->LossTerm:
     "Hinges against the negatives of one source"
-    return LossTerm(lambda n: over(hinge(n[f'{source}.pos'][:,None], n[source], margin),
-                                   n[f'{source}.valid']), (source,), **kw)
+    def cost(n):
+        pos, neg, ok = n[f'{source}.pos'], n[source], n[f'{source}.valid']
+        return _hinge_total(pos, neg, ok, margin) if over is total else over(hinge(pos[:,None], neg, margin),
+            ok)
+    return LossTerm(cost, (source,), **kw)
 
 def infonce_term(source:str, temperature:float=.05, **kw)->LossTerm:
     "InfoNCE against the negatives of one source"

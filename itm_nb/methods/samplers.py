@@ -181,12 +181,36 @@ def of_scores(
     return Candidates(scores.detach().masked_fill(~eligible, -torch.inf), eligible, pos,
                       lambda idx: {'': scores.gather(1, idx)})
 
+class _Whole(torch.autograd.Function):
+    "A matrix of scores and its true pairs; what is asked of these is added in place, not as a second matrix"
+    @staticmethod
+    def forward(ctx, score, first):
+        ctx.first = first
+        return score.view_as(score), score.diagonal(first).clone()
+
+    @staticmethod
+    def backward(ctx, into_score, into_pos):
+        into_score = into_score.clone()
+        into_score.diagonal(ctx.first).add_(into_pos)
+        return into_score, None
+
+def _full(view:DirectedStep, score:Tensor)->tuple:   # (B, K)
+    "Scores and true pairs with gradient; scores with what is not eligible masked; what is eligible"
+    eligible = view.anchor_ids[:,None] != view.other_ids
+    score, pos = _Whole.apply(score, view.step.first)
+    return score, pos, score.detach().masked_fill(~eligible, -torch.inf), eligible
+
 def everything(view:DirectedStep)->Candidates:
     "The whole score matrix of the batch WITH gradient, for costs that use every negative"
-    full = _block(view, 'full', lambda score: score)
-    c = of_scores(full, view.anchor_ids[:,None] != view.other_ids, full.diagonal(view.step.first))
-    c.about = lambda: _who(view)
-    return c
+    s = view.step
+    if s.world > 1:      # a device's anchors are other rows than its columns
+        made = s.get(('full', view.side), lambda: _full(view, view.matrix(view.anchor, view.other)))
+    else:
+        made = s.get('full', lambda: _full(view, s.model.matrix(s.images, s.texts)))
+        made = made if view.i2t else [x if x.ndim == 1 else x.T for x in made]
+    full, pos, score, eligible = made
+    again = lambda idx: {'': full if getattr(idx, 'every', False) else full.gather(1, idx)}
+    return Candidates(score, eligible, pos, again, about=lambda: _who(view))
 
 # %% ../../nbs/5_methods/01_samplers.ipynb #674ec091
 def _best(score:Tensor)->Selection:
@@ -212,7 +236,9 @@ def top(
 
 def every(c:Candidates, view:DirectedStep=None)->Selection:
     "All candidates"
-    return Selection(torch.arange(c.score.shape[1], device=c.score.device).expand_as(c.score), c.eligible)
+    idx = torch.arange(c.score.shape[1], device=c.score.device).expand_as(c.score)
+    idx.every = True       # what a pool holds of all candidates needs no looking up
+    return Selection(idx, c.eligible)
 
 def semi_hard(c:Candidates, view:DirectedStep=None)->Selection:
     "The best-scored eligible candidate below the positive (FaceNet, sec. 3.2), if there is one"

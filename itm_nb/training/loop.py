@@ -89,6 +89,11 @@ class Training:
     def steps(self)->int:
         return self.cfg.epochs*self.per_epoch
 
+    def autocast(self):
+        "Inside, towers multiply in this run's precision; other runs of the process have their own"
+        half = self.cfg.precision == 'bf16'
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16) if half else nullcontext()
+
     def ahead(self)->list:   # of (captions, epoch)
         "The batches that follow, as far as the loader's threads can work ahead"
         last = min(self.step+1+2*self.train.workers, self.steps)
@@ -165,7 +170,7 @@ class Encoder:
 
     def __call__(self, encode:Callable, *inputs):   # tensors with a row per item -> encoding
         "Encode"
-        with self.t.accelerator.autocast(), _products(self.t.cfg.precision):
+        with self.t.autocast(), _products(self.t.cfg.precision):
             if not self.size or not torch.is_grad_enabled():
                 return encode(*inputs)
             with torch.no_grad():
@@ -187,7 +192,7 @@ class Encoder:
             if vectors.grad is None:
                 continue
             for (i, x), g in zip(self._cut(inputs), vectors.grad.split(self.size)):
-                with self.t.accelerator.autocast():
+                with self.t.autocast():
                     out = self._part(call, i, encode, x)
                 out = out if isinstance(out, Tensor) else out.x
                 if out.requires_grad:
@@ -338,8 +343,8 @@ def prepare(
     # an impossible network is refused before data are opened
     torch.set_num_threads(cfg.threads)
     networks(cfg, data.models)
-    accelerator = Accelerator(cpu=device == 'cpu',
-                              mixed_precision='bf16' if cfg.precision == 'bf16' else 'no')
+    # not its mixed precision: that is one for all of a process, for ever
+    accelerator = Accelerator(cpu=device == 'cpu')
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
     change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch,
