@@ -323,8 +323,6 @@ def _parser()->argparse.ArgumentParser:
     _add_limits(p)
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='folder, cache, models, workers, device')
-    p.add_argument('--cold', action='store_true',
-                   help='every run imports everything by itself (default: they are forked from one process)')
     p.add_argument('--allow-code', action='store_true',
                    help="the file may name methods and notebooks of one's own: it is trusted")
     _add_questions(p)
@@ -334,6 +332,8 @@ def _parser()->argparse.ArgumentParser:
 
 def _add_limits(p):
     "Arguments: what the runs may take together"
+    p.add_argument('--cold', action='store_true',
+                   help='every run imports everything by itself (default: they are forked from one process)')
     p.add_argument('--budget', type=_duration,
                    help='time for everything, e.g. 10m: no block is begun that will not be completed')
     p.add_argument('--memory', type=number(float, 1),

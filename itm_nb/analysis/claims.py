@@ -752,7 +752,8 @@ OWN |= dict.fromkeys(('flickr8k_core', 'flickr8k_aoq', 'flickr8k_fne', 'flickr8k
         ('fne_m4', 'fne', ''),
         ('aoq_fne_detached', 'aoq_fne', ''))})
 OWN |= dict(flickr8k_tags=dict(           # sentences of a finished generator, written once and stored
-    tags_random=('control: stored sentences, any words of the same class', "vsepp|static_tags(kind='random')"),
+    tags_random=('control: stored sentences, any words of the same class',
+                 "vsepp|static_tags(kind='random')"),
     tags_blind=('control: stored sentences of a generator that is shown another photo',
         "vsepp|static_tags(kind='blind')"),
     tags_static=('stored sentences of a generator that sees the photo', 'vsepp|static_tags()'),

@@ -228,7 +228,7 @@ class Batches:
         device='cpu',
         dtype:torch.dtype=torch.float32,   # of kept features; float16 halves the memory; batches are float32
         pixels=None,                       # array-like of N pictures (N, S, S, 3) in place of features
-        change=None,                       # (pictures, ids on the host, epoch) -> pictures as training sees them
+        change=None,  # (pictures, ids on the host, epoch) -> pictures to train on
         workers:int=0,                     # threads that load coming batches; then features stay on the disk
         boxes:bool=False,                  # give the places of the regions too
     ):
@@ -237,7 +237,7 @@ class Batches:
         self.boxes, self.pool = _boxes_on(device, split, boxes), _loaders(workers)
         self.feats = _on_device(split, device, dtype) if pixels is None and not workers else None
         self._mask = _real_regions(split, 1 if pixels is not None else split.feats.shape[1])
-        self.mask = self._mask.to(device)                              # a picture: one region
+        self.mask = self._mask.to(device)      # a picture: one region
         self._tokens, self.tokens, self.lengths, self._lengths = _encoded(vocab, split, device)
         self.img_of, self.img_ids, self.cap_ids = _numbers_on(device, split)
         self.sorted = _sorted(image=split.img_ids, text=split.cap_ids)
@@ -246,18 +246,17 @@ class Batches:
         idx,           # image indices on the CPU: a slice or (B,) integers
     )->dict:           # feats (B, R, D) float32 or pictures (B, S, S, 3) uint8; mask (B, R); boxes
         "Region features or pictures of some images"
-        at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
-        mask = told(self.mask[at], lambda: self._mask[idx])
-        return dict(feats=_features_of(self, at, idx), mask=mask, **_places(self, at))
+        at, known = _place(idx, self.device), lambda: self._mask[idx]
+        return dict(feats=_features_of(self, at, idx), mask=told(self.mask[at], known), **_places(self, at))
 
     def texts(self,
         idx,           # caption indices on the CPU: a slice or (B,) integers
     )->dict:           # tokens (B, l), l the longest of these sentences; lengths (B,) on the device
         "Some sentences, cut to the longest"
-        at = idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), self.device)
+        at = _place(idx, self.device)
         l = int(self.lengths[idx if isinstance(idx, slice) else np.asarray(idx)].max(initial=0))
-        tokens = told(self.tokens[at, :l], lambda: self._tokens[idx, :l])
-        return dict(tokens=tokens, lengths=told(self._lengths[at], lambda: self.lengths[idx]))
+        return dict(tokens=told(self.tokens[at, :l], lambda: self._tokens[idx, :l]),
+                    lengths=told(self._lengths[at], lambda: self.lengths[idx]))
 
     def take(self,
         cap:Tensor,       # (B,) caption indices, on the CPU
@@ -268,9 +267,13 @@ class Batches:
         "A batch of matching pairs"
         at = upload(cap, self.device); img = self.img_of[at]
         feats = self.feats[img].float() if self.feats is not None else _loaded(self, cap, epoch, ahead)
-        asked = {k: fetched(self, k, ids) for k, ids in (extra or {}).items()}
         return dict(cap=at, img=img, feats=feats, **_whose(self, cap, at, img), **_places(self, img),
-                    **self.texts(cap), img_ids=self.img_ids[img], **asked)
+                    **self.texts(cap), img_ids=self.img_ids[img],
+                    **{k: fetched(self, k, ids) for k, ids in (extra or {}).items()})
+
+def _place(idx, device):
+    "A slice as it is, indices on the device"
+    return idx if isinstance(idx, slice) else upload(torch.as_tensor(idx), device)
 
 def _loaders(workers):
     "Threads that load batches, or None"

@@ -113,7 +113,7 @@ def _thin(
 
 def record(
     about:dict,  # id, sweep, method, preset, seed, block, config, commit, source, versions, device, threads
-    data:dict,                 # name, label, fingerprint, split, train; without ranks images, captions, gallery
+    data:dict,                 # name, label, fingerprint, split, train; else images, captions, gallery
     ranks:Ranks=None,          # of N photos and M sentences; None for a control that has none
     img_of:np.ndarray=None,    # (M,) photo of each sentence
     gallery:np.ndarray=None,   # (N,) gallery of each photo, labels 0..; None: all in one

@@ -268,5 +268,6 @@ def warn_of_memory(
     fits = max(0, free - total + needed['states'])*chunk//max(1, needed['states'])
     remedy = (f'set chunk to {fits} or less (pairs encoded at a time)' if fits
               else f'set batch below {cfg.batch}, or take a smaller model')
-    warnings.warn(f'a step needs about {gib(total)} ({gib(needed["states"])} for the states of {chunk} pairs), '
+    warnings.warn(f'a step needs about {gib(total)} ({gib(needed["states"])} for the states of {chunk} '
+                  f'pairs), '
                   f'and {gib(free)} are free: {remedy}')

@@ -330,6 +330,12 @@ def _prints(cfg, data, splits, known)->dict:
     listed = dict(known_false_negatives=sha256_of(known)) if known else {}
     return {s.name: fingerprint(s) for s in splits} | nets | listed
 
+def _augmentation(cfg):
+    "What training does to pictures; None: nothing"
+    if cfg.augment == 'none':
+        return None
+    return lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch, cfg.augment)
+
 def prepare(
     cfg:Config,
     data:Corpus,
@@ -347,12 +353,10 @@ def prepare(
     accelerator = Accelerator(cpu=device == 'cpu')
     train, val = data.split('train'), data.split('val')
     vocab = vocabulary(cfg, train.captions, data.models)
-    change = None if cfg.augment == 'none' else lambda x, ids, epoch: augment(x, ids, cfg.seed, epoch,
-        cfg.augment)
     model = build(cfg, 0 if train.feats is None else train.feats.shape[-1], len(vocab), data.models,
                   words_seen(cfg, vocab, train)).to(accelerator.device)
     data = remembering(model, data, vocab, augment=cfg.augment)
-    batches = [data.batches(s, vocab, accelerator.device, change, n)
+    batches = [data.batches(s, vocab, accelerator.device, _augmentation(cfg), n)
                for s, n in ((train, _workers(data, accelerator.device)), (val, 0))]
     measure(model, batches[0])
     if cfg.compile == 'towers':
