@@ -173,13 +173,14 @@ def verdicts(
     return out
 
 def claims_table(found:dict)->str:   # found: from `verdicts`; Markdown
-    "Every claim with a word for each set, and what it rests on"
+    "Every claim with a word for each set that was asked, and what it rests on"
+    asked = [s for s in SETS if any(found[c, s]['word'] != 'not run' for c in CLAIMS)] or list(SETS)
     def cell(x):
         return x['word'] + (f" ({x['replicates']})" if x['replicates'] and not x['why'] else '')
-    lines = [f'| {c} | {text} | ' + ' | '.join(cell(found[c, s]) for s in SETS) + ' |'
+    lines = [f'| {c} | {text} | ' + ' | '.join(cell(found[c, s]) for s in asked) + ' |'
              for c, text in CLAIMS.items()]
-    head = ' | '.join(f'{s}: {words}' for s, words in SETS.items())
-    return '\n'.join([f'| | claim | {head} |', '|---|---|' + '---|'*len(SETS), *lines])
+    head = ' | '.join(f'{s}: {SETS[s]}' for s in asked)
+    return '\n'.join([f'| | claim | {head} |', '|---|---|' + '---|'*len(asked), *lines])
 
 def count_words(found:dict, where:str)->str:   # where: one of SETS
     "How often each word stands behind a claim"
@@ -225,9 +226,15 @@ def _short(notebook:Path)->str:
     number, _, rest = notebook.stem.partition('_')
     return rest if number.isdigit() else notebook.stem
 
+def _some(names, most)->str:
+    "Names, and how many are left out"
+    more = len(names) - most
+    return ', '.join(names[:most]) + (f', and {more} more' if more > 0 else '')
+
 def notebook_map(
     folder=None,       # of notebooks; None: nbs of the clone
-    leave:tuple=('index', 'results', 'glossary'),   # pages that are linked elsewhere
+    most:int=7,    # names in a line
+    leave:tuple=('index', 'results', 'glossary', 'how_sure'),   # pages that are linked elsewhere
 )->str:                # Markdown, links as seen from that folder
     "A line per folder: what its notebooks are called, in reading order"
     folder, groups = Path(folder or project()/'nbs'), {}
@@ -236,7 +243,7 @@ def notebook_map(
             continue
         place = p.relative_to(folder)
         groups.setdefault(place.parent if len(place.parts) > 1 else place, []).append(_short(p))
-    lines = [f"| [{k.with_suffix('')}]({k.as_posix()}) | {', '.join(v)} |" for k, v in groups.items()]
+    lines = [f"| [{k.with_suffix('')}]({k.as_posix()}) | {_some(v, most)} |" for k, v in groups.items()]
     return '\n'.join(['| folder | notebooks |', '|---|---|', *lines])
 
 # %% ../../nbs/8_analysis/12_results_page.ipynb #660f6727
