@@ -551,7 +551,7 @@ def _bench_parser()->Parser:
                    help='folder (of Flickr8k), models, cache, workers, device')
     p.add_argument('--dry-run', action='store_true', help='list the runs, what they will take, and stop')
     p.add_argument('--check', metavar='FOLDER', help='recompute the records of a bench, and stop')
-    p.set_defaults(engine='local', accelerate=1, retries=0, memory=None, gpu_memory=None, allow_code=True,
+    p.set_defaults(cold=False, engine='local', accelerate=1, retries=0, memory=None, gpu_memory=None, allow_code=True,
                    status=False, stale=False, search_only=False)
     return p
 

@@ -180,4 +180,4 @@ def pack_command(
     check_place(a.to, 'to')
     weights = accelerator_pack(a.to, a.data, a.network, a.wheels, a.dims, a.limit)
     return [*(f'{v/2**20:7.2f} MiB  {k}' for k, v in weights.items()),
-            f'{sum(weights.values())/2**20:7.2f} MiB  in all, at most {a.limit:g}']
+            f'{sum(weights.values())/2**20:7.2f} MiB  in all, at most {a.limit:g} MiB']

@@ -744,7 +744,7 @@ _STATIC = ('core_flickr8k', 'factorial_scenes', 'bench_scenes', 'scenes', 'rare_
 OWN = dict.fromkeys(_STATIC, dict(       # sweeps, and their profiles, in which a name means something else
     tags=('synthetic negatives of a generator that never changes', "vsepp|tags(sharing='static')")))
 _SEARCHED = 'prior=0.002, monotone=True'  # on the strong base: with a prior to search and monotone log-odds
-OWN |= dict.fromkeys(('flickr8k_core', 'flickr8k_aoq', 'flickr8k_fne', 'flickr8k_quality'), {
+OWN |= dict.fromkeys(('flickr8k_core', 'flickr8k_aoq', 'flickr8k_fne', 'flickr8k_quality', 'accelerator'), {
     arm: (f'{ARMS[arm][0]}, searched prior', f'{of}({more}{_SEARCHED})') for arm, of, more in (
         ('fne', 'fne', ''), ('fne_permuted', 'fne', 'permuted=True, '),
         ('fne_no_cut', 'fne', 'cutdown=False, '),

@@ -65,7 +65,7 @@ def stamped_lines(
     return out
 
 # %% ../../nbs/0_core/01_sealed_files.ipynb #e8162be8
-_CLOCK = ('run.json', 'timing.jsonl', 'params.json')        # listed, but no part of the content
+_CLOCK = ('run.json', 'timing.jsonl', 'params.json', 'record.json')        # listed, but no part of the content
 _LOOSE = ('run.ipynb', 'wall.jsonl', 'worker.log', 'processes.log', 'processes.json', 'claim', 'lock', 'DONE',
           'FAILED',
           'manifest.json')

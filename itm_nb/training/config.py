@@ -511,11 +511,15 @@ def _of_methods(v, run)->list:
              f'{name}: name the run of generate with generator'),
             (name == 'caption' and not v.captioner,
              'method caption needs a captioner: set image to vsrn, and captioner to its width'),
-            (run and own.get('honest') and v.data != 'scenes',
-             f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
-            (run and own.get('prior') == 'known' and v.data != 'scenes',
-             f'method {name}: prior known is for data scenes; give a number')]
+            *_of_truth(name, own, run and v.data != 'scenes')]
     return out
+
+def _of_truth(name, own, unknown)->list:
+    "Settings that ask for what is true; `unknown`: a run on other data than the drawn world"
+    return [(unknown and own.get('honest'),
+             f'method {name}: only the drawn world knows the truth; honest is for data scenes'),
+            (unknown and own.get('prior') == 'known',
+             f'method {name}: prior known is for data scenes; give a number')]
 
 def check_together(
     values:dict,      # settings by name; of those that are missing the default counts
@@ -657,6 +661,13 @@ REPORTS |= dict(
                 Setting('base', 'vsepp', 'the arm at the line'),
                 _METRIC, _RECORDS, replace(_FIGURES, help="where the figure goes; '': figures of the clone"),
                 _OUT),
+    bench=(replace(_THIS, default='factorial_scenes', help='records of sweeps that begin so'),
+           Setting('row', 'tags', 'arm that is judged'),
+           Setting('title', '', "what it is called; '': the arm"),
+           _RECORDS, replace(_RECORDS, name='packaged', help='records it stands beside' + _RESULTS),
+           Setting('runs', '', "folder of the sweeps' runs, for people's judgements of picks"),
+           _like('folder', 'of photographs with judgements.npz'),
+           replace(_FIGURES, help="where page and figure go; '': runs/bench_example of the clone"), _OUT),
     side_by_side=(replace(_THIS, default='flickr8k_core'),
                   Setting('base', 'vsepp', 'arm that is subtracted'), _METRIC,
                   _DELTA, _RECORDS, _FIGURES, _OUT),

@@ -29,7 +29,8 @@ WORDS = {        # a setting -> what must stand in the label of an arm that has 
     ('sharing', 'unshared'): 'learns apart', ('discrimination', .5): 'discrimination',
     ('correction', .5): 'correction',
     ('misled', 'heads'): 'another image', ('monotone', True): 'searched prior',
-    ('prior', .002): 'searched prior', ('weight', 1.): 'masked-language'}
+    ('prior', .002): 'searched prior', ('kind', 'random'): 'any words', ('kind', 'blind'): 'another photo',
+    ('pick', 'fne'): "by FNE's weights", ('weight', 1.): 'masked-language'}
 
 
 def parts(method):

@@ -54,11 +54,11 @@ def of_places(here):
     table = [setting(k, v) for k, v in out] + [('itm_run', ['train', '-p', 'folder', 'a\udcff'], 'UTF-8')]
     table += [('itm_run', [t, '-p', k, v], k) for t, k, v in (
         ('study', 'records', 'nowhere'), ('study', 'figures', 'file'), ('verdicts', 'tests', 'nowhere.yaml'), ('verdicts', 'audits', 'file'), ('aoq', 'records', 'file'), ('fne', 'runs', 'nowhere'),
-        ('tags_dc', 'attempts', '0'), ('tags_dc', 'runs', 'file'), ('defects', 'delta', '-1'), ('dose', 'records', 'nowhere'), ('factorial', 'figures', '/dev/null/x'), ('first_look', 'records', 'nowhere'), ('audit', 'run', 'nowhere'),
+        ('tags_dc', 'attempts', '0'), ('tags_dc', 'runs', 'file'), ('defects', 'delta', '-1'), ('dose', 'records', 'nowhere'), ('factorial', 'figures', '/dev/null/x'), ('first_look', 'records', 'nowhere'), ('side_by_side', 'records', 'nowhere'), ('bench', 'records', 'nowhere'), ('audit', 'run', 'nowhere'),
         ('audit', 'part', 'dev2'), ('audit', 'gallery', '-1'), ('audit', 'judgements', 'nowhere'), ('run_report', 'top', '0'), ('run_report', 'folder', 'nowhere'), ('search', 'query', ' '),
         ('search', 'device', 'banana'), ('search', 'top', '-1'), ('search', 'run', 'other'), ('acceptance', 'preset', 'huge'), ('acceptance', 'epochs', '0'), ('benchmark', 'batches', 'a,b'),
         ('benchmark', 'depth', '3'), ('accelerator', 'size', 'huge'), ('accelerator', 'kills', '-2'), ('accelerator', 'folder', 'nowhere'), ('benchmark', 'rounds', '0'), ('evaluate', 'scores', 'nowhere.npy'), ('evaluate', 'scores', 'nowhere/run'), ('evaluate', 'scores', ' '), ('evaluate', 'rerank', '-1'),
-        ('evaluate', 'weights', 'nowhere'), ('evaluate', 'img_of', 'nowhere.npy'), ('evaluate', 'fold', '0'), ('evaluate', 'data', 'scan'), ('mine', 'share', '2'), ('mine', 'init', 'nowhere'),
+        ('evaluate', 'weights', 'nowhere'), ('evaluate', 'img_of', 'nowhere.npy'), ('evaluate', 'fold', '0'), ('evaluate', 'data', 'scan'), ('mine', 'share', '2'), ('generate', 'mask_share', '0'), ('generate', 'keep', '0'), ('mine', 'init', 'nowhere'),
         ('mine', 'similarity', 'x'), ('test_sets', 'test_set', 'coco_2k'), ('test_sets', 'scores', 'nowhere'), ('test_sets', 'workers', '-1'))]
     return table
 
