@@ -22,7 +22,7 @@ from ..core.errors_files import DataError
 _HTML = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Search pictures</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="stylesheet" href="/page.css"><script defer src="/page.js"></script></head>
+<link rel="icon" href="/icon.svg"><link rel="stylesheet" href="/page.css"><script defer src="/page.js"></script></head>
 <body>
 <header><form id="ask"><label for="query">Search</label>
 <input id="query" autocomplete="off" maxlength="300" placeholder="what is in the picture?" autofocus>
@@ -31,6 +31,8 @@ _HTML = '''<!doctype html>
 <aside id="one" hidden aria-label="one picture"></aside></main>
 </body></html>
 '''
+_ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16" fill="none" stroke="#1f5fa8" '
+         'stroke-width="2.5"><circle cx="6.5" cy="6.5" r="4.5"/><path d="M10 10l5 5"/></svg>')
 _CSS = '''
 body { font: 16px/1.45 system-ui, sans-serif; margin: 0; color: #1c2024; background: #fafafa }
 header { position: sticky; top: 0; z-index: 1; background: #fff; border-bottom: 1px solid #d8dce0;
@@ -306,6 +308,7 @@ def page_app(
               ('/page.js', text(_JS, 'javascript')),
               ('/api/find', a.find), ('/api/picture/{i}', a.one), ('/small/{i}.jpg', a.picture),
               ('/large/{i}.jpg', partial(a.picture, size=1024))]
+    routes += [('/icon.svg', lambda r: a.web.response(_ICON, media_type='image/svg+xml'))]
     routes = [a.web.route(path, f, methods=['GET']) for path, f in routes]
     return _Guard(a.web.app(routes=[*routes, a.web.route('/api/mark', a.mark, methods=['POST'])]), hosts)
 
@@ -316,6 +319,7 @@ def _serve(index, port, browser)->None:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind(('127.0.0.1', port))
+        s.listen(128)              # from here on it can be asked, before its address is told
         port = s.getsockname()[1]
         app = page_app(index, {f'127.0.0.1:{port}', f'localhost:{port}'})
         print(f'http://127.0.0.1:{port}/   (Ctrl-C ends it)', flush=True)
