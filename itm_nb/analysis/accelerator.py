@@ -78,7 +78,7 @@ def survives(
     folder,           # where the runs go
     kills:int,        # how often the second run is killed
     device:str='cpu',
-    wait:tuple=(5., 10.),   # seconds until a kill: between these
+    wait:tuple=(.4, .8),    # a kill comes between these shares of a whole run's time
     seed:int=0,
 )->dict:              # 'kills': how many met a living process; 'equal': are the bytes those of a whole run?
     "SIGKILL at drawn moments, then to the end: the same bytes as a run that nobody killed"
@@ -92,11 +92,13 @@ def survives(
     def begin(name):
         return subprocess.Popen([sys.executable, '-m', 'itm_nb.runs.multi_process', folder/'values.json',
                                  folder/name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.perf_counter()
     ends, met = [begin('whole').wait()], 0
+    took = time.perf_counter() - began
     for u in uniform(torch.arange(kills), 'kills', 1, seed)[:,0].tolist():
         p = begin('killed')
         try:
-            p.wait(wait[0] + u*(wait[1]-wait[0]))
+            p.wait(took*(wait[0] + u*(wait[1]-wait[0])))
         except subprocess.TimeoutExpired:
             os.kill(p.pid, signal.SIGKILL)
             met += p.wait() == -signal.SIGKILL

@@ -458,7 +458,7 @@ def test_the_findings_of_the_study_come_from_its_tables(tmp_path):
     assert '2 defects' in said['What the defects cost']
     assert 'aoq_summed -' in said['What the defects cost']
     assert 'has not been made' in said['Open, and what it would take']
-    rows = pd.read_csv(ROOT/'figures'/'published.csv')
+    rows = published(ROOT/'figures'/'published.csv')
     assert said["Against the papers' rows"].count('rSum') == rows[rows.metric == 'rsum'].data.nunique() >= 4
     assert 'ours, made-up ranks' in said["Against the papers' rows"]
 

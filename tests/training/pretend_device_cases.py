@@ -30,7 +30,7 @@ KINDS = dict(
     vsepp=({}, 0, 0, 350), infonce=(dict(method='infonce'), 0, 0, 320),
     aoq=(dict(method="aoq(placebo='random')"), 0, 0, 1100),
     fne=(dict(method='fne(queue=256)'), 0, 0, 750),
-    tags=(dict(method='tags', similarity='two_modes'), 1, 0, 2800))
+    tags=(dict(method='tags', similarity='two_modes'), 1, 0, 2850))
 MORE = dict(
     aoq_faithful=(dict(method="aoq(preset='faithful',placebo='random')"), 0, 0, 1100),
     fne_faithful=(dict(method="fne(preset='faithful',queue=256)"), 0, 0, 750),
