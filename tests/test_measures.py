@@ -15,16 +15,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COLUMNS = 110
 BOUNDS = {
-    'lines > 110, modules': 1,
-    'lines > 110, notebooks': 39,
-    'lines > 110, tests': 2162,
-    'several statements a line, modules, per mille': 10,
-    'several statements a line, notebooks, per mille': 10,
-    'README lines': 136,
-    'public names': 1002,
+    'lines > 110, modules': 0,
+    'lines > 110, notebooks': 49,
+    'lines > 110, tests': 2182,
+    'several statements a line, modules, per mille': 7,
+    'several statements a line, notebooks, per mille': 5,
+    'README lines': 140,
+    'public names': 987,
     'private imports': 0,
     'circles': 0,
-    'unused or doubtful names (ruff)': 146,
+    'unused or doubtful names (ruff)': 147,
 }
 RATCHET = 'F401,F402,F403,F405,F541,F811,F841'          # of ruff: the rules that are counted, not forbidden
 

@@ -21,7 +21,6 @@ import torch
 
 from ..core.project import template
 from ..core.random import order, uniform
-from ..runs.identity import OF_A_RUN
 from ..runs.parameters import parameters, resolve
 from ..training.loop import fit, prepare, train_step
 

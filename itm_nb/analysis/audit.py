@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'BANDS', 'UNKNOWN', 'FALSE', 'TRUE', 'HALF', 'Ranked', 'ranked', 'uniform_pick', 'hardest_of',
-           'semi_hard_of', 'ranks_between', 'top_share', 'weighted', 'by_pick', 'of_matrix', 'of_judgements', 'audit',
+           'semi_hard_of', 'ranks_between', 'top_share', 'weighted', 'of_matrix', 'of_judgements', 'audit',
            'audit_picks', 'truth_labels', 'suspects', 'shuffled', 'write_audit', 'read_audits', 'audit_markdown']
 
 # %% ../../nbs/8_analysis/04_audit.ipynb #a39df0ff

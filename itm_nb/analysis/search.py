@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'top_k', 'search', 'Shelf', 'shelf', 'bare', 'open_run', 'unknown', 'read', 'image_indices', 'find_images',
-           'find_sentences', 'look', 'true_of', 'ask', 'tell', 'word_gains', 'region_gains', 'picture', 'bars',
-           'answering', 'why', 'gallery']
+           'find_sentences', 'look', 'true_of', 'ask', 'tell', 'word_gains', 'picture', 'bars', 'answering', 'why',
+           'gallery']
 
 # %% ../../nbs/8_analysis/10_search.ipynb #cf0b4b03
 import difflib

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'at_path', 'pick', 'value', 'per_photo', 'test_set_of', 'mean_per_photo', 'interval', 'label',
-           'one_per_replicate', 'collapsed', 'table', 'differences', 'markdown', 'write_table', 'latex', 'figure_path',
-           'Number', 'number', 'lint_records', 'lint_table', 'published']
+           'one_per_replicate', 'collapsed', 'table', 'differences', 'markdown', 'write_table', 'figure_path', 'Number',
+           'number', 'lint_records', 'lint_table', 'published']
 
 # %% ../../nbs/8_analysis/00_tables.ipynb #900dab09
 import json

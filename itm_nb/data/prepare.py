@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from ..core.errors_files import DataError, sha256_of, write_atomic
 from ..core.names import in_folder
 from ..core.random import purpose_key, uniform
 from .layouts import (
-    captions_table, home, LAYOUTS, open_layout, prepared, recognise, SPLITS, SPLITS_FORMAT, Table)
+    captions_table, home, LAYOUTS, open_layout, prepared, recognise, SPLITS, SPLITS_FORMAT)
 from .pixels import FORMATS
 from .safe_files import look
 

@@ -17,7 +17,6 @@ from itm_nb.methods.stored_sentences import (
     class_words, KINDS, load_sentences, save_sentences, tokens_print, write_sentences, Writer)
 from itm_nb.models.parts import network_of
 from itm_nb.models.similarity import image_inputs
-from itm_nb.training.build import remembering
 from itm_nb.training.config import check_method, check_together, Config
 from itm_nb.training.corpus import corpus
 from itm_nb.training.generator_training import ask, fit_generator, lesson

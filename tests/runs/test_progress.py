@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import time
 
 from itm_nb.runs.execution import steps_shown
 from itm_nb.training.config import config

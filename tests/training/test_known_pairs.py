@@ -1,6 +1,4 @@
 """Pairs that somebody marked as true are never negatives; without a list nothing changes."""
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
