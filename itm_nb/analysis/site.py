@@ -54,7 +54,7 @@ def _code_cells(cell, before)->list:
     tags = [t for t in (*cell['metadata'].get('tags', ()), fold) if t]
     shown = dict(cell_type='code', execution_count=None, source=code, outputs=rest,
                  metadata=dict(tags=tags, mystnb=dict(image=dict(alt=alt or 'figure'))))
-    anchor = [_markdown(f'<div id="cell-{cell["id"]}"></div>')]*('export' in said)
+    anchor = [_markdown(f'<div id="cell-{cell["id"]}"></div>')]*bool(said & {'export', 'exporti'})
     texts = [_markdown(''.join(o['data']['text/markdown'])) for o in made]
     for t in texts:
         t['metadata']['made'] = True
@@ -300,7 +300,7 @@ The comparison on drawn scenes, minutes on a laptop:
 
 START
 
-- [my own pictures, one run, a search](README.md#more-commands)
+- [my own pictures, one run, a search](README.md#your-own-pictures-and-more-commands)
 - [a published row, with its data](nbs/guides/published_row.ipynb)
 - [several devices, a cluster](nbs/guides/scale.ipynb)
 :::

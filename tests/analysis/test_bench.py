@@ -121,7 +121,7 @@ def test_the_protocol_has_the_ids_of_the_committed_records(tmp_path):
 def test_photographs_take_what_the_package_has_found_for_the_base(tmp_path):
     "With as many settings the base is the run of the study; with fewer it is searched anew, beside the method"
     shutil.copy(TEMPLATE, tmp_path/'my_method.py')
-    study = read_sweep(sweep_file('flickr8k_core'))
+    study = read_sweep(sweep_file('flickr8k_core'), 'eight')
     def runs(spec):
         known = dict(vsepp=spec['search']['found']['vsepp'])
         return {(e.arm, e.block): e.out.name for e in entries(spec, 'x', tmp_path, chosen=known)}
