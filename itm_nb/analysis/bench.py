@@ -214,7 +214,7 @@ def _setting(method, given, lr)->dict:
     return dict(lr=float(f'{lr:.3g}'), method=f'{method}({inside})' if inside else method) | shared
 
 # %% ../../nbs/8_analysis/13_bench.ipynb #c46b7133
-_STAGES = dict(    # name -> its protocol (sweep, profile), sweeps it is read beside, the set of the primary tests
+_STAGES = dict(    # name -> (sweep, profile) of its protocol, sweeps read beside it, set of primary tests
     scenes=(('bench_scenes', ''), ('bench_scenes', 'factorial_scenes', 'factorial_scenes_few',
                              'factorial_scenes_many'), 'S'),
     flickr8k=(('flickr8k_core', 'eight'), ('flickr8k_core_eight',), 'B'))
