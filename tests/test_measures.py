@@ -21,7 +21,7 @@ BOUNDS = {
     'several statements a line, modules, per mille': 7,
     'several statements a line, notebooks, per mille': 5,
     'README lines': 140,
-    'public names': 987,
+    'public names': 989,
     'private imports': 0,
     'circles': 0,
     'unused or doubtful names (ruff)': 147,
