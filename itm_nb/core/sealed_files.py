@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def over_json(found)->str:
 def seal(
     folder,      # of a run that has ended well
 ):
-    "Mark a folder as finished: everything in it reaches the disk, then its list, and `DONE` last"
+    """Mark a folder as finished: everything in it reaches the disk, then its list, and `DONE` last; the
+    checkpoint before the last is of no more use"""
     folder, files = Path(folder), _listed(folder)
     for at in {p for n in files for p in (folder/n, (folder/n).parent)}:
         sync(at)
@@ -110,6 +112,8 @@ def seal(
     listed = dict(files=files, seal=over_json(files))
     write_synced(folder/'manifest.json', (json.dumps(listed, indent=1) + '\n').encode())
     write_synced(folder/'DONE', f'{_over(files)} manifest\n'.encode())
+    for name in _ASIDE:
+        shutil.rmtree(folder/name, ignore_errors=True)
 
 def result(
     folder,      # of a run

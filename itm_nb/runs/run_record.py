@@ -9,6 +9,7 @@ __all__ = ['COLLAPSED', 'finish_by_hand', 'about', 'under_truth', 'curves', 'pic
 # %% ../../nbs/7_runs/05_run_record.ipynb #7a7acfdd
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from ..core.commands import SetupError
 from ..core.project import template
 from ..core.sealed_files import stamped_lines
-from .identity import INPUTS, PLACES, commit, origin, run_id, source_hash
+from .identity import INPUTS, PLACES, TRIAL, commit, origin, run_id, source_hash
 from .parameters import parameters, resolve
 from .run_folder import note_run, finish
 
@@ -206,6 +207,9 @@ def _searched(values, run, t, more)->dict:
     found = dict(metrics=dict(val=t.history[t.best[1]], test={}), best_epoch=t.best[1], last=t.history[-1],
                  **more)
     write_atomic(run/'val.json', json.dumps(found, sort_keys=True).encode())
+    if TRIAL in values['arm']:          # nothing goes on from a trial: its weights would only fill the disk
+        for name in ('last', 'best'):
+            shutil.rmtree(run/name, ignore_errors=True)
     finish_by_hand(run, 'train', values)
     return found
 

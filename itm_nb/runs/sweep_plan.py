@@ -22,7 +22,7 @@ from ..core.errors_files import write_atomic
 from ..core.project import project, read_yaml, template
 from ..core.sealed_files import stamped_lines
 from ..training.config import current_names, tell_earlier
-from .identity import INPUTS, NAME_METHODS, about_folder, identity, run_id
+from .identity import INPUTS, NAME_METHODS, TRIAL, about_folder, identity, run_id
 from .parameters import parameters, resolve, rules
 from .run_folder import finished
 
@@ -365,7 +365,7 @@ def searches(
         for i, x in enumerate(settings):
             own = make.own[arm]
             own = make.today(own['template'], own) | make.today(own['template'], x)
-            out.append(make.new(f'{arm}~{i}', b, own | dict(test=False), (arm,), number=-1))
+            out.append(make.new(f'{arm}{TRIAL}{i}', b, own | dict(test=False), (arm,), number=-1))
     return list(make.made.values()) + out
 
 def best_of(
@@ -389,7 +389,7 @@ def choose(
     for arm, settings in trials(spec).items():
         if arm in known:
             continue
-        es = [at[f'{arm}~{i}'] for i in range(len(settings))]
+        es = [at[f'{arm}{TRIAL}{i}'] for i in range(len(settings))]
         ok = [finished(e.out, e.values) for e in es]
         if not any(ok) or not all(o or e.arm in fell for o, e in zip(ok, es)):
             continue

@@ -82,7 +82,7 @@ WAYS = dict(cut=lambda p, other: p.write_bytes(p.read_bytes()[:p.stat().st_size/
             flipped=lambda p, other: flip(p), missing=lambda p, other: p.unlink(), foreign=lambda p, other: p.write_bytes(other.read_bytes()))
 READ = ('DONE', 'manifest.json', 'run.json', 'params.json', 'log.jsonl', 'picks.bin', 'timing.jsonl', 'ranks_val.npz', 'ranks_test.npz', 'best/config.json',
         'best/model.safetensors', 'best/vocab.json', 'last/state.json', 'last/tensors.safetensors')
-UNREAD = ('claim', 'lock', 'wall.jsonl', 'previous/state.json', 'previous/tensors.safetensors')
+UNREAD = ('claim', 'lock', 'wall.jsonl')
 HALF = ('run.json', 'params.json', 'log.jsonl', 'picks.bin', 'timing.jsonl', 'best/config.json', 'best/model.safetensors', 'best/vocab.json', 'last/state.json',
         'last/tensors.safetensors', 'previous/state.json', 'previous/tensors.safetensors')
 TOLD = Counter()
@@ -145,12 +145,25 @@ def test_a_damaged_run_on_its_way_comes_to_the_same_bytes(name, way, made, tmp_p
     TOLD['on its way: same bytes in the end'] += 1
 
 
-@pytest.mark.parametrize('name', ['best', 'last', 'previous'])
-@pytest.mark.parametrize('how', ['whole', 'half'])
+@pytest.mark.parametrize('how, name', [('whole', 'best'), ('whole', 'last'), ('half', 'best'), ('half', 'last'), ('half', 'previous')])
 def test_a_folder_that_is_lost(name, how, made, tmp_path, monkeypatch):
     out, _ = damaged(made, how, 'run.json', 'flipped', tmp_path, monkeypatch); shutil.copyfile(made['mine', how]/'run.json', out/'run.json')
     shutil.rmtree(out/name); start()
     assert result(out) == result(made['mine', 'whole']) and broken(out) == ''; TOLD['a folder lost: same bytes in the end'] += 1
+
+
+def test_a_finished_run_keeps_no_checkpoint_before_the_last(made):
+    there = {how: {p.name for p in made['mine', how].iterdir() if p.is_dir()} for how in ('whole', 'half')}
+    assert there == dict(whole={'best', 'last'}, half={'best', 'last', 'previous'})
+
+
+def test_a_trial_keeps_its_validation_and_no_weights(tmp_path, monkeypatch):
+    "It counts as finished; a run of the same settings that only skips the test split keeps its model"
+    monkeypatch.chdir(tmp_path); (tmp_path/'worlds').mkdir()
+    for arm, kept in (('vsepp~3', set()), ('warm', {'best', 'last'})):
+        out, _ = start(arm=arm, test=False)
+        assert {p.name for p in out.iterdir() if p.is_dir()} == kept and broken(out) == '' and json.loads((out/'val.json').read_text())['metrics']['val']['rsum'] > 0
+        assert start(work=lambda *a: pytest.fail('run again'), arm=arm, test=False)[0] == out
 
 
 def test_the_count():
