@@ -4,13 +4,18 @@ It refuses what an accelerator refuses (tensors of two devices in one operation)
 there, by file and line of the package: `waits` (the host asks for a value and must wait until the device has
 come so far), `uploads` (copies to the device; 'blocking' ones hold the host up) and `operations`. What it
 cannot show: kernels of a real device, their numerics, their memory.
+
+An operation is one call that torch hands to the device after it has taken composed functions apart, forward
+or backward: a matrix product, but also a view, which starts no kernel (`VIEWS` names those; `kernels` counts
+the rest). What an accelerator has as one kernel counts once here too: a GRU cell, attention, an optimiser's
+step, a function over a list of tensors (`_foreach_`).
 """
 import sys
 from collections import Counter
 
 import torch
 from torch import library
-from torch.utils import backend_registration
+from torch.utils import _foreach_utils, backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -21,6 +26,10 @@ INDEXING = {'index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_imp
 # their lengths are wanted on the host
 ON_HOST = {'_pack_padded_sequence', '_pack_padded_sequence_backward', '_pad_packed_sequence'}
 COPIES = {'_to_copy', 'to'}
+# calls that start no kernel: another shape, another handle, memory alone
+VIEWS = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze', 'detach',
+         'alias', 'split', 'split_with_sizes', 'unbind', 'as_strided', 'unfold', 'diagonal', 'empty', 'empty_like',
+         'empty_strided', 'new_empty', 'new_empty_strided', '_reshape_alias', 'lift_fresh', 'result_type'}
 FACTORY_SKIPS = ('_sparse', 'sparse', 'from_file', '_efficientzerotensor')
 
 
@@ -43,6 +52,9 @@ class Ledger:
 
     @property
     def blocking(self): return Counter({k: n for k, n in self.uploads.items() if k[1] == 'blocking'})
+
+    @property
+    def kernels(self): return sum(n for k, n in self.operations.items() if k not in VIEWS)
 
 
 HELPERS = ('upload', 'on_host', 'told')     # of `data`: who called them is what one wants to know
@@ -82,6 +94,7 @@ class OnDevice(torch.Tensor):
 
 
 def raw(x): return x.raw if isinstance(x, OnDevice) else x
+def there(x): return OnDevice(x) if isinstance(x, torch.Tensor) else x
 
 
 def dispatch(func, args, kwargs):
@@ -97,7 +110,7 @@ def dispatch(func, args, kwargs):
     if name in INDEXING: indexed(name, *args)
     elif name not in ON_HOST: together(name, tensors)
     if name in WAITING or name == 'repeat_interleave' and isinstance(args[0], OnDevice): LEDGER.wait(name)
-    if name in GRU: return tree_map(OnDevice, GRU[name](*tree_map(raw, args)))
+    if name in FUSED: return tree_map(there, FUSED[name](*tree_map(raw, args), **kwargs))
     to_host = kwargs.get('device') is not None and torch.device(kwargs['device']).type == 'cpu'
     kw = kwargs | (dict(device=torch.device('cpu')) if kwargs.get('device') is not None else {})
     out = func(*tree_map(raw, args), **tree_map(raw, kw))
@@ -132,7 +145,34 @@ def gru_cell_backward(g, kept, has_bias):
     return of_i, of_h, g*z, of_i.sum(0) if has_bias else None, of_h.sum(0) if has_bias else None
 
 
-GRU = dict(_thnn_fused_gru_cell=gru_cell, _thnn_fused_gru_cell_backward=gru_cell_backward)
+def attended(q, k, v, bias=None, dropout=0., causal=False, *_, scale=None):
+    "The fused attention of the CPU, in the form that torch asks of other devices"
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, attn_mask=bias,
+                                                                          scale=scale)
+    seed = torch.zeros((), dtype=torch.long)
+    return out, lse, None, None, q.shape[2], k.shape[2], seed, seed.clone(), None
+
+
+def attended_backward(g, q, k, v, bias, wanted, out, lse, *rest, scale=None):
+    "Gradients of queries, keys and values"
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, out, lse, *rest[4:6],
+                                                                                attn_mask=bias, scale=scale)
+    return *grads, None
+
+
+ATTENTION = '_scaled_dot_product_fused_attention_overrideable'
+FUSED = {'_thnn_fused_gru_cell': gru_cell, '_thnn_fused_gru_cell_backward': gru_cell_backward,
+         ATTENTION: attended, ATTENTION + '_backward': attended_backward}
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, *, scale=None, enable_gqa=False):
+    "What torch does on CUDA: a mask becomes what is added to the scores, and one kernel does the rest"
+    if dropout_p or q.dim() != 4:
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale,
+                                                                 enable_gqa=enable_gqa)[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0., -torch.inf).to(q.dtype)
+    return getattr(torch.ops.aten, ATTENTION)(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
 
 def copied(x, kw):
@@ -196,7 +236,7 @@ def factories():
 
 def making(op):
     def make(*args, pin_memory=None, device=None, **kw):
-        LEDGER.operations[op._schema.name] += 1
+        LEDGER.operations[op._schema.name.removeprefix('aten::')] += 1
         return OnDevice(op(*args, **kw, device='cpu'))
     return make
 
@@ -209,3 +249,5 @@ DEVICE = torch.device(NAME, 0)
 LIBRARY = library.Library('aten', 'IMPL')
 for _name, _op in factories(): LIBRARY.impl(_name, making(_op), 'PrivateUse1')
 LIBRARY.impl('_copy_from', copied_from, 'PrivateUse1')
+LIBRARY.impl('scaled_dot_product_attention', attention, 'AutogradPrivateUse1')
+_foreach_utils._foreach_supported_types.append(OnDevice)     # else torch clips gradients one by one

@@ -341,14 +341,26 @@ class Captions:
         return self.tokens[s.clamp(min=0)]*(s >= 0)[...,None]
 
 # %% ../../nbs/5_methods/07_generator.ipynb #9a8dcece
+_BUSY = 8192     # words that take an accelerator longer than to be asked for the next ones
+
 def buckets(
     lengths:Tensor,   # (B,) on the host
     width:int=4,      # lengths of one bucket differ by less
+    least:int=0,      # words of a bucket; neighbours with fewer are joined
 )->list:              # (rows, longest) of each
     "Rows by length"
     group = (lengths + width-1)//width
+    if least:
+        found, place = group.unique(return_inverse=True)
+        words = lengths.new_zeros(len(found)).index_add(0, place, lengths)
+        last = max(0, int(words.sum())//least - 1)
+        group = ((words.cumsum(0) - words)//least).clamp(max=last)[place]
     return [(rows, int(lengths[rows].max())) for g in group.unique().tolist()
             for rows in [(group == g).nonzero()[:,0]]]
+
+def _enough(device, sentences)->int:
+    "Words of a bucket, where every row stands for so many sentences"
+    return 0 if device.type == 'cpu' else -(-_BUSY//max(1, sentences))
 
 # %% ../../nbs/5_methods/07_generator.ipynb #abedc134
 class TextGenerator:
@@ -405,7 +417,7 @@ def refill(
     (B, K, L), at, out = copies.shape, [], []
     guess = getattr(model, 'guess', None) or model.stream.guess
     lengths, send = (tokens.cpu() != 0).sum(1), partial(upload, device=copies.device)
-    for rows, long in buckets(lengths):
+    for rows, long in buckets(lengths, least=_enough(copies.device, K)):
         h, r = hit[rows,:,:long].flatten(0, 1), send(rows)  # on the host: nothing waits for the device
         l = h.byte().argsort(dim=1, descending=True, stable=True)[:,:max(1, int(h.sum(1).max()))]
         c, j = h.gather(1, l).nonzero(as_tuple=True)
@@ -628,7 +640,7 @@ def _score(g, s, made, eligible, lengths):
     there = upload(lengths, made.device)
     clean = eligible.sum(1).tolist()  # the one wait for the device
     with searching(s.model):
-        for rows, long in buckets(lengths):
+        for rows, long in buckets(lengths, least=_enough(made.device, N)):
             n, r = sum(clean[i] for i in rows.tolist()), upload(rows, made.device)
             k = eligible[r].flatten().byte().argsort(descending=True, stable=True)[:n]
             for b, j in zip(r[k//max(N, 1)].split(g.rows), (k % max(N, 1)).split(g.rows)):
@@ -642,7 +654,8 @@ def _read(g, s, e, lengths):
     (B, k, L), m, seen = e.shape, s.model, _seen(s, s.model, 'heads' in g.misled) if g.heads else None
     score, states, rows = [], [], []
     there = upload(lengths, e.device)
-    for row, long in buckets(lengths):
+    made = buckets(lengths, least=_enough(e.device, k))
+    for row, long in made:
         r = upload(row, e.device)
         of = r.repeat_interleave(k)
         flat = e[r,:,:long].flatten(0, 1)
@@ -650,6 +663,8 @@ def _read(g, s, e, lengths):
         score.append(m.pairs(s.images[of], m.text(flat, there[of])).view(-1, k))
         if g.heads:
             states.append(F.pad(m.tokens(seen[of], flat).view(len(r), k, long, -1), (0, 0, 0, L - long)))
+    if len(made) == 1:
+        return score[0], states[0] if g.heads else None
     back = torch.cat(rows).argsort()
     return torch.cat(score)[back], torch.cat(states)[back] if g.heads else None
 

@@ -107,8 +107,9 @@ class TwoModes(nn.Module):
 
     def text(self, tokens:Tensor, lengths:Tensor=None)->Tensor:    # (B, L) -> (B, D)
         "Unit vectors of sentences, from words alone"
-        return F.normalize(wide(self.project(mean_pool(self.stream.read(tokens), real_words(tokens).sum(1)))),
-                           dim=-1)
+        keep = real_words(tokens)
+        mean = mean_pool(self.stream.read(tokens, keep), keep.sum(1), keep)
+        return F.normalize(wide(self.project(mean)), dim=-1)
 
     def regions(self, feats:Tensor, num:Tensor, boxes:Tensor=None)->Tensor:   # -> (B, R, dim)
         "Regions or patches as the words will see them"

@@ -34,10 +34,11 @@ def _places(lengths, size)->Tensor:   # (n,) in the flattened mask
 def mean_pool(
     x:Tensor,         # (B, R, D) states
     lengths:Tensor,   # (B,) how many are real
+    keep:Tensor=None, # (B, R) which ones, if that is known
 )->Tensor:            # (B, D)
     "The mean of the real states"
-    keep = real(lengths, x.shape[1]).unsqueeze(-1)
-    return (x*keep).sum(1) / lengths[:,None].clamp(min=1)
+    keep = real(lengths, x.shape[1]) if keep is None else keep
+    return (x*keep.unsqueeze(-1)).sum(1) / lengths[:,None].clamp(min=1)
 
 def max_pool(x:Tensor, lengths:Tensor)->Tensor:
     "The largest real value of every column"

@@ -120,9 +120,10 @@ class Stream(nn.Module):
         for layer in self.encoder.layer[first:-1]: x = layer(x, mask)
         return _asked(self.encoder.layer[-1], x, keep, at)
 
-    def read(self, tokens:Tensor)->Tensor:   # (B, L), 0 is padding -> (B, L, dim)
+    # (B, L), 0 is padding; (B, L) which are words, if that is known -> (B, L, dim)
+    def read(self, tokens:Tensor, real:Tensor=None)->Tensor:
         "States of words alone"
-        return self.run(self.embeddings(tokens), real_words(tokens))
+        return self.run(self.embeddings(tokens), real_words(tokens) if real is None else real)
 
     # (B, R, d_in), (B, R), (B, R, d_box) -> (B, R, dim)
     def see(self, feats:Tensor, mask:Tensor, boxes:Tensor=None)->Tensor:
