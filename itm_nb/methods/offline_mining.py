@@ -229,29 +229,24 @@ def _pool(q, k, own_q, own_k, h, gap, cols):
             pool, floor = _kept(*pool, n, h, gap)
     return pool, floor
 
-def _by_int8(q, k, own_q, own_k, h, rows=512, cols=8192, tick=None):
-    """Proposals by products of whole numbers -> (N, w) ids, (N,) what is left out scores less than this,
-    rows of which too much may belong"""
-    (a, step_q, off_q), (b, step_k, off_k) = _int8(q), _int8(k)
-    eps, unit = _off_by(q, k, off_q, off_k), step_q*step_k
-    gap, idx, rest, dense = np.ceil(1.1*eps/unit).astype(np.int64), [], [], []
-    for s in range(0, len(q), rows):
-        at = slice(s, min(s + rows, len(q)))
-        pool, floor = _pool(a[at], b, own_q[at], own_k, h, gap[at], cols)
-        n = at.stop - at.start
-        rest.append(np.where(floor > _LEAST + 1, unit*(floor - 1.) + eps[at], -np.inf))
-        if pool is None:
-            dense.append(torch.arange(at.start, at.stop))
-            pool = (np.zeros(0, np.uint16), np.zeros(0, np.int32), None)
-        count = np.bincount(pool[0], minlength=n)
-        out = np.full((n, max(count.max(initial=0), h)), -1, np.int32)
-        out[pool[0], np.arange(len(pool[0])) - (count.cumsum() - count)[pool[0]]] = pool[1]
-        idx.append(torch.from_numpy(out))
-        if tick:
-            tick(n)
-    wide = max(x.shape[1] for x in idx)
-    idx = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=-1) for x in idx])
-    return idx, torch.from_numpy(np.concatenate(rest)), torch.cat(dense or [torch.zeros(0, dtype=torch.long)])
+class _Whole:
+    "Queries and keys as whole numbers of 8 bits, and how far their products may be off"
+    def __init__(self, q, k):
+        (self.q, step_q, off_q), (self.k, step_k, off_k) = _int8(q), _int8(k)
+        self.eps, self.unit = _off_by(q, k, off_q, off_k), step_q*step_k
+
+    def propose(self, at, own_q, own_k, h, wide, cols=8192):
+        """Proposals of the queries `at` -> (n, w) ids, -1 beyond; (n,) what is left out scores less than this;
+        did too many belong? `wide`: of the largest error; at 2 nothing that is left out belongs"""
+        eps = self.eps[at.numpy()]
+        gap = np.ceil(wide*eps/self.unit).astype(np.int64) + 1
+        pool, floor = _pool(self.q[at], self.k, own_q[at], own_k, h, gap, cols)
+        rest = np.where(floor > _LEAST + 1, self.unit*(floor - 1.) + eps, -np.inf)
+        row, col = (np.zeros(0, np.int32),)*2 if pool is None else pool[:2]
+        count = np.bincount(row, minlength=len(at))
+        out = np.full((len(at), max(count.max(initial=0), h)), -1, np.int32)
+        out[row, np.arange(len(row)) - (count.cumsum() - count)[row]] = col
+        return torch.from_numpy(out), torch.from_numpy(rest), pool is None
 
 @contextmanager
 def _summed_in_fp32():
@@ -290,17 +285,35 @@ def mine(
             return _certified(q, k, own_q, own_k, h, slack, **blocks)
         return _searched(q, k, own_q, own_k, h, slack, how, **blocks)
 
-def _certified(q, k, own_q, own_k, h, slack, **blocks):
-    "By whole numbers: what is left out is known to score less; rows where that cannot be told are done again"
-    idx, rest, dense = _by_int8(q, k, own_q, own_k, h, **blocks)
-    found = ordered(idx, rescore(q, k, idx), h)
-    again = (found.score[:,-1] <= rest) & (rest > -torch.inf)
-    again[dense] = False
-    for at, how in ((again.nonzero().squeeze(1), None), (dense, 'torch')):
-        if len(at):
-            given = q[at], k, own_q[at], own_k, h
-            found.idx[at], found.score[at] = _searched(*given, slack, how)[0] if how else _full(*given)
-    return found, int(again.sum()) + len(dense)
+def _certified(q, k, own_q, own_k, h, slack, rows=512, cols=8192, tick=None):
+    """By whole numbers: what is left out is known to score less. Where that cannot be told the margin is made
+    so wide that it is; a block of rows to which too much may belong is searched in floating point"""
+    whole, blocks, rest = _Whole(q, k), torch.arange(len(q)).split(rows), []
+    found = Lists(torch.full((len(q), h), -1, dtype=torch.int32), torch.full((len(q), h), -torch.inf))
+    def put(at, lists):
+        found.idx[at], found.score[at] = lists
+    def rescored(at, proposed):
+        wide = max(x.shape[1] for x in proposed)
+        idx = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=-1) for x in proposed])
+        put(at, ordered(idx, rescore(q[at], k, idx), h))
+    idx, dense = [], []
+    for at in blocks:
+        proposed, least, full = whole.propose(at, own_q, own_k, h, 1.1, cols)
+        idx.append(proposed)
+        rest.append(least.masked_fill_(torch.tensor(full), -torch.inf))
+        if full:
+            dense.append(at)
+        if tick:
+            tick(len(at))
+    rescored(torch.arange(len(q)), idx)
+    rest = torch.cat(rest)
+    again = ((found.score[:,-1] <= rest) & (rest > -torch.inf)).nonzero().squeeze(1)
+    for at in again.split(rows) if len(again) else ():
+        proposed, _, full = whole.propose(at, own_q, own_k, h, 2.01, cols)
+        dense.append(at) if full else rescored(at, [proposed])
+    for at in dense:
+        put(at, _searched(q[at], k, own_q[at], own_k, h, slack, 'torch')[0])
+    return found, len(again) + sum(map(len, dense))
 
 def _searched(q, k, own_q, own_k, h, slack, how, **blocks):
     "By a fixed number of proposals of a search in floating point"
