@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core.errors_files import DataError
 from ..data.splits import fingerprint
@@ -78,6 +79,49 @@ def quintuplet(
 def _only(x, ok):
     return x if ok is None else torch.where(ok, x, 0.)
 
+class _AllTerms(torch.autograd.Function):
+    "Sum of what `quintuplet` gives; how it changes with each score is worked out beside it, without a graph"
+    @staticmethod
+    def forward(ctx, pos, on, off, unanchored, pos_on, off_ok, unanchored_ok, m_on, m_off, at, hyper):
+        some = on > -torch.inf
+        hard = torch.where(some, on, 0.)
+        x = m_on + hard - pos_on
+        cost = torch.where(some, x.clamp(min=0), 0.)
+        by_on, by_off = some & (x >= 0), None
+        if at == 3:
+            w, live = _weight(some & off_ok, hard, off, **hyper)
+            by_off = cost*live/-hyper['alpha']
+            cost, by_pos_on = cost*w, -(by_on*w)
+            by_on = -by_pos_on - by_off
+        else:
+            by_on = by_on.to(x.dtype)
+            by_pos_on = -by_on
+        y, z = m_off + off - pos, m_off + unanchored - pos
+        paid = off_ok & (y >= 0)
+        by_off = paid.to(x.dtype) if by_off is None else paid + by_off
+        cost = cost + torch.where(off_ok, y.clamp(min=0), 0.)
+        by_pos, by_far = -paid.to(x.dtype), None
+        if at > 1:
+            cost = cost + torch.where(unanchored_ok, z.clamp(min=0), 0.)
+            by_far = (unanchored_ok & (z >= 0)).to(x.dtype)
+            by_pos = by_pos - by_far
+        ctx.save_for_backward(by_pos, by_on, by_off, by_far, by_pos_on)
+        return cost
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return *(None if x is None else g*x for x in ctx.saved_tensors), *[None]*6
+
+_GIVEN = 'pos', 'on', 'off', 'unanchored', 'pos_on', 'off_ok', 'unanchored_valid'      # of `quintuplet`
+
+def _weight(given, hard, off, alpha, beta, clamp, detach):
+    "`adaptive_weight` where there is one, 1 elsewhere; where it has a slope"
+    w = beta - (off - hard)/alpha
+    live = given if not clamp else given & (w >= 0)
+    w = torch.where(given, w.clamp(min=0) if clamp else w, 1.)
+    return w, torch.zeros_like(live) if detach else live
+
 # %% ../../nbs/5_methods/04_aoq.ipynb #46585b5e
 PRESETS = dict(
     faithful=dict(clamp=False, detach=False, true_pairs=True, same_image=True, tied=True, reduce='sum'),
@@ -121,7 +165,8 @@ def tally(
             active,
             unanchored_valid & (hinge(pos, unanchored, m_off) > 0), both & (c/alpha > active.float()),
             ~every if same is None else same)
-    return torch.stack([r.double().sum() for r in rows]), torch.where(both, w, torch.inf).amin().double()
+    rows = torch.stack([r.to(pos.dtype) for r in rows]).double()
+    return rows.sum(1), torch.where(both, w, torch.inf).amin().double()
 
 def monitors(
     sums:Tensor,         # (10,) from `tally`, of any number of batches
@@ -174,6 +219,8 @@ class WeightMonitor:
 def _one(n, k, fill):
     "(B,) the highest of a source's negatives that count"
     x = torch.where(n[f'{k}.valid'], n[k], fill)
+    if x.shape[1] == 1:
+        return x.squeeze(1)
     return x.amax(1) if x.shape[1] else x.new_full((len(x),), fill)
 
 def _given(n, on, off)->dict:
@@ -203,6 +250,9 @@ def aoq_term(
         given = _given(n, on, off)
         if watch:
             watch.take(**given, **hyper, m_on=m_on, m_off=m_off, same=n.get(f'{off}.same'))
+        if placebo in ('', 'detached'):
+            x = (given[k] for k in _GIVEN)
+            return _AllTerms.apply(*x, m_on, m_off, STAGES.index(stage), hyper | dict(detach=detach))
         changes = dict(permuted=lambda w: w[n[f'{off}.shuffle'].argsort()],
                        constant=lambda w: watch.mean(w))
         kw = hyper | dict(detach=detach, reweight=changes.get(placebo)) if stage == 'adap' else {}

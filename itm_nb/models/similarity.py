@@ -85,18 +85,23 @@ def gather(
     return States(gather(e.x), gather(e.mask.byte()).bool())
 
 # %% ../../nbs/4_models/06_similarity.ipynb #d24cd59d
+def _rows(o, idx):
+    "(B, k, D) rows by their numbers: on a CPU several times as fast as o[idx]"
+    return o.index_select(0, idx.flatten()).view(*idx.shape, -1)
+
 class Dots(torch.autograd.Function):
     "Dot products of every anchor with its own candidates; saves no gathered copies for the backward pass"
     @staticmethod
     def forward(ctx, a, o, idx):
         ctx.save_for_backward(a, o, idx)
-        return torch.einsum('bd,bkd->bk', a, o[idx])
+        return torch.bmm(a.unsqueeze(1), _rows(o, idx).mT).squeeze(1)
 
     @staticmethod
     def backward(ctx, g):
         a, o, idx = ctx.saved_tensors
         into_o = (g.unsqueeze(-1)*a.unsqueeze(1)).flatten(0, 1)
-        return (torch.einsum('bk,bkd->bd', g, o[idx]),
+        into_a = g*_rows(o, idx).squeeze(1) if idx.shape[1] == 1 else torch.einsum('bk,bkd->bd', g, _rows(o, idx))
+        return (into_a,
                 torch.zeros_like(o).index_add_(0, idx.flatten(), into_o), None)
 
 def dots(

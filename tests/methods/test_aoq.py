@@ -16,7 +16,7 @@ from itm_nb.data.batches import SPECIALS, Batches, Vocabulary
 from itm_nb.data.splits import fingerprint, Split
 from itm_nb.models.encode import embed
 from itm_nb.models.similarity import picked_of
-from itm_nb.methods.aoq import PRESETS, STAGES, aoq, kept, lists_of
+from itm_nb.methods.aoq import _AllTerms, PRESETS, STAGES, aoq, kept, lists_of, quintuplet
 from itm_nb.methods.fne import bank_source
 from itm_nb.methods.method import losses, explain, fetches, Method
 from itm_nb.methods.offline_mining import SHARE, depth, Draw, Lists, load_lists, mine_model, save_lists
@@ -105,6 +105,30 @@ def test_the_whole_path_equals_a_plain_loop(stage, preset, seed, tmp_path):
 
 
 def one(method, train, S, seed=0, epoch=0, caps=CAPS): return float(sum(losses(method, step_of(train, Table(S), method, caps, seed, epoch)).values()).detach())
+
+
+@pytest.mark.parametrize('stage', STAGES[1:])
+@pytest.mark.parametrize('clamp, detach', [(False, False), (True, False), (True, True)])
+def test_one_function_gives_the_terms_and_gradients_of_each(stage, clamp, detach):
+    g = torch.Generator().manual_seed(7)
+    x = [(5*torch.rand(400, generator=g, dtype=torch.double)).round()/5 for _ in range(5)]     # many ties
+    x[1][:20] = -torch.inf
+    ok, far = torch.rand(2, 400, generator=g) > .2
+    def both(how):
+        y = [t.clone().requires_grad_() for t in x]
+        cost = how(*y)
+        return cost.detach(), torch.autograd.grad((cost*torch.linspace(-1, 1, 400)).sum(), y, allow_unused=True)
+    kw = dict(m_on=.2, m_off=0.)
+    weigh = dict(alpha=.3, beta=1.5, clamp=clamp, detach=detach)
+    def plain(pos, on, off, away, pos_on):
+        given = dict(off_ok=ok, unanchored_valid=far, pos_on=pos_on)
+        return sum(quintuplet(pos, on, off, away, stage=stage, **given, **kw,
+                              **(weigh if stage == 'adap' else {})).values())
+    (cost, into), (want, slow) = both(plain), both(
+        lambda *y: _AllTerms.apply(*y, ok, far, .2, 0., STAGES.index(stage), weigh))
+    assert torch.equal(cost, want) and (cost > 0).sum() > 50
+    for a, b in zip(into, slow):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=0, atol=1e-14))
 
 
 @pytest.mark.parametrize('switch', [k for k in PRESETS['faithful'] if k not in ('detach', 'reduce')])

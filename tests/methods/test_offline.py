@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from itm_nb.core.errors_files import DataError
+from itm_nb.methods import offline_mining
 from itm_nb.methods.offline_mining import (
     Anywhere, Draw, Lists, load_lists, mine, mine_model, mine_scores, save_lists, search, without_true)
 
@@ -32,7 +33,8 @@ def world(seed, n, m, D, kinds):
 
 
 @pytest.mark.parametrize('seed,n,m,D,kinds,h', [(0, 7, 30, 3, 30, 5), (1, 40, 211, 8, 20, 30), (2, 40, 211, 8, 211, 30), (3, 25, 60, 4, 2, 10), (4, 3, 9, 2, 9, 12), (5, 64, 500, 16, 250, 1), (6, 1, 4, 3, 4, 2)])
-@pytest.mark.parametrize('how,blocks', [('torch', {}), ('torch', dict(rows=5, cols=7)), ('torch', dict(rows=16, cols=64)), ('half', dict(rows=16, cols=64)), ('faiss', {})])
+@pytest.mark.parametrize('how,blocks', [('torch', {}), ('torch', dict(rows=5, cols=7)), ('torch', dict(rows=16, cols=64)), ('half', dict(rows=16, cols=64)), ('faiss', {}), ('int8', {}),
+                                        ('int8', dict(rows=5, cols=7)), ('int8', dict(rows=16, cols=64))])
 def test_equal_to_brute_force_both_ways(seed, n, m, D, kinds, h, how, blocks):
     img, txt, me, own = world(seed, n, m, D, kinds)
     for q, k, a, b in ((img, txt, me, own), (txt, img, own, me)):
@@ -51,11 +53,11 @@ def test_any_score_equal_to_brute_force(seed):
 
 def test_no_slack_and_much_slack_agree():
     img, txt, me, own = world(9, 50, 400, 6, 60)
-    lists = [mine(img, txt, me, own, 20, slack=s) for s in (0., .25, 3.)]
+    lists = [mine(img, txt, me, own, 20, slack=s, how='torch') for s in (0., .25, 3.)]
     assert all(torch.equal(a.idx, lists[0][0].idx) and torch.equal(a.score, lists[0][0].score) for a, _ in lists) and lists[0][1] > 0
 
 
-@pytest.mark.parametrize('how', ['torch', 'half', 'faiss'])
+@pytest.mark.parametrize('how', ['torch', 'half', 'faiss', 'int8'])
 def test_zero_and_constant_vectors_are_one_great_tie(how):
     for img, txt in ((torch.zeros(5, 3), torch.randn(40, 3)), (torch.ones(5, 3), torch.ones(40, 3)), (torch.randn(5, 3), torch.zeros(9, 3))):
         me, own = torch.arange(5), torch.arange(len(txt)) % 5
@@ -70,6 +72,28 @@ def test_half_precision_is_right_where_it_errs(scale):
     assert torch.equal(got.idx, want.idx) and torch.equal(got.score, want.score) and again == 40
     img, txt = (torch.nn.functional.normalize(torch.randn(n, 4, generator=g), dim=1)*scale for n in (40, 900))
     (got, again), (want, _) = (mine(img, txt, me, own, 15, slack=3., how=how) for how in ('half', 'torch')); assert torch.equal(got.idx, want.idx) and again < 10
+
+
+@pytest.mark.parametrize('h', [1, 60])
+@pytest.mark.parametrize('D', [8, 96, 300])
+def test_whole_numbers_give_the_lists_of_floating_point(h, D):
+    "Copies that tie, lengths that differ a thousandfold, one crowd whose scores whole numbers cannot tell apart"
+    g = torch.Generator().manual_seed(D)
+    far = 10.**torch.randint(-2, 2, (3000, 1), generator=g)
+    base = torch.nn.functional.normalize(torch.randn(3000, D, generator=g), dim=1)
+    crowd = base[:1] + 1e-4*torch.randn(3000, D, generator=g)
+    own, me = torch.arange(3000)//30, torch.arange(100)
+    for txt in (base, base[torch.randint(3000, (3000,), generator=g)], base*far, crowd):
+        img = torch.nn.functional.normalize(txt[::30] + .3*torch.randn(100, D, generator=g)/D**.5, dim=1)
+        (got, _), (want, _) = (mine(img, txt, me, own, h, how=how, rows=64, cols=500) for how in ('int8', 'torch'))
+        assert torch.equal(got.idx, want.idx) and torch.equal(got.score, want.score)
+
+
+def test_a_pool_too_large_is_searched_in_floating_point(monkeypatch):
+    monkeypatch.setattr(offline_mining, '_MOST', 500)
+    img, txt, me, own = world(5, 64, 500, 16, 250)
+    got, again = mine(img, txt, me, own, 30, how='int8', rows=16, cols=64)
+    assert torch.equal(got.idx, brute(img, txt, me, own, 30)) and again == 64
 
 
 def test_memory_is_bounded():
