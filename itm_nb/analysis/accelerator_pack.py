@@ -13,10 +13,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..core.commands import check_place, number, Parser
-from ..core.errors_files import DataError, read_json, regular_file, write_atomic
+from ..core.errors_files import DataError, read_json, read_tensors, write_atomic
 from ..core.project import project
 from ..data.scan_layout import read_scan, scan_files
 from ..data.tokenizers import open_pieces
@@ -67,7 +67,7 @@ def prune_network(
     rules |= {k: _renumbered(rules[k], now) for k in ('post_processor', 'padding') if rules.get(k)}
     config |= dict(vocab_size=len(keep)) | {k: now[config[k]] for k in ('pad_token_id',) if k in config}
     to.mkdir(parents=True)
-    save_file(_pruned_tensors(load_file(regular_file(folder/'model.safetensors')), keep),
+    save_file(_pruned_tensors(read_tensors(folder/'model.safetensors'), keep),
               to/'model.safetensors')
     for name, d in (('config.json', config), ('tokenizer.json', rules)):
         write_atomic(to/name, json.dumps(d, ensure_ascii=False).encode())

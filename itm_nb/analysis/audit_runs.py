@@ -131,7 +131,7 @@ def _given_vectors(path)->tuple:
     try:
         with np.load(path, allow_pickle=False) as z:
             return tuple(z[k] for k in ('img', 'txt', 'img_of'))
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(path, f'{e}'[:120], 'an npz file with img (N, D), txt (M, D), img_of (M,)') from None
 
 def _audit_parser()->Parser:

@@ -26,6 +26,8 @@ from ..core.errors_files import DataError
 from ..core.names import escape_mathtext
 from ..data.batches import Batches, Vocabulary, words
 from ..data.layouts import recognise
+from ..data.pixels import FORMATS
+from ..data.scan_layout import open_npy
 from ..data.splits import Split
 from ..scenes.grammar import parse, truth
 from ..scenes.world import draw, show
@@ -121,10 +123,7 @@ def bare(
     path = Path(path)
     files = feats = None
     if path.suffix == '.npy':
-        try:
-            feats = np.load(path, mmap_mode='r', allow_pickle=False)
-        except (OSError, ValueError) as e:
-            raise DataError(path, f'{str(e)[:100]}', 'an npy file', 'Write it with numpy.save.') from None
+        feats = open_npy(path, lambda x: True, 'an npy file', 'Write it with numpy.save.')
         if feats.ndim == 2:
             feats = feats[:,None]
         if feats.ndim == 3 and feats.dtype == np.float64:
@@ -352,8 +351,13 @@ def picture(
         return draw(s.world.scenes(s.split.name), int(image), size)
     if s.split.files is None:
         return None
-    with Image.open(s.split.files[image]) as im:
-        im = ImageOps.exif_transpose(im).convert('RGB')
+    path = s.split.files[image]
+    try:
+        with Image.open(path, formats=FORMATS) as im:
+            im = ImageOps.exif_transpose(im).convert('RGB')
+    except Exception as e:                         # a damaged file can fail anywhere in a decoder
+        raise DataError(path, f'no whole picture ({type(e).__name__})', f'a {", ".join(FORMATS)} file',
+                        'Fetch it again, or leave it out.') from None
     im.thumbnail((size, size))
     return im
 

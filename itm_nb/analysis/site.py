@@ -20,7 +20,7 @@ from io import StringIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..core.commands import command, Parser, SetupError
+from ..core.commands import check_place, command, Parser, SetupError
 from ..core.project import project
 from .api_pages import api_page, plain
 
@@ -480,7 +480,7 @@ def _checked(out:Path)->Path:
     "Where the site goes: refused where something else lies"
     if out.exists() and not (out/'searchindex.js').is_file() and (not out.is_dir() or any(out.iterdir())):
         raise SetupError(f'{out.name}: holds something that is not a built site; give another --out')
-    return out
+    return check_place(out, '--out')
 
 # %% ../../nbs/8_analysis/16_site.ipynb #a336acda
 @command

@@ -592,6 +592,24 @@ def _arrow_rows(d, folder, columns):
             yield file, part_name(name, folder), [sentence(t, folder, entry=f'row {i}: ')
                                                   for t in texts], None
 
+def _own_arrows(folder, follow_links):
+    "Every part that a data set of the package names, and every file that a part names, lies in the folder"
+    top = folder/'dataset_dict.json'
+    named = read_json(own_file(top, folder, follow_links)) if top.is_file() else dict(splits=[''])
+    for part in _listed(named, 'splits', top):
+        at = inside(folder, part, top) if top.is_file() else folder
+        for path in at.glob('*.json'):
+            own_file(path, folder, follow_links)
+        for d in _listed(read_json(at/'state.json'), '_data_files', at/'state.json'):
+            name = d.get('filename') if isinstance(d, dict) else d
+            own_file(inside(at, name, at/'state.json'), folder, follow_links)
+
+def _listed(d, key, path)->list:
+    "A list in a JSON file of the package `datasets`"
+    if isinstance(d, dict) and isinstance(d.get(key), list):
+        return d[key]
+    raise DataError(path, f'no list {key!r}', 'what save_to_disk wrote', 'Write it again.')
+
 def datasets_table(
     folder,                # what `save_to_disk` wrote
     columns='',            # as in `captions_table`
@@ -604,8 +622,7 @@ def datasets_table(
     except ImportError:
         raise DataError(folder, 'a data set of the package datasets, which is not installed', 'the package',
                         'pip install datasets.') from None
-    for path in (p for end in ('json', 'arrow') for p in folder.rglob(f'*.{end}')):
-        own_file(path, folder, follow_links)
+    _own_arrows(folder, follow_links)
     try:
         d = datasets.load_from_disk(str(folder))
     except Exception as e:

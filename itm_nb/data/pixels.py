@@ -27,7 +27,7 @@ from .batches import upload
 
 # %% ../../nbs/1_data/05_pixels.ipynb #f84bf0a1
 # what is decoded, recognised by content
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'MPO')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')   # JPEG: also MPO, several in one file
 MOST = 64_000_000  # pixels; larger pictures are refused unread
 FRAMES = ('crop', 'squash')
 
@@ -125,7 +125,7 @@ def decode(
             found = f'not a whole image ({type(e).__name__}: {str(e)[:110]})'
             remedy = 'Fetch it again, or leave this image out.'
     raise DataError(path, found,
-                    f'a {", ".join(FORMATS[:-1])} file of at most {MOST//1_000_000} million pixels', remedy)
+                    f'a {", ".join(FORMATS)} file of at most {MOST//1_000_000} million pixels', remedy)
 
 # %% ../../nbs/1_data/05_pixels.ipynb #663f34e2
 def _key(files, size, frame)->str:
@@ -141,7 +141,7 @@ def _stored(path, key, shape):
             return None
         x = np.load(path, mmap_mode='r', allow_pickle=False)
         return x if (x.shape, x.dtype) == (shape, np.uint8) else None
-    except (DataError, OSError, ValueError, KeyError, TypeError):
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 def _store(path, key, files, size, frame, workers):

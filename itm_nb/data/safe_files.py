@@ -61,7 +61,7 @@ def look(
     path,            # an image file
 )->tuple:            # width, height in pixels
     "The size of a picture from its header; a file that is no picture, too large a one or cut off is refused"
-    wanted, found = f'a whole {", ".join(FORMATS[:-1])} file of at most {MOST//1_000_000} million pixels', ''
+    wanted, found = f'a whole {", ".join(FORMATS)} file of at most {MOST//1_000_000} million pixels', ''
     with open(regular_file(path), 'rb') as f, warnings.catch_warnings():
         warnings.simplefilter('ignore')                            # Pillow warns of large pictures; we decide
         try:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..core.errors_files import DataError, read_json, sha256_of, write_atomic
 from ..core.random import uniform
+from ..data.scan_layout import open_npy
 from ..metrics.ranks import exact_matmul
 from ..models.similarity import are_vectors
 
@@ -436,7 +437,7 @@ def load_lists(
         if (folder/name).is_file() and sha256_of(folder/name) == sha:
             continue
         raise DataError(folder/name, 'missing or changed', f'SHA-256 {sha}', again)
-    maps = {n: np.load(folder/n, mmap_mode='r', allow_pickle=False) for n in files}
+    maps = {n: open_npy(folder/n, lambda x: x.dtype.kind in 'iuf', 'plain numbers', again) for n in files}
     return {s: Lists(maps[f'{s}_idx.npy'], maps[f'{s}_score.npy'])
             for s in ('i2t', 't2i') if f'{s}_idx.npy' in maps}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.errors_files import DataError, read_json, sha256_of, write_atomic
 from ..core.random import uniform
 from ..data.batches import on_host, Vocabulary, words
+from ..data.scan_layout import open_npy
 from ..data.splits import fingerprint
 from ..models.frozen_cache import keep_more
 from ..models.parts import network_of
@@ -251,7 +252,8 @@ def load_sentences(
         if (Path(folder)/n).is_file() and sha256_of(Path(folder)/n) == files.get(n):
             continue
         raise DataError(Path(folder)/n, 'missing or changed', f'SHA-256 {str(files.get(n))[:16]}', again)
-    return tuple(np.load(Path(folder)/n, mmap_mode='r', allow_pickle=False) for n in names)
+    plain = lambda x: x.dtype.kind in 'biu'
+    return tuple(open_npy(Path(folder)/n, plain, 'whole numbers', again) for n in names)
 
 # %% ../../nbs/5_methods/08_tags_stored.ipynb #f9e24115
 class _Stored:

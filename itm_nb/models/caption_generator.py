@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.errors_files import DataError, read_json, regular_file, write_atomic
+from ..core.errors_files import DataError, read_json, read_tensors, write_atomic
 from .transformer import load_bert, real_words, Stream
 
 # %% ../../nbs/4_models/08_caption_generator.ipynb #f64cb77e
@@ -113,10 +113,12 @@ def load_generator(
     folder,               # written by `save_generator`
 )->CaptionGenerator:      # in evaluation mode
     "Read a generator; DataError where config.json and weights do not fit"
-    config, file = Path(folder)/'config.json', regular_file(Path(folder)/'model.safetensors')
+    config, file = Path(folder)/'config.json', Path(folder)/'model.safetensors'
     try:
         model = CaptionGenerator(**read_json(config))
-        model.load_state_dict(load_file(file))
+        model.load_state_dict(read_tensors(file, 'Train it again.'))
+    except DataError:
+        raise
     except (TypeError, ValueError, KeyError, RuntimeError) as e:
         raise DataError(file, f'{str(e)[:120]}', 'what save_generator wrote', 'Train it again.') from None
     return model.eval()

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.errors_files import DataError, write_atomic
+from ..core.errors_files import DataError, read_tensors, write_atomic
 from .cross_attention import SCORES, cross_attention, l2_normalize
 from .cross_encoder import CrossEncoder, TwoModes, wide
 from .encoders import real
@@ -107,10 +107,7 @@ def from_pretrained(
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(cfg, f'{type(e).__name__}: {e}', 'a model description',
                         'Copy the folder again.') from e
-    try: weights = load_file(file)
-    except Exception as e:
-        raise DataError(file, f'{e}', 'a safetensors file',
-                        'The file is damaged: copy or train it again.') from e
+    weights = read_tensors(file, 'The file is damaged: copy or train it again.')
     have, want = ({k: tuple(v.shape) for k, v in weights.items()},
                   {k: tuple(v.shape) for k, v in model.state_dict().items()})
     odd = sorted(k for k in have.keys()|want.keys() if have.get(k) != want.get(k))

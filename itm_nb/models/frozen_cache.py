@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..core.errors_files import DataError, read_json, sha256_of, write_atomic
 from ..data.batches import on_host, upload
+from ..data.scan_layout import open_npy
 from .encoders import max_pool, mean_pool, real, topk_pool
 from .pretrained import layer_stack, depths, layers, TextTower, VisionTower
 
@@ -241,7 +242,7 @@ def _opened(path:Path, key):
         note = read_json(path.with_suffix('.json'))
         if note['key'] != key or note['sha256'] != _digest(path):
             raise ValueError('its hash does not fit')
-        return note, np.load(path, mmap_mode='r', allow_pickle=False)
+        return note, open_npy(path, lambda x: True, 'an array of states', '')
     except (DataError, OSError, ValueError, KeyError, TypeError) as e:
         warnings.warn(f'{path.name}: damaged states are computed again ({str(e)[:80]})')
 

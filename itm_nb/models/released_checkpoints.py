@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.commands import suggest, check_place, command, Parser, SetupError
-from ..core.errors_files import DataError, read_json, regular_file, sha256_of, write_atomic
+from ..core.errors_files import DataError, read_json, read_tensors, regular_file, sha256_of, write_atomic
 from ..data.pixels import SCALES
 from ..data.tokenizers import ENDS, open_pieces, Pieces
 from .cross_encoder import UNITER, from_uniter, to_uniter
@@ -469,7 +469,7 @@ def restore(
         raise SetupError(f'{folder}: came from {note["kind"]}, not {kind}')
     if not (kind := kind or (note or {}).get('kind', '')):
         raise SetupError(f'{folder}: say which release with --as: {", ".join(RELEASES)}')
-    beside = {k: load_file(f) if (f := folder/f'{k}.safetensors').is_file() else {}
+    beside = {k: read_tensors(f) if (f := folder/f'{k}.safetensors').is_file() else {}
               for k in ('released', 'memory')}
     try: states = give(model, beside, kind, note)
     except (StopIteration, ValueError, KeyError, AttributeError):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.errors_files import DataError, regular_file
+from ..core.errors_files import DataError, read_tensors
 
 # %% ../../nbs/4_models/05_transformer.ipynb #4538e26c
 def box_features(
@@ -169,8 +168,8 @@ def load_bert(
     folder,          # with `model.safetensors` of a BertModel or BertForMaskedLM
 )->list:             # what kept its own start
     "Start a stream from BERT; DataError where names or shapes differ"
-    file = regular_file(Path(folder)/'model.safetensors')
-    found, own = load_file(file), stream.state_dict()
+    file = Path(folder)/'model.safetensors'
+    found, own = read_tensors(file), stream.state_dict()
     found = {k if k.startswith(('bert.', 'cls.')) else f'bert.{k}': v for k, v in found.items()}
     ours = {b + k[len(a):]: v for k, v in found.items() for a, b in _BERT if k.startswith(a)}
     ours |= {k.replace('mlm.', 'cor.', 1): v for k, v in ours.items() if k.startswith('mlm.')}

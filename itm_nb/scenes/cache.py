@@ -84,7 +84,7 @@ def load_or_make(
     path = Path(folder)/f'world-{preset}-{seed}-{key[:16]}.npz'
     try:
         return unpack(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
         made = dataset.make(preset, rho=rho, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, pack(made))

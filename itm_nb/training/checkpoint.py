@@ -16,9 +16,9 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..core.errors_files import sha256_of, write_atomic
+from ..core.errors_files import read_tensors, sha256_of, write_atomic
 from ..core.sealed_files import sync
 
 # %% ../../nbs/6_training/03_checkpoint.ipynb #f4007788
@@ -55,7 +55,7 @@ def whole_checkpoint(at)->tuple:   # (tensors, state)
             raise ValueError('the seal does not match')
         if not isinstance(found['state'], dict):
             raise ValueError('it is no state of a training')
-        return load_file(at/'tensors.safetensors'), found['state']
+        return read_tensors(at/'tensors.safetensors'), found['state']
     except (OSError, KeyError, TypeError) as e:
         raise ValueError(str(e)) from None
 

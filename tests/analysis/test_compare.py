@@ -11,7 +11,7 @@ from itm_nb.core import project
 from itm_nb.runs import execution, identity, parameters, run_record
 from itm_nb.core.errors_files import DataError
 from itm_nb.metrics.ranks import summary
-from itm_nb.models.encode import load_ranks
+from itm_nb.runs.external_scores import read_ranks
 from itm_nb.training.config import config
 from itm_nb.training.corpus import corpus
 from itm_nb.training.loop import fit
@@ -46,7 +46,7 @@ def evaluate_values(**kw):
 
 def test_every_query_against_slow_counting(tiny):
     a, b = map(find_run, tiny); split = data_of(a).split('test'); t = compare(*tiny)
-    whole = [load_ranks(x/'ranks_test.npz') for x in tiny]
+    whole = [read_ranks(x/'ranks_test.npz') for x in tiny]
     order = sorted(range(len(split.captions)), key=lambda j: (split.img_of[j], j))
     for way, n in (('i2t', len(split)), ('t2i', len(split.captions))):
         part = t[t.way == way].set_index('query')

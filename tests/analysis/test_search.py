@@ -1,5 +1,7 @@
 """Search against brute force: blocks, ties, every kind of score, words and regions left out one by one,
 questions that cannot be asked."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,7 @@ def test_pictures_nobody_described(tmp_path, split):
 @pytest.mark.slow
 def test_the_notebook_searches_and_so_does_its_model_elsewhere(tmp_path, monkeypatch):
     "`itm_run search` on a tiny world; then its model by folder, in features that nobody described"
+    from itm_nb.core.commands import SetupError
     from itm_nb.runs import execution
     from itm_nb.scenes import dataset
     monkeypatch.chdir(tmp_path); quick = dict(preset='tiny', epochs=2, query='a red moon', top=2)
@@ -159,5 +162,6 @@ def test_the_notebook_searches_and_so_does_its_model_elsewhere(tmp_path, monkeyp
     np.save('x.npy', dataset.make('tiny').split('test').feats[:9])
     for given in (dict(run='a/model'), dict(run='a/model', folder='x.npy')):
         assert execution.start('search', quick | given, bar=False)[0] == 0
-    assert execution.start('search', quick | dict(run='nowhere', out='b'), bar=False)[0] == 1
-    assert 'no trained model' in open('b/FAILED').read()
+    with pytest.raises(SetupError, match="run 'nowhere': no such folder"):
+        execution.start('search', quick | dict(run='nowhere', out='b'), bar=False)
+    assert not Path('b').exists()

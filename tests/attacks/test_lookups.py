@@ -55,20 +55,45 @@ BY_NAME = {'getattr', 'setattr', 'delattr', 'vars', '__import__', 'eval', 'exec'
            'importlib.import_module', 'importlib.reload', 'importlib.util.find_spec', 'importlib.util.spec_from_file_location', 'importlib.util.module_from_spec', 'pkgutil.resolve_name'}
 
 
+def aliases(tree):
+    "{name in the file: what it is} of imports that give a looker-up another name"
+    made = {}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom):
+            made |= {a.asname or a.name: f'{n.module}.{a.name}' for a in n.names}
+        if isinstance(n, ast.Import): made |= {a.asname: a.name for a in n.names if a.asname}
+    return made
+
+
+def full_name(node, known):
+    "A dotted name with what was imported under another name put in"
+    head, dot, rest = ast.unparse(node).partition('.')
+    return known.get(head, head) + dot + rest
+
+
 def lookups(tree):
-    "(function, what is called, its text, line) of every call that looks something up by a text that is no literal"
-    found = []
+    """(function, what is called, its text, line) of every place that looks something up by a text that is no
+    literal, under whatever name it was imported, and of every such function that is handed on"""
+    found, known = [], aliases(tree)
+    def called(c, inside):
+        name = full_name(c.func, known)
+        at = {'getattr': 1, 'setattr': 1, 'delattr': 1}.get(name, 0)
+        text = c.args[at] if len(c.args) > at else None
+        if (name in BY_NAME or name.endswith('.exec_module')) and not isinstance(text, ast.Constant):
+            found.append((inside, name, '' if text is None else ast.unparse(text), c.lineno))
+        if isinstance(c.func, ast.Subscript) and ast.unparse(c.func.value) in ('globals()', 'locals()'):
+            found.append((inside, 'globals', ast.unparse(c.func.slice), c.lineno))
+        for a in [*c.args, *(k.value for k in c.keywords)]:
+            if isinstance(a, (ast.Name, ast.Attribute)) and full_name(a, known) in BY_NAME:
+                found.append((inside, full_name(a, known), 'handed on', c.lineno))
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
-            here = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and inside in ('', None) else inside
-            if isinstance(child, ast.ClassDef): here = inside
-            if isinstance(child, ast.Call):
-                name = ast.unparse(child.func); at = {'getattr': 1, 'setattr': 1, 'delattr': 1}.get(name, 0)
-                text = child.args[at] if len(child.args) > at else None
-                if (name in BY_NAME or name.endswith('.exec_module')) and not isinstance(text, ast.Constant): found.append((inside or '', name, '' if text is None else ast.unparse(text), child.lineno))
-                if isinstance(child.func, ast.Subscript) and ast.unparse(child.func.value) in ('globals()', 'locals()'): found.append((inside or '', 'globals', ast.unparse(child.func.slice), child.lineno))
-            if isinstance(child, ast.Subscript) and ast.unparse(child.value) == 'sys.modules' and not isinstance(child.slice, ast.Constant) and isinstance(child.ctx, ast.Load):
-                found.append((inside or '', 'sys.modules', ast.unparse(child.slice), child.lineno))
+            kind = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            here = child.name if kind and not inside else inside
+            if isinstance(child, ast.Call): called(child, inside)
+            if (isinstance(child, ast.Subscript) and full_name(child.value, known) == 'sys.modules'
+                    and not isinstance(child.slice, ast.Constant) and isinstance(child.ctx, ast.Load)):
+                found.append((inside, 'sys.modules', ast.unparse(child.slice), child.lineno))
             walk(child, here)
     walk(tree, '')
     return found
@@ -98,6 +123,18 @@ def test_nothing_is_listed_that_is_no_longer_there():
 def test_the_finder_finds():
     bad = 'import importlib, sys\ndef f(x, y):\n    getattr(x, y)(); importlib.import_module(y); sys.modules[y]; y.loader.exec_module(x); vars(x)[y]; __import__(y); setattr(x, y, 1); globals()[y]()\n    getattr(x, "kind")\n'
     assert Counter(x[1] for x in lookups(ast.parse(bad))) == Counter(['getattr', 'importlib.import_module', 'sys.modules', 'y.loader.exec_module', 'vars', '__import__', 'setattr', 'globals'])
+
+
+@pytest.mark.parametrize('bad,want', [
+    ('from importlib import import_module as bring\nbring(x)', 'importlib.import_module'),
+    ('import importlib as i\ni.import_module(x)', 'importlib.import_module'),
+    ('from operator import attrgetter\nattrgetter(x)(y)', 'operator.attrgetter'),
+    ('from sys import modules as m\nm[x]', 'sys.modules'), ('list(map(getattr, xs, names))', 'getattr'),
+    ('from functools import partial\npartial(getattr, x)', 'getattr'),
+    ('import runpy as r\nr.run_path(x)', 'runpy.run_path'),
+    ('sorted(xs, key=eval)', 'eval')])
+def test_the_finder_finds_other_names_and_what_is_handed_on(bad, want):
+    assert [x[1] for x in lookups(ast.parse(bad))] == [want]
 
 
 def allows(tree):

@@ -109,15 +109,40 @@ def test_a_full_disk_that_cannot_even_hold_the_reason(tmp_path, capsys):
     assert execution.mark_failed(out, 'why', 'train: why') == 1 and 'FAILED could not be written' in capsys.readouterr().err
 
 
+def no_kernel(folder):
+    "Environment in which a kernel called python3 is found that cannot start"
+    at = folder/'jp'/'kernels'/'python3'; at.mkdir(parents=True)
+    (at/'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '-f', '{connection_file}'], display_name='gone', language='python')))
+    return os.environ | dict(PYTHONPATH=str(ROOT), JUPYTER_PATH=str(folder/'jp'))
+
+
 def test_a_kernel_that_cannot_start(tmp_path):
     "Case 19: status 1, one line, the reason in FAILED"
-    at = tmp_path/'jp'/'kernels'/'python3'; at.mkdir(parents=True)
-    (at/'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '-f', '{connection_file}'], display_name='gone', language='python')))
-    env = os.environ | dict(PYTHONPATH=str(ROOT), JUPYTER_PATH=str(tmp_path/'jp'))
+    env = no_kernel(tmp_path)
     code = 'from itm_nb.cli import itm_run; itm_run()'
     r = subprocess.run([sys.executable, '-c', code, 'train', '-p', 'preset', 'tiny', '-p', 'epochs', '1', '--quiet'], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert (r.returncode, r.stdout, r.stderr.count('\n')) == (1, '', 1) and 'kernel python3 cannot start' in r.stderr
     failed, = tmp_path.glob('runs/manual/*/FAILED'); assert failed.read_text().startswith('the kernel python3 cannot start') and failed.read_text() in r.stderr
+
+
+def test_a_sweep_whose_kernels_cannot_start(tmp_path):
+    "Case 19, the sweep: status 1, one line that says where, the reason in FAILED and in --status"
+    spec = 'title: small\nbase: {preset: tiny, epochs: 1}\nblocks: [{seed: 0}]\narms: {vsepp: {}}\n'
+    (tmp_path/'s.yaml').write_text(spec)
+    env = no_kernel(tmp_path)
+    def sweep(*argv):
+        code = 'from itm_nb.cli import itm_sweep; itm_sweep()'
+        return subprocess.run([sys.executable, '-c', code, 's.yaml', *argv], capture_output=True, text=True,
+                              cwd=tmp_path, env=env)
+    r = sweep()
+    failed, = tmp_path.glob('runs/s/*/FAILED')
+    assert r.returncode == 1 and 'Traceback' not in r.stdout + r.stderr, r.stderr
+    assert failed.read_text().startswith('the kernel python3 cannot start')
+    named, = re.findall('failed [(]1[)]; see (runs/s/.+)', r.stderr)          # one line, and where to look
+    assert 'the kernel python3 cannot start' in (tmp_path/named.strip()).read_text()
+    asked = sweep('--status')
+    line, = asked.stdout.splitlines()
+    assert asked.returncode == 0 and line.startswith('failed: the kernel python3 cannot start')
 
 
 @pytest.mark.slow

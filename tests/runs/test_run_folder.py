@@ -81,8 +81,15 @@ def made(tmp_path_factory):
 WAYS = dict(cut=lambda p, other: p.write_bytes(p.read_bytes()[:p.stat().st_size//2]), empty=lambda p, other: p.write_bytes(b''),
             flipped=lambda p, other: flip(p), missing=lambda p, other: p.unlink(), foreign=lambda p, other: p.write_bytes(other.read_bytes()))
 READ = ('DONE', 'manifest.json', 'run.json', 'params.json', 'log.jsonl', 'picks.bin', 'timing.jsonl', 'ranks_val.npz', 'ranks_test.npz', 'best/config.json',
+<<<<<<< HEAD
         'best/model.safetensors', 'best/vocab.json', 'last/state.json', 'last/tensors.safetensors')
 UNREAD = ('claim', 'lock', 'wall.jsonl')
+=======
+        'best/model.safetensors', 'best/vocab.json', 'last/state.json', 'last/tensors.safetensors',
+        'record.json')
+BEFORE = ('previous/best/config.json', 'previous/best/model.safetensors', 'previous/best/vocab.json')
+UNREAD = ('claim', 'lock', 'wall.jsonl', 'previous/state.json', 'previous/tensors.safetensors', *BEFORE)
+>>>>>>> x19
 HALF = ('run.json', 'params.json', 'log.jsonl', 'picks.bin', 'timing.jsonl', 'best/config.json', 'best/model.safetensors', 'best/vocab.json', 'last/state.json',
         'last/tensors.safetensors', 'previous/state.json', 'previous/tensors.safetensors')
 TOLD = Counter()
@@ -102,6 +109,15 @@ def damaged(made, how, name, way, tmp_path, monkeypatch):
     if before is None: pytest.skip(f'{name} is not there')
     WAYS[way](at, other/name if (other/name).is_file() else mine/'log.jsonl')
     return Path('runs/t')/mine.name, not at.is_file() or at.read_bytes() != before
+
+
+@pytest.mark.parametrize('how,lists', [('whole', READ+UNREAD), ('half', HALF+UNREAD)])
+def test_every_file_of_a_run_folder_is_damaged_below(how, lists, made):
+    "A file that a run leaves and that stands in no list would be damaged by nobody"
+    at = made['mine', how]
+    there = {p.relative_to(at).as_posix() for p in at.rglob('*') if p.is_file()}
+    assert there <= set(lists), there - set(lists)
+    assert len(there & {*READ, *HALF}) >= 10
 
 
 @pytest.mark.parametrize('way', WAYS)

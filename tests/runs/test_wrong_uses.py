@@ -1,4 +1,6 @@
 """Wrong uses of every command and every template: refused in one line that names what is wrong and what to do, at once, with nothing written."""
+import configparser
+import importlib
 import json
 import os
 import re
@@ -12,13 +14,23 @@ import numpy as np
 import pytest
 
 from itm_nb import cli
-from itm_nb.models.released_checkpoints import itm_convert
+from itm_nb.analysis import site
 from itm_nb.training.config import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = dict(itm_run=cli.itm_run, itm_sweep=cli.itm_sweep, itm_data=cli.itm_data, itm_readme=cli.itm_readme,
-                itm_bench=cli.itm_bench, itm_convert=itm_convert)
-REMEDY = re.compile(r'wanted|did you mean|there are|see itm_|\b(given?|correct|rename|name|choose|takes|set|finish|use|install|change|remove|say|save|move|make|complete|leave|run|convert)\b', re.I)
+
+
+def commands():
+    "{name: function} of every command that an installation brings: a new one without wrong uses here fails"
+    settings = configparser.ConfigParser()
+    settings.read(ROOT/'settings.ini', 'utf-8')
+    named = dict(line.split('=') for line in settings['DEFAULT']['console_scripts'].split())
+    place = {k: v.split(':') for k, v in named.items()}
+    return {k: getattr(importlib.import_module(module), f) for k, (module, f) in place.items()}
+
+
+COMMANDS = commands()
+REMEDY = re.compile(r'wanted|did you mean|there are|see itm_|\b(given?|correct|rename|name|choose|takes|set|finish|use|install|change|remove|say|save|move|make|complete|leave|run|convert|copy|take)\b', re.I)
 SWEEP = 'title: a\nblocks: [{seed: 0}]\narms: {a: {}}\n'
 
 
@@ -130,6 +142,39 @@ def of_data(here):
     return table + [('itm_readme', ['now'], 'now'), ('itm_readme', ['--quiet'], '--quiet')]
 
 
+def of_folders(here):
+    "Folders of pictures and the site: searched, prepared, packed, built"
+    from PIL import Image
+    (here/'pictures').mkdir()
+    Image.new('RGB', (16, 16)).save(here/'pictures'/'a.png')
+    (here/'texts').mkdir()
+    (here/'texts'/'a.jpg').write_text('no picture')
+    table = [('itm_search', a, w) for a, w in (
+        ([], 'run'), (['nowhere'], 'photos'), (['nowhere', 'empty'], 'empty'),
+        (['nowhere', 'nowhere'], 'nowhere'),
+        (['nowhere', 'file'], 'file'), (['nowhere', 'pictures'], 'nowhere'), (['empty', 'pictures'], 'empty'),
+        (['file', 'pictures'], 'file'), (['other', 'pictures'], 'other'),
+        (['clip-vit-base', 'pictures'], 'clip-vit-base'),
+        (['nowhere', 'texts'], 'texts'), (['a', 'pictures', '--port', '-1'], '--port'),
+        (['a', 'pictures', '--port', '65536'], '--port'), (['a', 'pictures', '--port', 'http'], '--port'),
+        (['a', 'pictures', '--no-brwoser'], '--no-brwoser'), (['a', 'pictures', 'more'], 'more'),
+        (['a\udcff', 'pictures'], 'UTF-8'), (['clip', 'pictures', '--models', 'nowhere'], 'clip'))]
+    table += [('itm_data', ['prepare', *a], w) for a, w in (
+        ([], 'folder'), (['nowhere'], 'nowhere'), (['empty'], 'empty'), (['file'], 'file'),
+        (['pictures'], 'pictures'), (['empty', '--layout', 'foo'], 'foo'),
+        (['empty', '--workers', '0'], '--workers'), (['empty', '--lay'], '--lay'))]
+    table += [('itm_data', ['accelerator-pack', *a], w) for a, w in (
+        ([], '--data'), (['to'], '--data'), (['to', '--data', 'nowhere'], 'nowhere'),
+        (['to', '--data', 'empty'], 'empty'),
+        (['file', '--data', 'empty'], 'file'), (['/dev/null/x', '--data', 'empty'], '/dev/null'),
+        (['to', '--data', 'empty', '--limit', '0'], '--limit'),
+        (['to', '--data', 'empty', '--dims', '-1'], '--dims'))]
+    return table + [('itm_docs', a, w) for a, w in (
+        (['now'], 'now'), (['--uot', 'x'], '--uot'), (['--out', str(here/'file')], 'file'),
+        (['--out', str(here/'other')], 'other'), (['--out', '/dev/null/x'], '--out'),
+        (['--out', ''], '--out'), (['--out', '..'], '--out'))]
+
+
 def declared():
     "Every setting of every template, beyond its type, its interval, its choices and its form"
     out = []
@@ -167,9 +212,17 @@ def here(tmp_path, monkeypatch):
     "A folder with a file, a dead link and a folder of somebody else's, in which commands are given; nothing may be executed"
     (tmp_path/'file').write_text('mine'); (tmp_path/'other').mkdir(); (tmp_path/'other'/'letter.txt').write_text('mine'); (tmp_path/'folder.ipynb').mkdir(); (tmp_path/'lost').symlink_to(tmp_path/'nowhere')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(site, '_has_extra', lambda: None)          # not what is wrong here
     for what in ('execute', 'launch', 'drive'):
         monkeypatch.setattr(cli, what, lambda *a, **k: pytest.fail('a notebook was started'))
     return tmp_path
+
+
+def test_a_site_needs_its_packages(capsys, monkeypatch):
+    monkeypatch.setattr(site, '_NEEDED', ('nowhere_to_be_found',))
+    assert site.itm_docs([]) == 2
+    said = capsys.readouterr().err
+    assert 'nowhere_to_be_found' in said and 'pip install' in said and len(said.splitlines()) == 1
 
 
 def count(table, capsys, here, title):
@@ -183,7 +236,8 @@ def count(table, capsys, here, title):
 
 
 def test_wrong_uses_are_refused_in_one_line_with_nothing_written(capsys, here):
-    table = [*of_training(), *together(), *of_places(here), *of_itm_run(here), *of_sweeps(here), *of_data(here)]
+    table = [*of_training(), *together(), *of_places(here), *of_itm_run(here), *of_sweeps(here),
+             *of_data(here), *of_folders(here)]
     assert len(table) >= 200 and {n for n, *_ in table} == set(COMMANDS)
     assert {a[0] for n, a, _ in table if n == 'itm_run' and a} >= set(TEMPLATES)
     count(table, capsys, here, 'wrong uses')
