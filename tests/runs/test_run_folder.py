@@ -81,17 +81,12 @@ def made(tmp_path_factory):
 WAYS = dict(cut=lambda p, other: p.write_bytes(p.read_bytes()[:p.stat().st_size//2]), empty=lambda p, other: p.write_bytes(b''),
             flipped=lambda p, other: flip(p), missing=lambda p, other: p.unlink(), foreign=lambda p, other: p.write_bytes(other.read_bytes()))
 READ = ('DONE', 'manifest.json', 'run.json', 'params.json', 'log.jsonl', 'picks.bin', 'timing.jsonl', 'ranks_val.npz', 'ranks_test.npz', 'best/config.json',
-<<<<<<< HEAD
-        'best/model.safetensors', 'best/vocab.json', 'last/state.json', 'last/tensors.safetensors')
-UNREAD = ('claim', 'lock', 'wall.jsonl')
-=======
         'best/model.safetensors', 'best/vocab.json', 'last/state.json', 'last/tensors.safetensors',
         'record.json')
 BEFORE = ('previous/best/config.json', 'previous/best/model.safetensors', 'previous/best/vocab.json')
-UNREAD = ('claim', 'lock', 'wall.jsonl', 'previous/state.json', 'previous/tensors.safetensors', *BEFORE)
->>>>>>> x19
+UNREAD = ('claim', 'lock', 'wall.jsonl')
 HALF = ('run.json', 'params.json', 'log.jsonl', 'picks.bin', 'timing.jsonl', 'best/config.json', 'best/model.safetensors', 'best/vocab.json', 'last/state.json',
-        'last/tensors.safetensors', 'previous/state.json', 'previous/tensors.safetensors')
+        'last/tensors.safetensors', 'previous/state.json', 'previous/tensors.safetensors', *BEFORE)
 TOLD = Counter()
 
 
