@@ -27,9 +27,10 @@ INDEXING = {'index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_imp
 ON_HOST = {'_pack_padded_sequence', '_pack_padded_sequence_backward', '_pad_packed_sequence'}
 COPIES = {'_to_copy', 'to'}
 # calls that start no kernel: another shape, another handle, memory alone
-VIEWS = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze',
-         'detach', 'alias', 'split', 'split_with_sizes', 'unbind', 'as_strided', 'unfold', 'diagonal', 'empty',
-         'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_reshape_alias', 'lift_fresh'}
+VIEWS = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze',
+         'squeeze', 'detach', 'alias', 'split', 'split_with_sizes', 'unbind', 'as_strided', 'unfold',
+         'diagonal', 'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_reshape_alias',
+         'lift_fresh'}
 FACTORY_SKIPS = ('_sparse', 'sparse', 'from_file', '_efficientzerotensor')
 
 

@@ -28,8 +28,8 @@ from itm_nb.training.loop import fit
 
 SMALL = dict(preset='tiny', epochs=2, batch=64, dim=16, d_word=16, image_hidden=16, dropout=0., heads=2,
              layers=1)
-# Each arm: settings that differ, waits and blocking uploads a step may have, operations of a step (what one is,
-# `pretend_device.py` says; all are counted, forward, backward, clipping and the optimiser's step).
+# Each arm: settings that differ, waits and blocking uploads a step may have, operations of a step. What one
+# is, `pretend_device.py` says; all are counted: forward, backward, clipping and the optimiser's step.
 KINDS = dict(
     vsepp=({}, 0, 0, 340), infonce=(dict(method='infonce'), 0, 0, 310),
     aoq=(dict(method="aoq(placebo='random')"), 0, 0, 1080),
@@ -55,18 +55,20 @@ MORE = dict(
 NET = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 VIT, BERT = (json.dumps(dict(NET, **kw)) for kw in (dict(model_type='vit', patch_size=8),
                                                     dict(model_type='bert')))
-SEEING = dict(data='images', size=16, vision=VIT, text_model=BERT, batch=16, image_pool='mean', tokenizer='pieces',
-              wordpiece_vocab=60)
+SEEING = dict(data='images', size=16, vision=VIT, text_model=BERT, batch=16, image_pool='mean',
+              tokenizer='pieces', wordpiece_vocab=60)
 PICTURES = dict(
     pixels_crop=(SEEING | dict(method='infonce', augment='crop'), 0, 0, 1080),
     pixels_rand=(SEEING | dict(method='infonce', augment='rand'), 0, 0, 1300))
 # kind of model -> settings, operations of a step of VSE++, and of a step of the dearest method on it
 MODELS = dict(
-    mean_mean=(dict(image_pool='mean'), 340, 1080), conv_gpo=(dict(text='conv', image_pool='gpo'), 1160, 3650),
+    mean_mean=(dict(image_pool='mean'), 340, 1080),
+    conv_gpo=(dict(text='conv', image_pool='gpo'), 1160, 3650),
     gru=(dict(text='gru'), 1730, 5400), vsrn=(dict(image='vsrn', text='gru_last'), 2020, 6250),
     scan_t2i=(dict(similarity='scan_t2i', text='gru'), 2470, 6750),
     bfan=(dict(similarity='bfan_equal', text='gru'), 3350, 8350),
-    two_modes=(dict(similarity='two_modes'), 520, 1620), cross=(dict(similarity='cross', batch=16), 1000, 2450),
+    two_modes=(dict(similarity='two_modes'), 520, 1620),
+    cross=(dict(similarity='cross', batch=16), 1000, 2450),
     pixels=(SEEING, 1070, 3270), pixels_frozen=(SEEING | dict(freeze='all', text_freeze='all'), 260, 860))
 
 
@@ -75,12 +77,14 @@ def method_on(method, model):
     FNE draws from the batch where a model has no vectors that a memory could keep"""
     kind = MODELS[model][0].get('similarity', '')
     if method == 'tags' and kind not in ('two_modes', 'cross'): return "tags(words='random')"
-    if method == 'fne' and kind not in ('', 'two_modes'): return "vsepp,on=itm_nb.fne:bank_source(pool='batch')"
+    if method == 'fne' and kind not in ('', 'two_modes'):
+        return "vsepp,on=itm_nb.fne:bank_source(pool='batch')"
     return KINDS[method][0].get('method', 'vsepp')
 
 
 def crossed(method, model):
-    "An arm. Of frozen networks states are kept; for sentences of TAGS, which nobody knows, the host looks in vain"
+    """An arm. Of frozen networks states are kept: sentences of TAGS, which nobody knows before, are looked
+    for among them on the host"""
     own, least, most = MODELS[model]
     waits, uploads = (0, 0) if method != 'tags' else (5, 6) if model == 'pixels_frozen' else (1, 0)
     return own | dict(method=method_on(method, model)), waits, uploads, least if method == 'vsepp' else most
@@ -107,7 +111,7 @@ ENOUGH = generator._enough
 
 
 def as_there(_, sentences):
-    "Words of a bucket of TAGS as on a device: what is compared then differs in nothing but where it is computed"
+    "Words of a bucket of TAGS as on a device: what is compared differs in where it is computed alone"
     return ENOUGH(DEVICE, sentences)
 
 
@@ -151,10 +155,12 @@ def ran(cfg, run, device, every=200, stop=None):
     def look(step):
         if step == FIRST: LEDGER.clear()
         if step == LAST:
-            costs.update(waits=LEDGER.waits.copy(), uploads=LEDGER.blocking, kernels=LEDGER.kernels/(LAST-FIRST),
+            costs.update(waits=LEDGER.waits.copy(), uploads=LEDGER.blocking,
+                         kernels=LEDGER.kernels/(LAST-FIRST),
                          operations=sum(LEDGER.operations.values())/(LAST-FIRST))
         if step == stop: raise KeyboardInterrupt
-    t = fit(cfg, run, few(cfg, run.with_name('pictures')), device=device, progress=False, on_step=look, every=every)
+    t = fit(cfg, run, few(cfg, run.with_name('pictures')), device=device, progress=False, on_step=look,
+            every=every)
     return [json.loads(line) for line in (run/'log.jsonl').read_text().splitlines()], t, costs
 
 
