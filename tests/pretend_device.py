@@ -27,9 +27,10 @@ INDEXING = {'index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_imp
 ON_HOST = {'_pack_padded_sequence', '_pack_padded_sequence_backward', '_pad_packed_sequence'}
 COPIES = {'_to_copy', 'to'}
 # calls that start no kernel: another shape, another handle, memory alone
-VIEWS = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze', 'detach',
-         'alias', 'split', 'split_with_sizes', 'unbind', 'as_strided', 'unfold', 'diagonal', 'empty', 'empty_like',
-         'empty_strided', 'new_empty', 'new_empty_strided', '_reshape_alias', 'lift_fresh', 'result_type'}
+VIEWS = {'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze',
+         'squeeze', 'detach', 'alias', 'split', 'split_with_sizes', 'unbind', 'as_strided', 'unfold',
+         'diagonal', 'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_reshape_alias',
+         'lift_fresh'}
 FACTORY_SKIPS = ('_sparse', 'sparse', 'from_file', '_efficientzerotensor')
 
 
@@ -40,6 +41,8 @@ class Module(backend_registration._DummyBackendModule):
     def is_available(self): return True
     def synchronize(self, *_): pass
     def get_amp_supported_dtype(self): return [torch.bfloat16, torch.float16]
+    def get_rng_state(self, *_): return torch.get_rng_state()
+    def set_rng_state(self, state, *_): torch.set_rng_state(state)
 
 
 class Ledger:
@@ -147,17 +150,16 @@ def gru_cell_backward(g, kept, has_bias):
 
 def attended(q, k, v, bias=None, dropout=0., causal=False, *_, scale=None):
     "The fused attention of the CPU, in the form that torch asks of other devices"
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, attn_mask=bias,
-                                                                          scale=scale)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = fused(q, k, v, dropout, causal, attn_mask=bias, scale=scale)
     seed = torch.zeros((), dtype=torch.long)
     return out, lse, None, None, q.shape[2], k.shape[2], seed, seed.clone(), None
 
 
 def attended_backward(g, q, k, v, bias, wanted, out, lse, *rest, scale=None):
     "Gradients of queries, keys and values"
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, out, lse, *rest[4:6],
-                                                                                attn_mask=bias, scale=scale)
-    return *grads, None
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return *fused(g, q, k, v, out, lse, *rest[4:6], attn_mask=bias, scale=scale), None
 
 
 ATTENTION = '_scaled_dot_product_fused_attention_overrideable'
@@ -167,11 +169,11 @@ FUSED = {'_thnn_fused_gru_cell': gru_cell, '_thnn_fused_gru_cell_backward': gru_
 
 def attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, *, scale=None, enable_gqa=False):
     "What torch does on CUDA: a mask becomes what is added to the scores, and one kernel does the rest"
-    if dropout_p or q.dim() != 4:
-        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale,
-                                                                 enable_gqa=enable_gqa)[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0., -torch.inf).to(q.dtype)
+    if dropout_p or q.dim() != 4:                   # then its parts are counted: the CPU has no such kernel
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal,
+                                                                 scale=scale, enable_gqa=enable_gqa)[0]
     return getattr(torch.ops.aten, ATTENTION)(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
 
 

@@ -18,10 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..core.project import template
-from ..core.random import order, uniform
+from ..core.random import generator, order, uniform
+from ..data.pixels import augment, Pixels
+from ..data.splits import Split
 from ..runs.parameters import parameters, resolve
+from ..training.corpus import Corpus
 from ..training.loop import fit, prepare, train_step
 
 # %% ../../nbs/8_analysis/14_accelerator.ipynb #acd00007
@@ -149,3 +153,65 @@ def step_seconds(
     at = next(iter(ready.values())).accelerator.device
     raced = race({n: lambda t=t: some(t) for n, t in ready.items()}, at, rounds)
     return {n: s/steps for n, (s, _) in raced.items()}
+
+# %% ../../nbs/8_analysis/14_accelerator.ipynb #acd0000e
+def _painted(folder, n, size, seed)->Corpus:
+    "Noise with a coloured square, as JPEG files of a photograph's shape, one sentence each; one part for all"
+    g, colours = generator(seed, 'painted'), ('red', 'green', 'blue')
+    kind = torch.randint(3, (n,), generator=g)
+    noise = torch.randint(60, 200, (n, size//4, size//3, 3), generator=g).to(torch.uint8)
+    noise[torch.arange(n),:size//8,:,kind] = 240
+    files = [Path(folder)/f'{i}.jpg' for i in range(n)]
+    for x, f in zip(noise.numpy(), files):
+        Image.fromarray(x).resize((size*4//3, size)).save(f, quality=90)
+    said, at = [f'a square that is {colours[k]}' for k in kind], np.arange(n)
+    split = Split('train', None, np.ones(n, int), said, at, at, at, source=str(folder), files=files)
+    return Corpus('painted', lambda part: split, workers=2)
+
+def _alone(
+    f,                # () -> anything
+    device,           # torch device
+    rounds:int,
+)->float:             # seconds
+    "Least time of a thing: on a CPU the seconds of this thread, whoever else is at work; else by the wall"
+    clock, best = time.thread_time if device.type == 'cpu' else time.perf_counter, np.inf
+    for _ in range(rounds+1):
+        _settled(device)
+        began = clock()
+        f()
+        _settled(device)
+        best = min(best, clock() - began)
+    return best
+
+def picture_costs(
+    cfg,              # a `Config` of a network that sees pictures
+    folder,           # painted pictures and the array they are decoded into are put here
+    device:str='cpu',
+    rounds:int=2,
+    steps:int=5,      # of training; the first two do not count
+)->dict:              # seconds of a batch: 'decode', 'read', 'change', each on one thread; 'step'; 'waiting'
+    "What a batch of pictures takes, and how long a step waits for it"
+    data = _painted(folder, cfg.batch*steps, cfg.size, cfg.seed)
+    files = data.split('train').files
+    kept = Pixels(files, cfg.size, cfg.resize, cache=folder)
+    t = prepare(cfg, replace(data, pixels=lambda s: kept, states=str(folder)), device)
+    at, there = torch.arange(cfg.batch), t.accelerator.device
+    some, ids = kept[at].to(there), at + 1
+    parts = dict(decode=lambda: Pixels(files, cfg.size, cfg.resize)[at], read=lambda: kept[at],
+                 change=lambda: augment(some, ids, cfg.seed, 1, cfg.augment))
+    out = {k: _alone(f, there, rounds) for k, f in parts.items()}
+    spent, waited = [], []
+    take = t.train.take
+    def timed(*given):
+        began = time.perf_counter()
+        found = take(*given)
+        waited.append(time.perf_counter() - began)
+        return found
+    t.train.take = timed
+    for i in range(steps):
+        began = time.perf_counter()
+        train_step(t, order(len(files), cfg.seed, 0)[i*cfg.batch:(i+1)*cfg.batch], 0)
+        _settled(there)
+        spent.append(time.perf_counter() - began)
+        t.step += 1
+    return out | dict(step=float(np.median(spent[2:])), waiting=float(np.median(waited[2:])))

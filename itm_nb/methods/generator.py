@@ -23,7 +23,7 @@ from torch import Tensor
 from ..scenes import grammar
 from ..core.errors_files import DataError
 from ..core.random import uniform
-from ..data.batches import on_host, upload, Vocabulary, words
+from ..data.batches import on_host, told, upload, Vocabulary, words
 from ..data.splits import Split
 from ..data.tokenizers import ENDS
 from ..models.cross_encoder import wide
@@ -277,8 +277,9 @@ def penalty(
     "What the authors' code subtracts: 3 from a copy of the caption, 2 from what comes again later"
     same = (made == caption[:,None]).all(-1)
     # ids count, not spelling
-    plain = Lexicon.of([''] * (int(made.max())+2 if made.numel() else 1), set(), 0, spelled=False)
-    return 3.*same + 2.*earlier(plain.key(made + 1).flip(1)).flip(1)
+    factors = torch.tensor([_wrap(pow(_BASE, j, 1 << 64)) for j in range(made.shape[-1])], dtype=torch.int64)
+    key = ((made + 1)*upload(factors, made.device)).sum(-1)
+    return 3.*same + 2.*earlier(key.flip(1)).flip(1)
 
 # %% ../../nbs/5_methods/07_generator.ipynb #fdadd636
 def _siblings(split):
@@ -637,16 +638,20 @@ def _true(g, s, made, eligible):
 def _score(g, s, made, eligible, lengths):
     "Scores of what is eligible, bucket by bucket; -inf elsewhere"
     score, N = torch.full(eligible.shape, -torch.inf, device=made.device), made.shape[1]
+    if not N:
+        return score
     there = upload(lengths, made.device)
-    clean = eligible.sum(1).tolist()  # the one wait for the device
+    clean = eligible.sum(1).cpu()     # the one wait for the device
     with searching(s.model):
         for rows, long in buckets(lengths, least=_enough(made.device, N)):
-            n, r = sum(clean[i] for i in rows.tolist()), upload(rows, made.device)
+            n, r = int(clean[rows].sum()), upload(rows, made.device)
+            known = lengths[rows].repeat_interleave(clean[rows]).split(g.rows)
             k = eligible[r].flatten().byte().argsort(descending=True, stable=True)[:n]
-            for b, j in zip(r[k//max(N, 1)].split(g.rows), (k % max(N, 1)).split(g.rows)):
+            for b, j, size in zip(r[k//N].split(g.rows), (k % N).split(g.rows), known):
                 txt = made[b,j,:long]
                 if len(b):
-                    score[b,j] = s.model.pairs(s.images[b], s.model.text(txt, there[b])).to(score)
+                    given = txt, told(there[b], lambda: size)
+                    score[b,j] = s.model.pairs(s.images[b], s.model.text(*given)).to(score)
     return score
 
 def _read(g, s, e, lengths):
@@ -660,7 +665,8 @@ def _read(g, s, e, lengths):
         of = r.repeat_interleave(k)
         flat = e[r,:,:long].flatten(0, 1)
         rows.append(r)
-        score.append(m.pairs(s.images[of], m.text(flat, there[of])).view(-1, k))
+        each = told(there[of], lambda: lengths[row].repeat_interleave(k))
+        score.append(m.pairs(s.images[of], m.text(flat, each)).view(-1, k))
         if g.heads:
             states.append(F.pad(m.tokens(seen[of], flat).view(len(r), k, long, -1), (0, 0, 0, L - long)))
     if len(made) == 1:

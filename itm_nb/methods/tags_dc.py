@@ -71,7 +71,7 @@ def discrimination(
     "Weighted cross-entropy of replaced against kept words"
     if per not in ('words', 'weights'):
         raise ValueError(f"per is 'words' or 'weights', not {per!r}")
-    weight = logits.new_tensor(weights)[kept.long()]
+    weight = torch.full_like(kept, weights[0], dtype=logits.dtype).masked_fill(kept.bool(), weights[1])
     logits = logits.masked_fill(~ok[...,None], 0.)  # what does not count has no gradient, not even NaN
     cost = mean_where(weight*word_loss(logits, kept.long(), floor=floor), ok)
     return cost/mean_where(weight, ok).clamp(min=torch.finfo(weight.dtype).tiny) if per == 'weights' else cost

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pretend_device as there
 import pytest
 import torch
@@ -13,7 +14,9 @@ from pretend_device import DEVICE, LEDGER, OnDevice
 
 from itm_nb.data.pixels import augment, KINDS as VIEWS, OPERATIONS, Pixels
 from itm_nb.data.splits import Split
-from itm_nb.methods import memory_bank, offline_mining
+from itm_nb.analysis.audit import audit
+from itm_nb.analysis.search import find_images, find_sentences, shelf
+from itm_nb.methods import generator, memory_bank, offline_mining
 from itm_nb.metrics import ranks as ranks_module
 from itm_nb.models.encode import embed, rank_split
 from itm_nb.models.encoders import GPO, GRUTower
@@ -25,39 +28,72 @@ from itm_nb.training.loop import fit
 
 SMALL = dict(preset='tiny', epochs=2, batch=64, dim=16, d_word=16, image_hidden=16, dropout=0., heads=2,
              layers=1)
-# method or model -> settings that differ, waits and blocking uploads a step may have, operations of a step
+# Each arm: settings that differ, waits and blocking uploads a step may have, operations of a step. What one
+# is, `pretend_device.py` says; all are counted: forward, backward, clipping and the optimiser's step.
 KINDS = dict(
-    vsepp=({}, 0, 0, 350), infonce=(dict(method='infonce'), 0, 0, 320),
-    aoq=(dict(method="aoq(placebo='random')"), 0, 0, 1100),
-    fne=(dict(method='fne(queue=256)'), 0, 0, 750),
-    tags=(dict(method='tags', similarity='two_modes'), 1, 0, 2850))
+    vsepp=({}, 0, 0, 340), infonce=(dict(method='infonce'), 0, 0, 310),
+    aoq=(dict(method="aoq(placebo='random')"), 0, 0, 1080),
+    fne=(dict(method='fne(queue=256)'), 0, 0, 760),
+    tags=(dict(method='tags', similarity='two_modes'), 1, 0, 1300))
 MORE = dict(
-    aoq_faithful=(dict(method="aoq(preset='faithful',placebo='random')"), 0, 0, 1100),
-    fne_faithful=(dict(method="fne(preset='faithful',queue=256)"), 0, 0, 750),
-    semihard=(dict(method='semihard'), 0, 0, 350), mean_mean=(dict(image_pool='mean'), 0, 0, 350),
-    topk=(dict(image_pool='topk'), 0, 0, 400),
-    conv_gpo=(dict(text='conv', image_pool='gpo'), 0, 0, 1200), gru=(dict(text='gru'), 0, 0, 1800),
-    gru_last=(dict(text='gru_last'), 0, 0, 1800),
-    vsrn=(dict(image='vsrn', text='gru_last', epochs=1), 0, 0, 2100),
-    captioner=(dict(image='vsrn', captioner=8, method='vsepp|caption()', epochs=1), 0, 0, 4000),
-    scan_t2i=(dict(similarity='scan_t2i', text='gru', epochs=1), 0, 0, 2350),
-    scan_i2t=(dict(similarity='scan_i2t', text='gru', epochs=1), 0, 0, 2350),
-    bfan=(dict(similarity='bfan_equal', text='gru', epochs=1), 0, 0, 3150),
-    two_modes=(dict(similarity='two_modes', epochs=1), 0, 0, 1000),
-    cross=(dict(similarity='cross', method='infonce', batch=16, epochs=1), 0, 0, 2000),
-    chunk=(dict(chunk=32), 0, 0, 700))
+    vse0=(dict(method='vse0'), 0, 0, 290), semihard=(dict(method='semihard'), 0, 0, 350),
+    aoq_faithful=(dict(method="aoq(preset='faithful',placebo='random')"), 0, 0, 1080),
+    fne_faithful=(dict(method="fne(preset='faithful',queue=256)"), 0, 0, 700),
+    fne_warmup=(dict(method='fne_warmup'), 0, 0, 360),
+    mlm_warmup=(dict(method='vsepp|mlm_warmup', similarity='two_modes'), 0, 0, 1000),
+    tags_dc=(dict(method='tags(discrimination=.5,correction=.5)', similarity='two_modes'), 1, 0, 1700),
+    tags_faithful=(dict(method="tags(preset='faithful')", similarity='cross', batch=16), 1, 0, 1200),
+    tags_unshared=(dict(method="tags(sharing='unshared')", similarity='two_modes'), 1, 0, 2000),
+    multi_positive=(dict(method='multi_positive'), 0, 0, 350), gist=(dict(method='gist'), 0, 0, 430),
+    margin_filter=(dict(method='margin_filter'), 0, 0, 500),
+    # their own numbers stay on the host: a scale and a bias, a threshold of every caption
+    sigmoid=(dict(method='sigmoid'), 4, 0, 300), glofnd=(dict(method='glofnd'), 8, 0, 530),
+    topk=(dict(image_pool='topk'), 0, 0, 360), chunk=(dict(chunk=32), 0, 0, 600),
+    gru_last=(dict(text='gru_last'), 0, 0, 1050),
+    captioner=(dict(image='vsrn', captioner=8, method='vsepp|caption()'), 0, 0, 4250),
+    scan_i2t=(dict(similarity='scan_i2t', text='gru', epochs=1), 0, 0, 2500))
 NET = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 VIT, BERT = (json.dumps(dict(NET, **kw)) for kw in (dict(model_type='vit', patch_size=8),
                                                     dict(model_type='bert')))
-SEEING = dict(data='images', size=16, vision=VIT, text_model=BERT, batch=16, method='infonce', epochs=1,
-              image_pool='mean', tokenizer='pieces', wordpiece_vocab=60)
+SEEING = dict(data='images', size=16, vision=VIT, text_model=BERT, batch=16, image_pool='mean',
+              tokenizer='pieces', wordpiece_vocab=60)
 PICTURES = dict(
-    pixels=(SEEING, 0, 0, 1250), pixels_crop=(SEEING | dict(augment='crop'), 0, 0, 1300),
-    pixels_rand=(SEEING | dict(augment='rand'), 0, 0, 1500),
-    pixels_frozen=(SEEING | dict(freeze='all', text_freeze='all'), 0, 0, 260))
+    pixels_crop=(SEEING | dict(method='infonce', augment='crop'), 0, 0, 1080),
+    pixels_rand=(SEEING | dict(method='infonce', augment='rand'), 0, 0, 1300))
+# kind of model -> settings, operations of a step of VSE++, and of a step of the dearest method on it
+MODELS = dict(
+    mean_mean=(dict(image_pool='mean'), 340, 1080),
+    conv_gpo=(dict(text='conv', image_pool='gpo'), 1160, 3650),
+    gru=(dict(text='gru'), 1730, 5400), vsrn=(dict(image='vsrn', text='gru_last'), 2020, 6250),
+    scan_t2i=(dict(similarity='scan_t2i', text='gru'), 2470, 6750),
+    bfan=(dict(similarity='bfan_equal', text='gru'), 3350, 8350),
+    two_modes=(dict(similarity='two_modes'), 520, 1620),
+    cross=(dict(similarity='cross', batch=16), 1000, 2450),
+    pixels=(SEEING, 1070, 3270), pixels_frozen=(SEEING | dict(freeze='all', text_freeze='all'), 260, 860))
+
+
+def method_on(method, model):
+    """TAGS writes with the model itself where that reads words beside regions, else any words (its control);
+    FNE draws from the batch where a model has no vectors that a memory could keep"""
+    kind = MODELS[model][0].get('similarity', '')
+    if method == 'tags' and kind not in ('two_modes', 'cross'): return "tags(words='random')"
+    if method == 'fne' and kind not in ('', 'two_modes'):
+        return "vsepp,on=itm_nb.fne:bank_source(pool='batch')"
+    return KINDS[method][0].get('method', 'vsepp')
+
+
+def crossed(method, model):
+    """An arm. Of frozen networks states are kept: sentences of TAGS, which nobody knows before, are looked
+    for among them on the host"""
+    own, least, most = MODELS[model]
+    waits, uploads = (0, 0) if method != 'tags' else (5, 6) if model == 'pixels_frozen' else (1, 0)
+    return own | dict(method=method_on(method, model)), waits, uploads, least if method == 'vsepp' else most
+
+
+CROSS = {f'{model} {method}': crossed(method, model) for model in MODELS for method in KINDS}
 # relative difference of a loss; 1e-6 elsewhere. Their sums are longer, and taken in another order
-NEAR = dict(scan_i2t=1e-4, cross=1e-5)
-ARMS = KINDS | MORE | PICTURES
+NEAR = dict(scan_i2t=1e-4, tags_faithful=1e-5) | {f'cross {m}': 1e-5 for m in KINDS}
+ARMS = KINDS | MORE | PICTURES | CROSS
 FIRST, LAST = 1, 3     # the steps after the first up to the third are counted: none of them is logged
 
 
@@ -71,8 +107,18 @@ class Pretending(Accelerator):
     def device(self): return DEVICE if self.far else torch.device('cpu')
 
 
+ENOUGH = generator._enough
+
+
+def as_there(_, sentences):
+    "Words of a bucket of TAGS as on a device: what is compared differs in where it is computed alone"
+    return ENOUGH(DEVICE, sentences)
+
+
 @pytest.fixture(autouse=True)
-def pretending(monkeypatch): monkeypatch.setattr(loop, 'Accelerator', Pretending)
+def pretending(monkeypatch):
+    monkeypatch.setattr(loop, 'Accelerator', Pretending)
+    monkeypatch.setattr(generator, '_enough', as_there)
 
 
 def painted(folder, part, n, start):
@@ -94,11 +140,12 @@ def few(cfg, folder):
     "A small part of the world, or a few pictures"
     if cfg.vision:
         folder.mkdir(exist_ok=True)
-        made = {p: painted(folder, p, n, s) for p, n, s in (('train', 32, 1000), ('val', 8, 2000))}
+        made = {p: painted(folder, p, n, s) for p, n, s in (('train', 24, 1000), ('val', 8, 2000))}
         return Corpus('painted', made.__getitem__, pixels=lambda s: Pixels(s.files, cfg.size, cfg.resize),
                       states=str(folder/'states'))
     data = corpus(cfg)
-    cut = {p: data.split(p).subset(np.arange(k)) for p, k in (('train', 80), ('val', 12), ('test', 12))}
+    sizes = dict(train=cfg.batch, val=12, test=12)           # some four sentences each: three steps an epoch
+    cut = {p: data.split(p).subset(np.arange(k)) for p, k in sizes.items()}
     return Corpus(data.label, cut.__getitem__, world=data.world)
 
 
@@ -109,9 +156,11 @@ def ran(cfg, run, device, every=200, stop=None):
         if step == FIRST: LEDGER.clear()
         if step == LAST:
             costs.update(waits=LEDGER.waits.copy(), uploads=LEDGER.blocking,
+                         kernels=LEDGER.kernels/(LAST-FIRST),
                          operations=sum(LEDGER.operations.values())/(LAST-FIRST))
         if step == stop: raise KeyboardInterrupt
-    t = fit(cfg, run, few(cfg, run.with_name('pictures')), device=device, progress=False, on_step=look, every=every)
+    t = fit(cfg, run, few(cfg, run.with_name('pictures')), device=device, progress=False, on_step=look,
+            every=every)
     return [json.loads(line) for line in (run/'log.jsonl').read_text().splitlines()], t, costs
 
 
@@ -148,6 +197,22 @@ def test_a_step_keeps_to_its_budget(name, runs):
     assert sum(costs['waits'].values()) <= waits*n, costs['waits']
     assert sum(costs['uploads'].values()) <= uploads*n, costs['uploads']
     assert costs['operations'] <= operations
+
+
+@pytest.mark.parametrize('model', ['scan_t2i', 'bfan', 'cross'])
+def test_a_memory_of_models_without_vectors_is_refused_there_too(model, tmp_path):
+    cfg = config(SMALL | MODELS[model][0] | dict(method='fne(queue=256)'))
+    with pytest.raises(ValueError, match='a memory keeps one vector'): ran(cfg, tmp_path/'run', 'auto')
+
+
+def test_joined_buckets_give_the_same_loss(monkeypatch, tmp_path):
+    "As many sentences go together as the device wants, or as few as on the CPU"
+    cfg = config(SMALL | ARMS['tags_dc'][0])
+    def first(enough):
+        monkeypatch.setattr(generator, '_enough', lambda *_: enough)
+        t = loop.prepare(cfg, few(cfg, tmp_path), 'cpu')
+        return float(sum(loop.train_step(t, torch.arange(cfg.batch), 0).values()))
+    assert first(0) == pytest.approx(first(10**6), rel=1e-6)
 
 
 def places(t):
@@ -236,6 +301,20 @@ def test_ranks_are_the_same():
     assert (near.i2t == far.i2t).all() and (near.t2i == far.t2i).all()
 
 
+def test_search_and_audit_are_the_same(runs, tmp_path):
+    cfg = config(SMALL | ARMS['vsepp'][0])
+    both, found = [t for _, t, _ in runs('vsepp')], []
+    for t in both:
+        s = shelf(t.core, t.vocab, few(cfg, tmp_path), 'test', next(t.core.parameters()).device)
+        asked = list(s.batches.split.captions[:5])
+        found.append([x.cpu() for x in (*find_images(s, asked, 3), *find_sentences(s, [0, 4, 7], 3))])
+    assert all(torch.allclose(a.double(), b.double(), atol=1e-6) for a, b in zip(*found))
+    images, sentences = zip(*([x.cpu() for x in embed(t.core, t.val)] for t in both))
+    near, far = (audit(i, s, both[0].val.split.img_of) for i, s in zip(images, sentences))
+    assert len(near)
+    pd.testing.assert_frame_equal(near, far, rtol=1e-4, atol=1e-6)
+
+
 # ---- the device itself
 
 def test_tensors_of_two_devices_do_not_mix():
@@ -282,11 +361,12 @@ def test_recurrent_towers_have_the_same_gradients(made):
 def test_the_table(runs, capsys):
     "What was measured: printed for whoever looks"
     with capsys.disabled():
-        head = ('loss, CPU', 'loss there', 'waits', 'blocking', 'operations')
-        widths = (12, 12, 7, 10, 12)
-        print(f'\n{"model or method":16}' + ''.join(f'{x:>{w}}' for x, w in zip(head, widths)))
+        head = ('loss, CPU', 'loss there', 'waits', 'blocking', 'operations', 'kernels')
+        widths = (12, 12, 7, 10, 12, 9)
+        print(f'\n{"model, method":24}' + ''.join(f'{x:>{w}}' for x, w in zip(head, widths)))
         for name, ((log, *_), (far, _, c)) in runs.made.items():
             n = LAST - FIRST
             last, there = ([x['loss'] for x in rows if 'loss' in x][-1] for rows in (log, far))
             waits, uploads = (sum(c[k].values())/n for k in ('waits', 'uploads'))
-            print(f'{name:16}{last:12.6f}{there:12.6f}{waits:7.1f}{uploads:10.1f}{c["operations"]:12.0f}')
+            ops = f'{c["operations"]:12.0f}{c["kernels"]:9.0f}'
+            print(f'{name:24}{last:12.6f}{there:12.6f}{waits:7.1f}{uploads:10.1f}{ops}')

@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import torch
-from pretend_device_cases import ARMS, Pretending, ran, SMALL
+from pretend_device_cases import ARMS, as_there, Pretending, ran, SMALL
 
 from itm_nb.core.distributed import devices
+from itm_nb.methods import generator
 from itm_nb.training import loop
 from itm_nb.training.config import config
 
 
 def main(folder, *names):
-    loop.Accelerator = Pretending
+    loop.Accelerator, generator._enough = Pretending, as_there
     for name in names:
         cfg = config(SMALL | ARMS[name][0] | dict(epochs=1))
         near, far = (ran(cfg, Path(folder)/f'{name}-{d}', d) for d in ('cpu', 'auto'))
