@@ -198,8 +198,8 @@ def parts(
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #f17d03a3
 class _Attended(torch.autograd.Function):
-    """A side's scores of a tile, the way back written out: products and attention are kept (two tiles), nothing
-    is worked out twice but the normalised products. Of softmax and `focus` alike the gradient is
+    """A side's scores of a tile, the way back written out: products and attention are kept (two tiles),
+    nothing is worked out twice but the normalised products. Of softmax and `focus` alike the gradient is
     a*(da - sum(a*da)), and that sum is known from the cosines"""
 
     @staticmethod
