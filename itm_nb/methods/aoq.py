@@ -79,6 +79,10 @@ def quintuplet(
 def _only(x, ok):
     return x if ok is None else torch.where(ok, x, 0.)
 
+def _paid(x, ok):
+    "Hinges that count, and where they have a slope"
+    return torch.where(ok, x.clamp(min=0), 0.), (ok & (x >= 0)).to(x.dtype)
+
 class _AllTerms(torch.autograd.Function):
     "Sum of what `quintuplet` gives; how it changes with each score is worked out beside it, without a graph"
     @staticmethod
@@ -86,26 +90,19 @@ class _AllTerms(torch.autograd.Function):
         some = on > -torch.inf
         hard = torch.where(some, on, 0.)
         x = m_on + hard - pos_on
-        cost = torch.where(some, x.clamp(min=0), 0.)
-        by_on, by_off = some & (x >= 0), None
+        cost, by_on = torch.where(some, x.clamp(min=0), 0.), (some & (x >= 0)).to(x.dtype)
+        by_pos_on, weighed = -by_on, 0
         if at == 3:
             w, live = _weight(some & off_ok, hard, off, **hyper)
-            by_off = cost*live/-hyper['alpha']
+            weighed = cost*live/-hyper['alpha']         # by `off`, through the weight; by `on` the opposite
             cost, by_pos_on = cost*w, -(by_on*w)
-            by_on = -by_pos_on - by_off
-        else:
-            by_on = by_on.to(x.dtype)
-            by_pos_on = -by_on
-        y, z = m_off + off - pos, m_off + unanchored - pos
-        paid = off_ok & (y >= 0)
-        by_off = paid.to(x.dtype) if by_off is None else paid + by_off
-        cost = cost + torch.where(off_ok, y.clamp(min=0), 0.)
-        by_pos, by_far = -paid.to(x.dtype), None
+            by_on = -by_pos_on - weighed
+        paid, by_off = _paid(m_off + off - pos, off_ok)
+        cost, by_pos, by_far = cost + paid, -by_off, None
         if at > 1:
-            cost = cost + torch.where(unanchored_ok, z.clamp(min=0), 0.)
-            by_far = (unanchored_ok & (z >= 0)).to(x.dtype)
-            by_pos = by_pos - by_far
-        ctx.save_for_backward(by_pos, by_on, by_off, by_far, by_pos_on)
+            paid, by_far = _paid(m_off + unanchored - pos, unanchored_ok)
+            cost, by_pos = cost + paid, by_pos - by_far
+        ctx.save_for_backward(by_pos, by_on, by_off + weighed, by_far, by_pos_on)
         return cost
 
     @staticmethod

@@ -207,27 +207,31 @@ def _kept(row, col, z, n, h, gap):
     stay = z >= floor[row]
     return (row[stay], col[stay], z[stay]), floor
 
+def _first_floor(S, own, h, gap):
+    "Own positives leave a first block; the floor that it sets"
+    S.masked_fill_(own, _LEAST)
+    if S.shape[1] < h:
+        return np.full(len(S), _LEAST, np.int32)
+    top = np.partition(S.numpy(), -h, axis=1)[:,-h].astype(np.int64)
+    return np.maximum(top - gap, _LEAST + 1).astype(np.int32)
+
 def _pool(q, k, own_q, own_k, h, gap, cols):
     """(rows, columns, products) of a block of rows that may belong to the h largest of their row, and the
     floor of each row; None for the pool where too many do. The floor rises with what has been seen"""
-    pool, floor, n = None, np.full(len(q), _LEAST, np.int32), len(q)
+    pool = None
     for at, b in enumerate(range(0, len(k), cols)):
-        S = torch._int_mm(q, k[b:b+cols].T)
-        own = own_k[b:b+cols]
+        S, own = torch._int_mm(q, k[b:b+cols].T), own_k[b:b+cols]
         if pool is None:
-            S.masked_fill_(own_q[:,None] == own, _LEAST)
-            if S.shape[1] >= h:
-                top = np.partition(S.numpy(), -h, axis=1)[:,-h].astype(np.int64)
-                floor = np.maximum(top - gap, _LEAST + 1).astype(np.int32)
+            floor = _first_floor(S, own_q[:,None] == own, h, gap)
         S = S.numpy()
         r, c = np.divmod(np.flatnonzero(S >= floor[:,None]), S.shape[1])
-        z, some = S[r,c], (own_q.numpy()[r] != own.numpy()[c])
-        more = r[some].astype(np.uint16), (c[some] + b).astype(np.int32), z[some]
+        some = own_q.numpy()[r] != own.numpy()[c]
+        more = r[some].astype(np.uint16), (c[some] + b).astype(np.int32), S[r[some],c[some]]
         pool = more if pool is None else tuple(np.concatenate(x) for x in zip(pool, more))
         if len(pool[0]) > _MOST:
             return None, floor
         if at & (at + 1) == 0 or b + cols >= len(k):       # after 1, 2, 4, 8 ... blocks and at the end
-            pool, floor = _kept(*pool, n, h, gap)
+            pool, floor = _kept(*pool, len(q), h, gap)
     return pool, floor
 
 class _Whole:
@@ -236,18 +240,34 @@ class _Whole:
         (self.q, step_q, off_q), (self.k, step_k, off_k) = _int8(q), _int8(k)
         self.eps, self.unit = _off_by(q, k, off_q, off_k), step_q*step_k
 
-    def propose(self, at, own_q, own_k, h, wide, cols=8192):
-        """Proposals of the queries `at` -> (n, w) ids, -1 beyond; (n,) what is left out scores less than this;
-        did too many belong? `wide`: of the largest error; at 2 nothing that is left out belongs"""
+    def block(self, at, own_q, own_k, h, wide, cols):
+        """Of the queries `at`: (n, w) ids, -1 beyond; (n,) what is left out scores less than this; did too
+        many belong?"""
         eps = self.eps[at.numpy()]
         gap = np.ceil(wide*eps/self.unit).astype(np.int64) + 1
         pool, floor = _pool(self.q[at], self.k, own_q[at], own_k, h, gap, cols)
-        rest = np.where(floor > _LEAST + 1, self.unit*(floor - 1.) + eps, -np.inf)
+        known = (floor > _LEAST + 1) & (pool is not None)
+        rest = np.where(known, self.unit*(floor - 1.) + eps, -np.inf)
         row, col = (np.zeros(0, np.int32),)*2 if pool is None else pool[:2]
         count = np.bincount(row, minlength=len(at))
         out = np.full((len(at), max(count.max(initial=0), h)), -1, np.int32)
         out[row, np.arange(len(row)) - (count.cumsum() - count)[row]] = col
         return torch.from_numpy(out), torch.from_numpy(rest), pool is None
+
+    def propose(self, blocks, own_q, own_k, h, wide, cols, tick=None):
+        """(n, w) ids, (n,) bounds of what is left out, rows that have too many candidates. `wide`: how many
+        largest errors below the h-th a candidate may lie; at 2 nothing that is left out belongs"""
+        idx, rest, dense = [], [], [torch.zeros(0, dtype=torch.int64)]
+        for at in blocks:
+            ids, bound, full = self.block(at, own_q, own_k, h, wide, cols)
+            idx.append(ids)
+            rest.append(bound)
+            dense += [at]*full
+            if tick:
+                tick(len(at))
+        most = max(x.shape[1] for x in idx)
+        idx = torch.cat([F.pad(x, (0, most - x.shape[1]), value=-1) for x in idx])
+        return idx, torch.cat(rest), torch.cat(dense)
 
 @contextmanager
 def _summed_in_fp32():
@@ -289,32 +309,21 @@ def mine(
 def _certified(q, k, own_q, own_k, h, slack, rows=512, cols=8192, tick=None):
     """By whole numbers: what is left out is known to score less. Where that cannot be told the margin is made
     so wide that it is; a block of rows to which too much may belong is searched in floating point"""
-    whole, blocks, rest = _Whole(q, k), torch.arange(len(q)).split(rows), []
+    whole, every, given = _Whole(q, k), torch.arange(len(q)), (own_q, own_k, h)
     found = Lists(torch.full((len(q), h), -1, dtype=torch.int32), torch.full((len(q), h), -torch.inf))
-    def put(at, lists):
-        found.idx[at], found.score[at] = lists
-    def rescored(at, proposed):
-        wide = max(x.shape[1] for x in proposed)
-        idx = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=-1) for x in proposed])
-        put(at, ordered(idx, rescore(q[at], k, idx), h))
-    idx, dense = [], []
-    for at in blocks:
-        proposed, least, full = whole.propose(at, own_q, own_k, h, 1.1, cols)
-        idx.append(proposed)
-        rest.append(least.masked_fill_(torch.tensor(full), -torch.inf))
-        if full:
-            dense.append(at)
-        if tick:
-            tick(len(at))
-    rescored(torch.arange(len(q)), idx)
-    rest = torch.cat(rest)
+    def settle(at, idx):
+        found.idx[at], found.score[at] = ordered(idx, rescore(q[at], k, idx), h)
+    idx, rest, dense = whole.propose(every.split(rows), *given, 1.1, cols, tick)
+    settle(every, idx)
     again = ((found.score[:,-1] <= rest) & (rest > -torch.inf)).nonzero().squeeze(1)
-    for at in again.split(rows) if len(again) else ():
-        proposed, _, full = whole.propose(at, own_q, own_k, h, 2.01, cols)
-        dense.append(at) if full else rescored(at, [proposed])
-    for at in dense:
-        put(at, _searched(q[at], k, own_q[at], own_k, h, slack, 'torch')[0])
-    return found, len(again) + sum(map(len, dense))
+    if len(again):
+        idx, _, more = whole.propose(again.split(rows), *given, 2.01, cols)
+        settle(again, idx)
+        dense = torch.cat([dense, more])
+    if len(dense):
+        given = q[dense], k, own_q[dense], own_k, h
+        found.idx[dense], found.score[dense] = _searched(*given, slack, 'torch')[0]
+    return found, len(again) + len(dense)
 
 def _searched(q, k, own_q, own_k, h, slack, how, **blocks):
     "By a fixed number of proposals of a search in floating point"

@@ -197,6 +197,54 @@ def parts(
     return made, upload(order.argsort(), x.device)
 
 # %% ../../nbs/4_models/07_cross_attention.ipynb #f17d03a3
+class _Attended(torch.autograd.Function):
+    """A side's scores of a tile, the way back written out: products and attention are kept (two tiles),
+    nothing is worked out twice but the normalised products. Of softmax and `focus` alike the gradient is
+    a*(da - sum(a*da)), and that sum is known from the cosines"""
+
+    @staticmethod
+    def forward(ctx, x, source, gram, query, size, side):
+        a = attention(x, source, query, side.sharp, side.norm, side.focal)
+        dot, square = (a*x).sum(1), (a * (gram @ a.flatten(2)).view_as(a)).sum(1)
+        long = square.clamp(min=1e-16).sqrt()
+        r = dot / (size*long).clamp(min=1e-8)
+        ctx.save_for_backward(x, a, gram, query, size, dot, square, r)
+        ctx.side = side
+        return aggregate(r, query, side.agg, side.lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, a, gram, query, size, dot, square, r = ctx.saved_tensors
+        long = square.clamp(min=1e-16).sqrt()
+        den = (size*long).clamp(min=1e-8)
+        into_r = g.unsqueeze(1)*_share(r, query, ctx.side)
+        by_dot = into_r/den
+        by_den = torch.where(size*long >= 1e-8, -by_dot*r, 0.)
+        by_square = torch.where(square >= 1e-16, by_den*size/(2*long), 0.)
+        into_size = by_den*long
+        into_size = into_size.sum(0, keepdim=True) if len(size) < len(into_size) else into_size
+        into_gram = (a*by_square.unsqueeze(1)).flatten(2) @ a.flatten(2).mT
+        known = by_dot*dot + 2*by_square*square
+        d = (gram @ a.flatten(2)).view_as(a).mul_((2*by_square).unsqueeze(1))
+        d.addcmul_(x, by_dot.unsqueeze(1)).sub_(known.unsqueeze(1)).mul_(a).mul_(ctx.side.sharp)
+        return _through_norm(d, x).addcmul_(a, by_dot.unsqueeze(1)), None, into_gram, None, into_size, None
+
+def _share(r, query, side):
+    "What of a score's gradient each query gets"
+    if side.agg == 'Mean':
+        return query/query.sum(1, keepdim=True).to(r.dtype)
+    return (r*side.lse).masked_fill(~query, -torch.inf).softmax(1)
+
+def _through_norm(d, x):
+    "Back through 'clipped_l2norm', in place"
+    y = F.leaky_relu(x, .1)
+    length = (y*y).sum(2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    y /= length + 1e-8
+    along = (d*y).sum(2, keepdim=True) / length
+    d.div_(length + 1e-8).addcmul_(y, along, value=-1)
+    return torch.ops.aten.leaky_relu_backward(d, x, .1, False)
+
 @dataclass(frozen=True)
 class CrossAttention:
     "A score of region sets with word sets: all with all in tiles (`matrix`), or row by row (`pairs`)"
@@ -211,7 +259,9 @@ class CrossAttention:
                 raw, first = (s.x.flatten(0, 1) @ q.lanes.T).view(*s.keep.shape, *q.keep.T.shape), s
             x = raw if s is first else raw.permute(3, 2, 1, 0).contiguous()
             given = x, s.keep, s.gram, q.keep.T[None], q.size.T[None]
-            if x.requires_grad:
+            if x.requires_grad and side.norm == 'clipped_l2norm' and side.agg in ('LogSumExp', 'Mean'):
+                y = _Attended.apply(*given, side)
+            elif x.requires_grad:
                 y = checkpoint(side, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 y = side(*given)

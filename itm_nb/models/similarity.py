@@ -100,7 +100,8 @@ class Dots(torch.autograd.Function):
     def backward(ctx, g):
         a, o, idx = ctx.saved_tensors
         into_o = (g.unsqueeze(-1)*a.unsqueeze(1)).flatten(0, 1)
-        into_a = g*_rows(o, idx).squeeze(1) if idx.shape[1] == 1 else torch.einsum('bk,bkd->bd', g, _rows(o, idx))
+        rows = _rows(o, idx)
+        into_a = g*rows.squeeze(1) if idx.shape[1] == 1 else torch.einsum('bk,bkd->bd', g, rows)
         return (into_a,
                 torch.zeros_like(o).index_add_(0, idx.flatten(), into_o), None)
 

@@ -722,14 +722,14 @@ REPORTS |= dict(
         _like('out', "where this notebook and its files go; '': runs/manual/<id>")),
     benchmark=(
         _like('threads', 'threads of torch'),
-        Setting('images', 5000, 'images of the large gallery', within='[5, inf)'),
-        Setting('captions', 25000, 'sentences of the large gallery, a multiple of the images', within=_N),
+        Setting('images', 2000, 'images of the large gallery', within='[5, inf)'),
+        Setting('captions', 10000, 'sentences of the large gallery, a multiple of the images', within=_N),
         Setting('dim', 1024, 'length of an embedding', within=_N),
-        Setting('rounds', 3, 'rounds in which the contenders take turns; the best one counts', within=_N),
+        Setting('rounds', 3, 'rounds in which the contenders take turns', within=_N),
         *(Setting(n, v, h, form=(r'\d+(,\d+)*', 'numbers with commas between')) for n, v, h in (
             ('batches', '128,512,2048', 'batch sizes of the losses'),
             ('mining', '29000,145000', 'images and sentences to mine from'))),
-        Setting('queries', 10, 'one in so many of them asks', within=_N),
+        Setting('queries', 112, 'one in so many of them asks', within=_N),
         Setting('depth', '300,60', 'sentences in the list of an image, images in that of a sentence',
                 form=(r'\d+,\d+', "two numbers, e.g. '300,60'")),
         Setting('bf16', True, 'refill in half precision too, where the processor has instructions for it'),
