@@ -738,5 +738,5 @@ def test_the_count_of_the_six_doors(request):
     whole = {k for k, f in globals().items() if k.startswith('test_') and 'canary' in f.__code__.co_varnames}
     if not whole <= here: pytest.skip('only a part of this file was asked for')
     for d, accepts in ACCEPTS.items(): print(f'\n{d}: {TRIED[d]} inputs beside a canary, 0 fired; accepts {accepts}', end='')
-    print(f'strings: {TRIED["strings"]}, 0 fired')
+    print(f'\nstrings: {TRIED["strings"]}, 0 fired')
     assert set(TRIED) == {*ACCEPTS, 'strings'} and min(TRIED.values()) >= 10, TRIED
