@@ -73,8 +73,8 @@ def _run_parser()->Parser:
     "The arguments of `itm_run`"
     p = Parser(prog='itm_run', description="Run an experiment's notebook with parameters, strictly")
     p.add_argument('experiment', nargs='?',
-                   help='train, evaluate, study, benchmark, or the path of a notebook; publish RUN OWNER/NAME: '
-                        'to the Hub')
+                   help='train, evaluate, study, benchmark, or the path of a notebook; '
+                        'publish RUN OWNER/NAME: to the Hub')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='set a parameter')
     p.add_argument('-f', metavar='FILE', help='a YAML or JSON file of parameters')

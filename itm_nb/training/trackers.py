@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..core.commands import one_line, SetupError
-from ..core.errors_files import DataError
 from ..data.pixels import decode
 from ..data.splits import Split
 from ..scenes.world import draw
