@@ -80,7 +80,8 @@ def _run_parser()->Parser:
     "The arguments of `itm_run`"
     p = Parser(prog='itm_run', description="Run an experiment's notebook with parameters, strictly")
     p.add_argument('experiment', nargs='?',
-                   help='train, evaluate, study, benchmark, or the path of a notebook')
+                   help='train, evaluate, study, benchmark, or the path of a notebook; '
+                        'publish RUN OWNER/NAME: to the Hub')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
                    help='set a parameter')
     p.add_argument('-f', metavar='FILE', help='a YAML or JSON file of parameters')
@@ -97,8 +98,12 @@ def _run_parser()->Parser:
 def itm_run(argv=None)->int:
     "Run an experiment's notebook with parameters, strictly"
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0][:1] != '-' and {'-h', '--help'} & set(argv):
+    if argv and argv[0][:1] != '-' and argv[0] != 'publish' and {'-h', '--help'} & set(argv):
         print('\n'.join(_help(argv[0])))
+        return 0
+    if argv[:1] == ['publish']:
+        from itm_nb.analysis.model_card import publish_command
+        print('\n'.join(publish_command(argv[1:])))
         return 0
     p = _run_parser()
     a, work = p.parse_args(argv), execute

@@ -308,7 +308,9 @@ START
 In my own loop:
 
 - [losses and samplers, in a few lines](README.md)
+- [fine-tune CLIP on a folder, and search it](nbs/guides/clip_on_a_folder.ipynb)
 - [false negatives in my batch](nbs/guides/false_negatives_in_my_batch.ipynb)
+- [the papers' ideas as a loss in my own loop](nbs/guides/as_a_loss.ipynb)
 - [a method of my own](nbs/guides/add_a_method.ipynb)
 - [API](api/index.md) with types, shapes, units
 :::

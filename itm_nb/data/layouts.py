@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'SPLITS_FORMAT', 'WANTED', 'FORMS', 'SEPARATORS', 'TABLES',
 # %% ../../nbs/1_data/07_layouts.ipynb #ae6ccc81
 import csv
 import difflib
+import hashlib
 import inspect
 import io
 import json
@@ -25,7 +26,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from ..core.errors_files import read_utf8, DataError, read_json, regular_file
+from ..core.errors_files import read_utf8, DataError, read_json, regular_file, write_atomic
 from ..core.names import in_folder, own_file
 from ..core.random import purpose_key, uniform
 from .checks import caption_findings, check_folder, describe, Finding
@@ -101,7 +102,9 @@ def home(
     table:Table,
 )->Path:
     "The data folder a table belongs to"
-    return table.root if table.path.is_relative_to(table.root) else table.path.parent
+    if table.path.is_relative_to(table.root):
+        return table.root
+    return table.path if table.path.is_dir() else table.path.parent
 
 def prepared(
     folder,
@@ -573,8 +576,34 @@ def read_boxes(
     return Split(part, feats, num, s.captions, s.img_of, s.img_ids, s.cap_ids, boxes, source=s.source)
 
 # %% ../../nbs/1_data/07_layouts.ipynb #b643854e
-def _arrow_rows(d, folder, columns):
-    "Rows of a data set of the package: {part: rows}"
+# how a picture's file begins
+_BEGINS = {b'\xff\xd8\xff': 'jpg', b'\x89PNG': 'png', b'RIFF': 'webp', b'GIF8': 'gif', b'BM': 'bmp',
+           b'II*\x00': 'tif', b'MM\x00*': 'tif'}
+
+def _pictures_place(folder)->Path:
+    "Where the pictures that a data set holds inside are put: files, named by their content"
+    h = hashlib.sha256()
+    for p in sorted(folder.rglob('*')):
+        if p.name in ('state.json', 'dataset_info.json', 'dataset_dict.json'):
+            h.update(p.read_bytes())
+        elif p.suffix == '.arrow':
+            h.update(f'{p.relative_to(folder)} {p.stat().st_size}'.encode())
+    return Path('runs')/'pictures'/h.hexdigest()[:16]
+
+def _put(raw, place, where)->str:
+    "The name of a picture's bytes as a file; written if it is not there"
+    kind = next((v for k, v in _BEGINS.items() if raw.startswith(k)), None)
+    if kind is None:
+        raise DataError(where, 'bytes that are no picture', ', '.join(dict.fromkeys(_BEGINS.values())),
+                        'Leave this row out.')
+    name = f'{hashlib.sha256(raw).hexdigest()[:24]}.{kind}'
+    if not (place/name).is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomic(place/name, raw)
+    return name
+
+def _arrow_rows(d, folder, columns, place=None):
+    "Rows of a data set of the package: {part: rows}; place: for pictures that are inside"
     use = dict(file='image', caption='caption') | named_columns(columns, folder)
     for name, rows in d.items():
         if not set(use.values()) <= set(rows.column_names):
@@ -582,11 +611,14 @@ def _arrow_rows(d, folder, columns):
                             'Say which is which: columns=.')
         for i, row in enumerate(rows.with_format(None)):
             file = row[use['file']]
+            raw = file.get('bytes') if isinstance(file, dict) else None
             file = file.get('path') if isinstance(file, dict) else file
             c = row[use['caption']]
-            if not file:
-                raise DataError(folder, f'row {i} of {name} holds its picture inside', 'names of image files',
-                                         'Save the pictures as files.')
+            if place and raw:
+                file = _put(raw, place, folder)
+            elif place or not file:
+                raise DataError(folder, f'row {i} of {name} has no picture inside',
+                                'one in every row, or in none', 'Leave this row out.')
             inside(folder, file, folder)
             texts = c if isinstance(c, list) else [c]
             yield file, part_name(name, folder), [sentence(t, folder, entry=f'row {i}: ')
@@ -629,10 +661,12 @@ def datasets_table(
         raise DataError(folder, f'cannot be loaded ({str(e)[:100]})', 'what save_to_disk wrote',
                                            'Write it again.') from None
     d = d if isinstance(d, dict) else {'train': d}
-    d = {k: v.cast_column('image', datasets.Image(decode=False))
-         if isinstance(v.features.get('image'), datasets.Image) else v for k,
-         v in d.items()}
-    return Table(folder, _grouped(_arrow_rows(d, folder, columns), folder), folder)
+    file = named_columns(columns, folder).get('file', 'image')
+    held = lambda v: isinstance(v.features.get(file), datasets.Image)
+    d = {k: v.cast_column(file, datasets.Image(decode=False)) if held(v) else v for k, v in d.items()}
+    inside_it = any(held(v) and len(v) and v[0][file] and v[0][file]['bytes'] for v in d.values())
+    place = _pictures_place(folder) if inside_it else None
+    return Table(folder, _grouped(_arrow_rows(d, folder, columns, place), folder), place or folder)
 
 # %% ../../nbs/1_data/07_layouts.ipynb #efdd68f2
 @dataclass(frozen=True)

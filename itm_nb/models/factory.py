@@ -8,6 +8,7 @@ __all__ = ['MODELS', 'SetModel', 'model_of', 'save_pretrained', 'from_pretrained
 # %% ../../nbs/4_models/09_factory.ipynb #b2b37602
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..core.commands import one_line
 from ..core.errors_files import DataError, read_tensors, write_atomic
 from .cross_attention import SCORES, cross_attention, l2_normalize
 from .cross_encoder import CrossEncoder, TwoModes, wide
@@ -90,12 +92,33 @@ def save_pretrained(
     os.replace(tmp, folder/'model.safetensors')
     write_atomic(folder/'config.json', (json.dumps(model.config, indent=1, sort_keys=True)+'\n').encode())
 
+# %% ../../nbs/4_models/09_factory.ipynb #7c0de1f2
+# what of a published folder is needed to use the model
+MODEL_FILES = ('config.json', 'model.safetensors', 'vocab.json')
+_ON_THE_HUB = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
+
+def model_folder(
+    name,            # a folder, or OWNER/NAME of a model on the Hub
+)->Path:
+    """Where a model lies; one of the Hub is fetched once, by `huggingface_hub`, which keeps it. A folder that
+    is there goes first; a `Path` is always a folder"""
+    if isinstance(name, Path) or Path(name).exists() or not _ON_THE_HUB.fullmatch(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
+    except Exception as e:    # no network, no such model, not yours: many kinds of errors
+        raise DataError(name, f'no such folder, and no model of the Hub to be had ({one_line(e)[:160]})',
+                        'a folder with config.json and model.safetensors, or OWNER/NAME on the Hub',
+                        'Check the name.') from None
+
+# %% ../../nbs/4_models/09_factory.ipynb #7c0de1f3
 def from_pretrained(
-    folder,          # written by `save_pretrained`
+    folder,          # written by `save_pretrained`; or OWNER/NAME of a published one on the Hub
     device='cpu',
 )->nn.Module:        # in evaluation mode
     "Read a model; DataError unless every weight has its place and every place its weight"
-    folder = Path(folder)
+    folder = model_folder(folder)
     cfg, file = folder/'config.json', folder/'model.safetensors'
     for f in (cfg, file):
         if f.is_file(): continue

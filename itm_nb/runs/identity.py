@@ -26,7 +26,7 @@ from .parameters import parameters, rules
 # %% ../../nbs/7_runs/02_identity.ipynb #55b95f61
 # parameters that do not change a result
 PLACES = ('out', 'folder', 'cache', 'models', 'workers', 'device', 'checkpoint_seconds', 'progress', 'sweep',
-          'search')
+          'search', 'track')
 # that name a run, a file, or a word
 INPUTS = ('init', 'lists', 'generator', 'scores', 'weights', 'img_of', 'img_ids', 'gallery', 'folds',
           'known_false_negatives')

@@ -36,7 +36,7 @@ def train_together(
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
     if values['folds']:
         data = in_fold(data, fold_file(values['folds']), values['fold'])
-    more = {k: values[k] for k in ('lists', 'generator', 'known_false_negatives') if k in values}
+    more = {k: values[k] for k in ('lists', 'generator', 'known_false_negatives', 'track') if k in values}
     if 'checkpoint_seconds' in values:
         more |= dict(seconds=values['checkpoint_seconds'])
     fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'],

@@ -243,6 +243,8 @@ OF_RUNS = (
     Setting('device', 'cpu', 'where it is computed', _AUTO),
     Setting('checkpoint_seconds', 300, 'a run that is killed loses at most about so much; there is a '
                                        'checkpoint after every epoch too', within=_NAT, unit='seconds'),
+    Setting('track', '', 'tracker that is told the log (extra `track`)',
+            ('', 'tensorboard', 'trackio', 'wandb')),
     Setting('search', '', 'how the settings were found, written by a sweep'),
     Setting('progress', True, 'show a bar'))
 

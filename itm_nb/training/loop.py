@@ -50,6 +50,7 @@ from .checkpoint import (
     whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped)
 from .config import Config, current_names
 from .corpus import corpus, Corpus
+from .trackers import pick_sheets, tracking
 from ..data import tokenizers as tokens
 
 # %% ../../nbs/6_training/04_loop.ipynb #1c1ddfff
@@ -77,6 +78,7 @@ class Training:
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     code:str = ''                    # hash of the method's source where it is not the package's own
     told:dict = field(default_factory=dict)      # last loss and validation, for the bar
+    track:object = None              # a `Track` that is told the log, or None
     recent:list = field(default_factory=list)    # (step, rate, losses, gradient norm) since `refuse_nan`
 
     @cached_property
@@ -629,6 +631,8 @@ def _say(t:Training, run:Path, **line):
         f.write(raw)
         f.flush()
         t.log_bytes = f.tell()
+    if t.track:
+        t.track.line(line)
 
 def _on_the_device(t:Training)->dict:
     "Most memory that was taken there so far, MiB"
@@ -826,6 +830,13 @@ def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
         if halt:
             raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
 
+def _show_picks(t:Training, run:Path, data:Corpus):
+    "Pictures of what was pushed apart at the end, for a tracker"
+    if t.track and (run/'picks.bin').is_file():
+        sheets = pick_sheets(load_picks(run/'picks.bin'), t.train.split, data.world)
+        if len(sheets):
+            t.track.pictures('picks', sheets, t.step)
+
 def fit(
     cfg:Config,
     run,                       # run folder; what is there is gone on from
@@ -842,13 +853,14 @@ def fit(
     generator='',              # folder of the run whose model writes sentences, likewise
     allow_code:bool=False,     # may the method be one's own code? Never where its name was read from a file
     known_false_negatives='',  # csv file of pairs that are no negatives, see `known_pairs`
+    track='',                  # name of a tracker, see `trackers`; '': none
 )->Training:                   # holding the best model
     "Train to the end, from where the last checkpoint left off"
     run = Path(run)
     alone = locked(run) if leads() else nullcontext()
     with alone, stop_signal() as stop, _only_deterministic(cfg.deterministic):
-        t = prepare(cfg, data or corpus(cfg, folder), device, lists, generator, allow_code,
-                    known_false_negatives)
+        data = data or corpus(cfg, folder)
+        t = prepare(cfg, data, device, lists, generator, allow_code, known_false_negatives)
         if not resume(t, run) and init:
             warm_start(t, init, carry)
         _look_at_memory(t)
@@ -857,8 +869,10 @@ def fit(
             bar.update()
             if on_step:
                 on_step(step)
-        _go_on(t, run, stop, _Pace(every, seconds), told)
-        bar.close()
+        with tracking(track if leads() else '', run, asdict(cfg), t.step) as t.track:
+            _go_on(t, run, stop, _Pace(every, seconds), told)
+            bar.close()
+            _show_picks(t, run, data)
         return _finished(t, run)
 
 # %% ../../nbs/6_training/04_loop.ipynb #da138a34
