@@ -309,7 +309,8 @@ In my own loop:
 
 - [losses and samplers, in a few lines](README.md)
 - [false negatives in my batch](nbs/guides/false_negatives_in_my_batch.ipynb)
-- [a method of my own](nbs/guides/add_a_method.ipynb)
+- [a method of my own](nbs/guides/add_a_method.ipynb), [an encoder](nbs/guides/add_an_encoder.ipynb),
+  [a data layout](nbs/guides/add_a_layout.ipynb)
 - [API](api/index.md) with types, shapes, units
 :::
 ::::
