@@ -79,6 +79,13 @@ def test_the_site_is_built_without_a_warning(monkeypatch, capsys):
     assert (ROOT/'_docs'/'searchindex.js').is_file()
 
 
+def test_files_that_begin_first_are_there():
+    assert all((ROOT/'tests'/f).is_file() for f in conftest.LONG)
+    queue = sorted(['tests/test_house.py::a', 'tests/runs/test_warm.py::b', 'tests/runs/test_kills.py::c'],
+                   key=conftest.place_of)
+    assert [x[-1] for x in queue] == ['c', 'b', 'a']
+
+
 def test_counts_of_a_report(tmp_path):
     said = lambda f: SimpleNamespace(nodeid=f'{f}::test_x')
     a, b = said('tests/a.py'), said('tests/b.py')
