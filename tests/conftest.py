@@ -9,8 +9,21 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
+# Their tests wait for processes. They begin first: else a worker is left alone with one of them at the end
+LONG = ('runs/test_kills.py', 'analysis/test_bench.py', 'runs/test_warm.py', 'training/test_pretend_device.py',
+        'methods/test_seam.py', 'runs/test_accelerator.py', 'methods/test_tags_runs.py', 'training/test_scale.py',
+        'analysis/test_verdicts.py', 'runs/test_sweeps.py')
+
+
+def place_of(nodeid):
+    "Where a test stands in the queue"
+    file = nodeid.partition('::')[0].removeprefix('tests/')
+    return LONG.index(file) if file in LONG else len(LONG)
+
+
 def pytest_collection_modifyitems(config, items):
     import pytest
+    items.sort(key=lambda item: place_of(item.nodeid))
     if 'slow' in (config.option.markexpr or ''): return
     for item in items:
         if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='long: run with -m slow'))

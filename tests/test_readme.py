@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 
 from itm_nb import cli
 from itm_nb.analysis.claims import SUPERSEDED
-from itm_nb.runs import sweep_plan
+from itm_nb.core import project
+from itm_nb.runs import parameters, sweep_plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compare_results
@@ -69,6 +71,36 @@ def test_links_are_seen_from_the_page(tmp_path):
                     '[e](figures/RESULTS.md#aoq)')
     inside = cli._links(text, tmp_path/'nbs', tmp_path/'figures')
     assert inside.startswith('[a](../nbs/05_losses.ipynb) ![b](x.svg)')
+
+
+GUIDES = sorted(p.stem for p in (ROOT/'nbs'/'guides').glob('*.ipynb'))
+
+
+def commands_of(guide):
+    "Commands that stand in the prose of a guide, as words; dots stand for what is left out"
+    text = '\n'.join(source(c) for c in cells(f'guides/{guide}') if c['cell_type'] == 'markdown')
+    return [shlex.split(' '.join(x.split())) for x in re.findall(r'`(itm_(?:run|sweep)\s[^`]*)`', text)]
+
+
+def given_of(words):
+    "The settings that a command sets with -p"
+    return [b for a, b in zip(words, words[1:]) if a == '-p']
+
+
+@pytest.mark.parametrize('guide', GUIDES)
+def test_commands_of_a_guide_are_understood(guide):
+    "Sweeps and experiments exist, and so does every option and setting that is named"
+    for name, what, *more in commands_of(guide):
+        if name == 'itm_sweep' and what != '...':
+            cli._parser().parse_args([what, *more])
+            assert what.endswith('.yaml') or sweep_plan.sweep_file(what).is_file(), what
+            assert set(given_of(more)) <= {'folder', 'cache', 'models', 'workers', 'device'}
+        elif name == 'itm_run':
+            assert set(given_of(more)) <= parameters.parameters(project.template(what)).keys(), more
+
+
+def test_guides_have_commands():
+    assert sum(len(commands_of(g)) for g in GUIDES) > 10
 
 
 def test_the_example_runs_as_printed(tmp_path):

@@ -300,18 +300,21 @@ The comparison on drawn scenes, minutes on a laptop:
 
 START
 
-- [my own pictures, one run, a search](README.md#your-own-pictures-and-more-commands)
+- [my own photos](nbs/guides/my_photos.ipynb): prepare, train, search
+- [more commands](README.md#your-own-pictures-and-more-commands)
 - [a published row, with its data](nbs/guides/published_row.ipynb)
 - [several devices, a cluster](nbs/guides/scale.ipynb)
 :::
 :::{grid-item-card} Use
 In my own loop:
 
-- [losses and samplers, in a few lines](README.md)
+- [losses and samplers, in a few lines](README.md#in-your-own-code)
+- [FNE's posterior](nbs/guides/paper_fne.ipynb#in-your-own-loop)
 - [fine-tune CLIP on a folder, and search it](nbs/guides/clip_on_a_folder.ipynb)
-- [false negatives in my batch](nbs/guides/false_negatives_in_my_batch.ipynb)
 - [the papers' ideas as a loss in my own loop](nbs/guides/as_a_loss.ipynb)
-- [a method of my own](nbs/guides/add_a_method.ipynb)
+- [false negatives in my batch](nbs/guides/false_negatives_in_my_batch.ipynb)
+- [a method of my own](nbs/guides/add_a_method.ipynb), [an encoder](nbs/guides/add_an_encoder.ipynb),
+  [a data layout](nbs/guides/add_a_layout.ipynb)
 - [API](api/index.md) with types, shapes, units
 :::
 ::::

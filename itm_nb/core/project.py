@@ -6,6 +6,7 @@
 __all__ = ['project', 'fold_file', 'template', 'read_yaml']
 
 # %% ../../nbs/0_core/05_project.ipynb #d3d7f697
+import os
 from pathlib import Path
 
 import itm_nb
@@ -47,7 +48,7 @@ def template(
         return Path(name)
     folder = project()/'nbs'/'experiments'
     path = folder/f'{name}.ipynb'
-    there = sorted(p.stem for p in folder.glob('*.ipynb'))
+    there = sorted(n.removesuffix('.ipynb') for n in os.listdir(folder) if n.endswith('.ipynb'))
     if name not in there:
         raise SetupError(f'no experiment called {name!r}{suggest(name, there)}; there are {there}')
     return path

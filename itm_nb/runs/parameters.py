@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 
@@ -47,13 +48,18 @@ class Parameter:
         return check(self.rule, value) if self.rule else value
 
 # %% ../../nbs/7_runs/01_parameters.ipynb #0bad5f01
-def _tagged(notebook)->str:
-    "The source of the cell tagged `parameters`"
-    name = Path(notebook).name
+def _raw(notebook)->bytes:
+    "A notebook as it lies there"
     try:
-        cells = json.loads(Path(notebook).read_text('utf-8'))['cells']
+        return Path(notebook).read_bytes()
     except OSError as e:
+        name = Path(notebook).name
         raise SetupError(f'{name}: cannot be read ({e.strerror}); give the path of a notebook') from None
+
+def _tagged(raw, name)->str:
+    "The source of the cell tagged `parameters`"
+    try:
+        cells = json.loads(raw.decode('utf-8'))['cells']
     except (ValueError, TypeError, KeyError):
         raise SetupError(f'{name}: no notebook (JSON with cells); save it in JupyterLab') from None
     try:
@@ -75,11 +81,11 @@ def _assigned(node, name)->tuple:
                          f'plain value; '
                          'move it to another cell') from None
 
-def parameters(
-    notebook,       # path
-)->dict:            # name -> Parameter
-    "What can be set in a notebook: the assignments of its cell tagged `parameters`"
-    source, rules, out, name = _tagged(notebook), declared(Path(notebook).stem), {}, Path(notebook).name
+# a sweep asks for the id of every record there is, and each asks for the parameters of its template
+@lru_cache(maxsize=32)
+def _read(raw, name)->tuple:
+    "The parameters of a notebook, from its bytes"
+    source, rules, out = _tagged(raw, name), declared(Path(name).stem), []
     try:
         body, lines = ast.parse(source).body, source.splitlines()
     except SyntaxError as e:
@@ -91,8 +97,14 @@ def parameters(
         # of a notebook of the same name, with another meaning
         if rule and type(rule.default) is not type(v):
             rule = None
-        out[k] = Parameter(k, v, lines[node.end_lineno-1][node.end_col_offset:].strip(' #'), rule)
-    return out
+        out.append(Parameter(k, v, lines[node.end_lineno-1][node.end_col_offset:].strip(' #'), rule))
+    return tuple(out)
+
+def parameters(
+    notebook,       # path
+)->dict:            # name -> Parameter
+    "What can be set in a notebook: the assignments of its cell tagged `parameters`"
+    return {p.name: p for p in _read(_raw(notebook), Path(notebook).name)}
 
 # %% ../../nbs/7_runs/01_parameters.ipynb #ex4mp1e1
 TOY = "seed = 0       # of everything\nlr = 1e-3\nwide = False   # twice the width\narm = ''\nout = ''"

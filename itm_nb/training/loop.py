@@ -828,6 +828,8 @@ def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
         if keep or halt:
             pace.keep(t, run)
         if halt:
+            # nobody leaves, and comes back, before the checkpoint is whole
+            t.accelerator.wait_for_everyone()
             raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
 
 def _show_picks(t:Training, run:Path, data:Corpus):

@@ -31,13 +31,19 @@ def test_sources_have_a_page_for_everything(tmp_path):
     assert all(f'grid-item-card}} {door}' in start for door in ('Read', 'Run', 'Use'))
 
 
-@pytest.mark.parametrize('folder', ['0_core', '1_data', '2_scenes', '3_metrics', 'guides'])
+@pytest.mark.parametrize('folder', [*(p.name for p in (ROOT/'nbs').glob('[0-9]_*') if p.is_dir()), 'guides'])
 def test_a_first_cell_says_what_to_expect(folder):
     "Why, what to read before, and how long on a CPU"
     for p in sorted((ROOT/'nbs'/folder).glob('*.ipynb')):
         first = ''.join(json.loads(p.read_text('utf-8'))['cells'][0]['source'])
         assert '**Read before**' in first and 'CPU' in first, p.name
         assert '**Why**' in first or '**At the end you have**' in first, p.name
+
+
+def test_a_page_of_results_says_what_to_read_before():
+    for p in sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')):
+        first = ''.join(json.loads(p.read_text('utf-8'))['cells'][0]['source'])
+        assert '**Read before**' in first, p.name
 
 
 def test_no_page_names_a_machine(tmp_path):
@@ -71,6 +77,13 @@ def test_the_site_is_built_without_a_warning(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert ' 0 warnings,' in told and ' 0 broken,' in told
     assert (ROOT/'_docs'/'searchindex.js').is_file()
+
+
+def test_files_that_begin_first_are_there():
+    assert all((ROOT/'tests'/f).is_file() for f in conftest.LONG)
+    queue = sorted(['tests/test_house.py::a', 'tests/runs/test_warm.py::b', 'tests/runs/test_kills.py::c'],
+                   key=conftest.place_of)
+    assert [x[-1] for x in queue] == ['c', 'b', 'a']
 
 
 def test_counts_of_a_report(tmp_path):

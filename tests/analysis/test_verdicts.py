@@ -16,8 +16,12 @@ from scipy import stats
 from itm_nb.analysis.controls import (
     a_a, alarms, best_of, controls, noise_floor, planted, published_steps, simulated)
 from itm_nb.core.errors_files import DataError
+from itm_nb.core.project import template
 from itm_nb.metrics.statistics import corrected_t
+from itm_nb.runs.parameters import parameters, resolve
 from itm_nb.runs.records import made_up_record, mismatches, write_record
+from itm_nb.runs.sweep_plan import Entry
+from itm_nb.runs.warm_server import Warm
 from itm_nb.analysis.tables import figure_path, latex, lint_table, pick, published, table, value
 from itm_nb.analysis.claims import (
     agreed, base_table, contrast, estimate, Estimate, factorial, holm, needed, NO_BASE, preconditions, read_tests, verdict,
@@ -359,6 +363,19 @@ def run(name, out, **values):
     done = subprocess.run([sys.executable, '-c', code, name, *args, '--quiet'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
+@pytest.fixture(scope='module')
+def warm():
+    "One process that has imported what a page needs; every page is forked from it"
+    server = Warm()
+    yield server
+    server.close()
+
+def page(warm, kind, at, **more):
+    "Execute a template on the records of a folder"
+    given = more | dict(records=str(at/'records'), figures=str(at/'figures'), out=str(at/'out'))
+    entry = Entry(kind, kind, resolve(parameters(template(kind)), given), at/'out')
+    assert warm.start(entry).wait() == 0, (at/'out'/'worker.log').read_text()[-2000:]
+
 @pytest.mark.slow
 def test_deleted_tables_and_figures_come_back_byte_equal(tmp_path):
     "Twice from the records alone: equal bytes; and text tables equal to the committed ones"
@@ -399,15 +416,13 @@ def test_effects_are_the_coefficients_of_least_squares():
     np.testing.assert_allclose(tab.d, b[:7], atol=1e-9); assert list(tab.effect) == ['A', 'F', 'G', 'AF', 'AG', 'FG', 'AFG'] and (tab.n == 3).all()
     short = factorial([r for r in made if not (r['method'] == 'union' and r['seed'] == 1)], CROSSED, 'rsum', draws=100); assert (short.n == 2).all()      # a block without one arm is no block
 
-def test_the_page_of_the_factorial_sweep_is_made_from_records(tmp_path):
-    crossed(tmp_path/'records', truth=True); code = 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
-    given = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out')
-    done = subprocess.run([sys.executable, '-c', code, 'factorial', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+def test_the_page_of_the_factorial_sweep_is_made_from_records(warm, tmp_path):
+    crossed(tmp_path/'records', truth=True)
+    page(warm, 'factorial', tmp_path)
     tab = pd.read_csv(tmp_path/'figures'/'factorial_factorial_scenes.csv'); assert list(tab.effect) == ['A', 'F', 'G', 'AF', 'AG', 'FG', 'AFG'] and tab.d.notna().all()
     assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay')}
 
-def test_the_page_of_the_factorial_sweep_with_two_shares_and_oracles(tmp_path):
+def test_the_page_of_the_factorial_sweep_with_two_shares_and_oracles(warm, tmp_path):
     "A loses where more strangers are true, and knowing them repairs it; F does not care, nor is knowledge of worth to it"
     strong = {k: (lambda f, k=k: 1.2 + (.12 if k == .1 else -.12)*('A' in f) + .1*('F' in f)) for k in (.1, 1.)}; arms = CROSSED | dict(aoq_honest='H', fne_honest='F')
     for k, s in strong.items():
@@ -416,9 +431,7 @@ def test_the_page_of_the_factorial_sweep_with_two_shares_and_oracles(tmp_path):
             for seed in range(4):
                 r = made_up_record(a, 1.32 if f == 'H' else s(f), seed, truth=True, photos=400); r = r | about | dict(id=r['id'][:11] + ('a' if k < 1 else 'b'), data=r['data'] | dict(label=f'rho {k}'))
                 write_record(tmp_path/'records', r)
-    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out'), 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
-    done = subprocess.run([sys.executable, '-c', code, 'factorial', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    page(warm, 'factorial', tmp_path)
     read = lambda name: pd.read_csv(tmp_path/'figures'/f'factorial_{name}_factorial_scenes.csv')
     line = read('slopes').set_index('effect'); assert list(line.index) == ['A x log', 'F x log', 'G x log'] and line.d['A x log'] < line.d['F x log'] and (line.n == 4).all() and line.hi['A x log'] < 0
     word = read('expected').set_index('effect').word; assert word['A x log'] == 'as expected' and list(word.index) == ['A x log', 'F x log', 'AF', 'AF', 'G x log']
@@ -426,28 +439,24 @@ def test_the_page_of_the_factorial_sweep_with_two_shares_and_oracles(tmp_path):
     assert {p.name for p in (tmp_path/'figures').glob('*.svg')} == {f'factorial_{k}_factorial_scenes.svg' for k in ('forest', 'interplay', 'worth')}
 
 
-def test_the_page_of_doses_is_made_from_records(tmp_path):
+def test_the_page_of_doses_is_made_from_records(warm, tmp_path):
     "One arm helps weak models and harms better ones, one always harms"
     for k, base in enumerate((1., 1.2, 1.4)):
         for arm, s in dict(base=base, turns=base + .3 - .3*k, harms=base - .3).items():
             for seed in range(3):
                 r = made_up_record(arm, s, seed, photos=400); write_record(tmp_path/'records', r | dict(sweep=f'dose_x_{k}', id=r['id'][:11] + 'abc'[k]))
-    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out', sweep='dose_x', base='base'), 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
-    done = subprocess.run([sys.executable, '-c', code, 'dose', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    page(warm, 'dose', tmp_path, sweep='dose_x', base='base')
     tab = pd.read_csv(tmp_path/'figures'/'dose_dose_x.csv').set_index('effect'); assert tab.word.to_dict() == dict(turns='turns', harms='stable, worse') and tab.hi['turns'] < 0 and (tab.n == 3).all()
     assert {p.name for p in (tmp_path/'figures').glob('*.md')} == {'dose_dose_x.md', *(f'dose_minus_base_dose_x_{k}.md' for k in range(3))} and (tmp_path/'figures'/'dose_dose_x.svg').is_file()
 
 
-def test_the_findings_of_the_study_come_from_its_tables(tmp_path):
+def test_the_findings_of_the_study_come_from_its_tables(warm, tmp_path):
     "Two sweeps: in one an arm stands out above, in the other one below, and warm starts are no arms; a defect that costs; nobody made verdicts"
     strong = dict(one=dict(vse0=1.2, good=1.6), two=dict(vse0=1.2, bad=.8, warm=.4), defects_scenes=dict(vse0=1.2, aoq=1.2, aoq_summed=.6, fne=1.2, fne_drift=1.2))
     for sweep, arms in strong.items():
         for a, s in arms.items():
             for seed in range(4): r = made_up_record(a, s, seed, truth=sweep[0] == 'd', photos=400); write_record(tmp_path/'records', r | dict(sweep=sweep, id=r['id'][:11] + sweep[0].translate({111: 'a', 116: 'b'})))
-    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out'), 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
-    done = subprocess.run([sys.executable, '-c', code, 'study', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    page(warm, 'study', tmp_path)
     last = json.loads((tmp_path/'out'/'run.ipynb').read_text())['cells'][-1]['outputs'][0]['data']['text/markdown']; said = ''.join(last).split('**')
     said = {k: v for k, v in zip(said[1::2], said[2::2])}; better, worse = said['Better than the base'], said['Worse than the base']
     assert 'one, of 1 arms: good +' in better
@@ -463,14 +472,12 @@ def test_the_findings_of_the_study_come_from_its_tables(tmp_path):
     assert 'ours, made-up ranks' in said["Against the papers' rows"]
 
 
-def test_the_page_of_defects_is_made_from_records(tmp_path):
+def test_the_page_of_defects_is_made_from_records(warm, tmp_path):
     "One that costs, one that does not, one of another method; what was not run is not shown"
     rng = np.random.default_rng(0); strong = dict(aoq=1.2, aoq_tied=1.2, aoq_summed=.6, fne=1.2, fne_drift=1.2)
     for a, s in strong.items():
         for k in range(3): write_record(tmp_path/'records', made_up_record(a, s + .001*rng.random(), k, truth=True) | dict(sweep='defects_scenes'))
-    given, code = dict(records=tmp_path/'records', figures=tmp_path/'figures', out=tmp_path/'out'), 'import sys; from itm_nb.cli import itm_run; sys.exit(itm_run())'
-    done = subprocess.run([sys.executable, '-c', code, 'defects', '--quiet', *(x for k, v in given.items() for x in ('-p', k, str(v)))], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    page(warm, 'defects', tmp_path)
     tab = pd.read_csv(tmp_path/'figures'/'defects_defects_scenes.csv').set_index('arm')
     assert list(tab.index) == ['aoq_summed', 'aoq_tied', 'fne_drift']
     assert list(tab.without) == ['aoq', 'aoq', 'fne']

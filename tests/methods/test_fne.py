@@ -1,8 +1,5 @@
 """FNE and its memory against slow references: moments, weights and draws by plain loops, the ring against a list, resume and several devices to the last bit."""
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import lru_cache
 
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import test_seam as seam
+from devices import in_worlds, started
 from itm_nb.analysis import calibration
 from itm_nb.methods import fne
 from itm_nb.models.similarity import Model
@@ -304,10 +302,7 @@ def worker(folder):
 def test_devices_do_not_change_a_run(tmp_path):
     "One, two and four: losses, weights, momentum weights, memory, pointer and statistics agree, on every rank"
     from safetensors.torch import load_file
-    for world in (1, 2, 4):
-        env = os.environ | dict(MASTER_ADDR='127.0.0.1', WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', MASTER_PORT=str(seam.free_port()))
-        procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(world)]
-        for p in procs: err = p.communicate(timeout=300)[1]; assert p.returncode == 0, err[-3000:]
+    started(__file__, tmp_path, 1, 2, 4)
     one = load_file(tmp_path/'out_1_0.safetensors')
     for world in (2, 4):
         for r in range(world):
@@ -416,4 +411,4 @@ def test_moments_of_saved_vectors_are_those_of_training():
         torch.testing.assert_close(calibration.moments_of(img, txt, own, 15, seed=4, negatives=negatives), stats.moments)
 
 
-if __name__ == '__main__': worker(sys.argv[1])
+if __name__ == '__main__': in_worlds(worker)

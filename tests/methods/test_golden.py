@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -852,8 +852,7 @@ def test_an_unregistered_block_fails(tmp_path):
 def test_the_folder_in_the_environment_is_read(tmp_path):
     "pytest itself turns red on another folder with one changed number, and stays green on an equal copy"
     for f in HOME.glob('*.json'): (tmp_path/f.name).write_bytes(f.read_bytes())
-    def run(): return subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'test_block and aoq.evaluation'], capture_output=True, text=True,
-                                     env=os.environ | dict(ITM_GOLDEN=str(tmp_path))).stdout
+    def run(): return pytest_on(tmp_path, 'test_block and aoq.evaluation')[1]
     assert '1 passed' in run()
     whole = load(tmp_path, 'aoq'); whole['evaluation']['t2i_ranks'][0] += 1; (tmp_path/'aoq.json').write_text(json.dumps(whole))
     assert '1 failed' in run()
@@ -939,11 +938,23 @@ def test_other_numbers_of_the_published_recall_pass():
         with pytest.raises(AssertionError): check_tags_published(bad)
 
 
-def pytest_on(folder):
-    "This file's blocks on another folder: (exit code, output)"
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'test_block or every_block']
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(ITM_GOLDEN=str(folder)))
-    return done.returncode, done.stdout + done.stderr
+def pytest_on(folder, which='test_block or every_block'):
+    "This file's blocks on another folder: (exit code, output). In a fork, so that nothing is imported again"
+    with tempfile.TemporaryFile('w+') as said:
+        if not (pid := os.fork()):
+            code = 1
+            try:
+                os.environ['ITM_GOLDEN'] = str(folder)
+                [os.dup2(said.fileno(), n) for n in (1, 2)]
+                sys.stdout = sys.stderr = said
+                [sys.modules.pop(m, None) for m in (__name__, 'conftest')]
+                code = pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-o', 'addopts=', __file__, '-k', which])
+            finally:
+                said.flush()
+                os._exit(int(code))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.seek(0)
+        return code, said.read()
 
 
 def test_a_mistyped_folder_is_an_error(tmp_path):

@@ -1,13 +1,12 @@
 """The contract of the seam: lists that are fetched, a memory, a generator and mixtures of them, through three kinds of models, on one device and several."""
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import in_worlds, started
 from torch import nn
 
 from itm_nb.core.errors_files import DataError
@@ -223,21 +222,6 @@ def test_the_order_of_hooks_and_that_each_may_be_missing():
 
 
 # ---- several devices
-def several(world, folder):
-    "All methods through all models on `world` devices; rank 0 leaves what it has"
-    env = os.environ | dict(MASTER_ADDR='127.0.0.1', WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true')
-    port = free_port()
-    procs = [subprocess.Popen([sys.executable, __file__, str(folder)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r), MASTER_PORT=str(port)),
-                              stderr=subprocess.PIPE, text=True) for r in range(world)]
-    for p in procs:
-        err = p.communicate(timeout=170)[1]; assert p.returncode == 0, err[-3000:]
-
-
-def free_port():
-    import socket
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
-
-
 def worker(folder):
     "What each process of a test with several devices does"
     from safetensors.torch import save_file
@@ -273,7 +257,7 @@ def worlds(tmp_path_factory):
     from safetensors.torch import load_file
     folder = tmp_path_factory.mktemp('worlds')
     worker(folder)
-    for w in (2, 4): several(w, folder)
+    started(__file__, folder, 2, 4)
     return folder, {(w, r): load_file(folder/f'out_{w}_{r}.safetensors') for w in (1, 2, 4) for r in range(w)}
 
 
@@ -470,4 +454,4 @@ def test_losses_and_picks_alone():
         assert loss.isfinite() and not S.grad[0,1] and not S.grad[5,4]; S.grad = None
 
 
-if __name__ == '__main__': worker(sys.argv[1])
+if __name__ == '__main__': in_worlds(worker)

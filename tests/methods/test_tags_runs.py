@@ -1,8 +1,6 @@
 """TAGS-DC in runs: killed at any step it goes on to the same bytes, and one device and two come to the same."""
 import os
 import signal
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -12,7 +10,7 @@ from itm_nb.core.random import order
 from itm_nb.training.config import config
 from itm_nb.training.corpus import corpus
 from itm_nb.training.loop import _pack, fit, prepare, train_step
-from test_seam import free_port
+from devices import in_worlds, started
 
 torch.set_num_threads(1)
 WARM = dict(preset='tiny', dim=16, d_word=16, layers=1, heads=2, image_hidden=16, dropout=0., epochs=2, batch=32, lr=2e-3, warmup=1, warmup_method='infonce|mlm_warmup(weight=2.0)')
@@ -55,10 +53,7 @@ def worker(folder):
 def test_devices_do_not_change_a_run(tmp_path):
     "One and two: every cost, weights, moments, and a writer that learns apart, on both ranks; only counts are each device's own"
     from safetensors.torch import load_file
-    for world in (1, 2):
-        env = os.environ | dict(MASTER_ADDR='127.0.0.1', WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', MASTER_PORT=str(free_port()))
-        procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(world)]
-        for p in procs: err = p.communicate(timeout=300)[1]; assert p.returncode == 0, err[-3000:]
+    started(__file__, tmp_path, 1, 2)
     one, *two = (load_file(tmp_path/f'out_{w}_{r}.safetensors') for w, r in ((1, 0), (2, 0), (2, 1)))
     own = lambda k: '.said.' in k or k.endswith(('.n', '.batch')); names = [k for k in one if not own(k)]
     assert {'two', 'unshared', 'cross'} == {k.split('.')[0] for k in names} and any('correction' in k for k in names)
@@ -83,4 +78,4 @@ def test_killed_and_resumed(arm, step, tmp_path):
     for name in ('log.jsonl', 'best/model.safetensors', 'last/tensors.safetensors'): assert (ways[0]/name).read_bytes() == (ways[1]/name).read_bytes(), name
 
 
-if __name__ == '__main__': worker(sys.argv[1])
+if __name__ == '__main__': in_worlds(worker)

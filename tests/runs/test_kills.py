@@ -21,21 +21,10 @@ def finished(folder):
     return {p.parent.name: p.stat().st_mtime_ns for p in Path(folder).glob('*/*/DONE') if p.parent.name != 'study'}
 
 
-def small(folder):
+def small(folder, **parts):
     "A sweep of four runs of seconds"
     spec = yaml.safe_load((ROOT/'nbs'/'experiments'/'sweeps'/'tiny.yaml').read_text())
-    f = Path(folder)/'toy.yaml'; f.write_text(yaml.safe_dump(spec | dict(blocks=[dict(seed=0)]))); return f
-
-
-def test_a_sweep_ends_with_tables_and_does_nothing_twice(tmp_path):
-    f = small(tmp_path)
-    code, out, err = call('itm_sweep', f, '--runs', tmp_path/'runs'); assert code == 0, out + err
-    report = tmp_path/'runs'/'toy'/'report'; before, ends = fingerprints(report), finished(tmp_path/'runs')
-    assert len(ends) == 4 and {'table_toy.md', 'table_toy.csv', 'dots_toy.svg'} <= set(before)
-    assert 'oracle' in out and 'chance' in out and str(report/'table_toy.md') in out
-    code, out, err = call('itm_sweep', f, '--runs', tmp_path/'runs'); assert code == 0, out + err
-    assert fingerprints(report) == before and '4 of them finished before' in out
-    assert finished(tmp_path/'runs') == ends
+    f = Path(folder)/'toy.yaml'; f.write_text(yaml.safe_dump(spec | dict(blocks=[dict(seed=0)]) | parts)); return f
 
 
 def kill_children(pid, how):
@@ -46,29 +35,65 @@ def kill_children(pid, how):
         except psutil.NoSuchProcess: pass
 
 
-@pytest.mark.parametrize('who', ['driver', 'workers', 'stop'])
-def test_killed_in_the_middle_nothing_is_lost_or_repeated(who, tmp_path):
-    "SIGKILL of the driver, of its workers and kernels, or a polite stop; then the same command again"
-    f = small(tmp_path); argv = (f, '--runs', tmp_path/'runs', '--jobs', '1')
-    p = command('itm_sweep', *argv)
-    for _ in range(1200):
-        if finished(tmp_path/'runs'): break
-        time.sleep(.1)
-    time.sleep(3.)                                            # into the second run
-    early = finished(tmp_path/'runs'); assert 0 < len(early) < 4
+def until(what, seconds=300):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, 'waited too long'
+        time.sleep(.05)
+
+
+def written(folder):
+    "How much the runs that train have written"
+    return {p: p.stat().st_size for p in Path(folder).glob('toy/*/log.jsonl') if not (p.parent/'DONE').is_file()}
+
+
+def interrupted(who, argv, runs):
+    "A driver that is stopped by `who` while it is in a run, one more being finished; what was finished before"
+    there, p = len(finished(runs)), command('itm_sweep', *argv)
+    until(lambda: p.poll() is not None or len(finished(runs)) > there)
+    so_far = written(runs); until(lambda: p.poll() is not None or written(runs) != so_far)
+    early = finished(runs); assert there < len(early) < 8 and p.poll() is None
     if who == 'driver': p.send_signal(signal.SIGKILL); p.communicate()
     elif who == 'stop': p.send_signal(signal.SIGTERM); p.communicate(timeout=120); assert p.returncode in (0, run_folder.RESUMABLE)
     else: kill_children(p.pid, signal.SIGKILL); p.communicate(timeout=600)
+    return early
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+    "One sweep: SIGKILL of the driver, a polite stop, SIGKILL of workers and kernels; then the same command again"
+    at = tmp_path_factory.mktemp('killed'); runs = at/'runs'
+    arms = dict(vse0=dict(method='vse0'), vsepp=dict(method='vsepp', warmup=4))
+    f = small(at, blocks=[dict(seed=0), dict(seed=1), dict(seed=2), dict(seed=3)], arms=arms, controls={})
+    argv = (f, '--runs', runs, '--jobs', '1')
+    early = {who: interrupted(who, argv, runs) for who in ('driver', 'stop', 'workers')}
+    return argv, runs, early, call('itm_sweep', *argv)
+
+
+@pytest.mark.parametrize('who', ['driver', 'stop', 'workers'])
+def test_killed_in_the_middle_nothing_is_lost_or_repeated(who, killed):
+    _, runs, early, (code, out, err) = killed
+    assert code == 0, out + err
+    assert len(finished(runs)) == 8
+    assert early[who].items() <= finished(runs).items(), 'a finished run was run again'
+
+
+def test_a_sweep_ends_with_tables_and_does_nothing_twice(killed):
+    argv, runs, _, (code, out, err) = killed
+    report = runs/'toy'/'report'; before, ends = fingerprints(report), finished(runs)
+    assert len(ends) == 8 and {'table_toy.md', 'table_toy.csv', 'dots_toy.svg'} <= set(before)
+    assert str(report/'table_toy.md') in out
     code, out, err = call('itm_sweep', *argv); assert code == 0, out + err
-    assert len(finished(tmp_path/'runs')) == 4
-    assert early.items() <= finished(tmp_path/'runs').items(), 'a finished run was run again'
+    assert fingerprints(report) == before and '8 of them finished before' in out
+    assert finished(runs) == ends
 
 
 def test_two_drivers_share_a_folder(tmp_path):
     "No run is run twice: papermill starts exactly one notebook per run"
     f = small(tmp_path); both = [command('itm_sweep', f, '--runs', tmp_path/'runs', '--jobs', '1') for _ in range(2)]
-    for p in both: out, err = p.communicate(timeout=600); assert p.returncode == 0, out + err
-    assert len(finished(tmp_path/'runs')) == 4
+    said = []
+    for p in both: out, err = p.communicate(timeout=600); assert p.returncode == 0, out + err; said.append(out)
+    assert len(finished(tmp_path/'runs')) == 4 and all('oracle' in x and 'chance' in x for x in said)
     for log in (tmp_path/'runs'/'toy').glob('*/timing.jsonl'):
         steps = [json.loads(l)['step'] for l in log.read_text().splitlines()]
         assert steps == sorted(set(steps)), 'a run was done twice'

@@ -49,16 +49,15 @@ def made(folder):
 
 def test_cold_and_warm_runs_make_the_same_bytes_in_any_order(tmp_path):
     "Weights, ranks, logs, records: cold, forked, and forked in the opposite order"
-    spec, found = read_sweep(tiny(tmp_path)), {}
+    spec, found, warm = read_sweep(tiny(tmp_path)), {}, Warm()
     for how in ('cold', 'warm', 'reversed'):
         todo = entries(spec, 'toy', tmp_path/how, dict(progress=False))
-        warm = Warm()
         todo = todo[::-1] if how == 'reversed' else todo
         assert drive(todo, 1, start=launch if how == 'cold' else warm.start) == {}
         assert warm.lost is False and (warm.server is not None) == (how != 'cold')
-        warm.close()
         assert all((e.out/'run.ipynb').is_file() for e in todo)
         found[how] = made(tmp_path/how/'toy')
+    warm.close()
     assert len(found['cold']) > 10 and 'model.safetensors' in {x[1] for x in found['cold']}
     assert found['cold'] == found['warm'] == found['reversed']
 

@@ -160,7 +160,8 @@ from pathlib import Path
 from itm_nb.training import loop
 from itm_nb.training.config import Config
 from itm_nb.training.corpus import corpus
-cfg = Config(data='scan', batch=128, method='vsepp', warmup=0, epochs=1, text='mean', text_pool='mean', dim=64)
+cfg = Config(data='scan', batch=128, method='vsepp', warmup=0, epochs=1, text='mean', text_pool='mean', dim=64,
+             image_hidden=64)
 t = loop.prepare(cfg, corpus(cfg, sys.argv[1], workers=int(sys.argv[2])))
 for t.step in range(20): loop.train_step(t, *loop._batch(t, t.step))
 print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
