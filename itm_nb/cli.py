@@ -94,6 +94,12 @@ def _run_parser()->Parser:
                    help='train in N processes, then execute the notebook')
     return p
 
+def _publish(argv)->int:
+    "`itm_run publish`"
+    from itm_nb.analysis.model_card import publish_command
+    print('\n'.join(publish_command(argv)))
+    return 0
+
 @command
 def itm_run(argv=None)->int:
     "Run an experiment's notebook with parameters, strictly"
@@ -102,9 +108,7 @@ def itm_run(argv=None)->int:
         print('\n'.join(_help(argv[0])))
         return 0
     if argv[:1] == ['publish']:
-        from itm_nb.analysis.model_card import publish_command
-        print('\n'.join(publish_command(argv[1:])))
-        return 0
+        return _publish(argv[1:])
     p = _run_parser()
     a, work = p.parse_args(argv), execute
     if a.list:

@@ -178,7 +178,6 @@ def conclude(
     from itm_nb.metrics.statistics import spread
     from itm_nb.models.encode import scores_of
     from itm_nb.training.loop import encoded, gap_to_hardest
-    from itm_nb.training.trackers import tell_result
     from itm_nb.runs.records import keep_record, record
     device, more = t.accelerator.device, dict(collapsed=collapsed(t.history[-1], t.val.split))
     if values['search']:
@@ -199,13 +198,15 @@ def conclude(
                  last=t.history[-1],
                  curves=curves(run), **more)
     keep_record(run, rec)
-    tell_result(values.get('track', ''), run, _rows_of(rec['metrics']['test']), t.step)
-    finish_by_hand(run, 'train', values)
+    _close(values, run, rec['metrics']['test'], t.step)
     return rec
 
-def _rows_of(metrics)->list:
-    "A test's metrics as rows of a table"
-    return [dict(direction=d, **metrics[d], rsum=metrics['rsum']) for d in ('i2t', 't2i')]
+def _close(values, run, metrics, step):
+    "Tell a tracker the test's metrics, as a table; mark the run"
+    from itm_nb.training.trackers import tell_result
+    rows = [dict(direction=d, **metrics[d], rsum=metrics['rsum']) for d in ('i2t', 't2i')]
+    tell_result(values.get('track', ''), run, rows, step)
+    finish_by_hand(run, 'train', values)
 
 def _searched(values, run, t, more)->dict:
     "What is kept of a run that only tries settings: its validation; the test split stays closed"

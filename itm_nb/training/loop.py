@@ -50,7 +50,7 @@ from .checkpoint import (
     whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped)
 from .config import Config, current_names
 from .corpus import corpus, Corpus
-from .trackers import pick_sheets, tracking
+from .trackers import pick_sheets, put_pictures, tracking
 from ..data import tokenizers as tokens
 
 # %% ../../nbs/6_training/04_loop.ipynb #1c1ddfff
@@ -837,7 +837,7 @@ def _show_picks(t:Training, run:Path, data:Corpus):
     if t.track and (run/'picks.bin').is_file():
         sheets = pick_sheets(load_picks(run/'picks.bin'), t.train.split, data.world)
         if len(sheets):
-            t.track.pictures('picks', sheets, t.step)
+            put_pictures(t.track, 'picks', sheets, t.step)
 
 def fit(
     cfg:Config,

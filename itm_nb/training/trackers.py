@@ -70,7 +70,8 @@ class Track:
             raise SetupError(f"track {kind!r}: this package is not installed; pip install {kind} (with "
                              f"tensorboard: pip install 'itm_nb[track]'), or leave track out") from None
 
-    def _try(self, call, *args, **more):
+    def tell(self, call, *args, **more):
+        "Call the tracker; once it has failed, no more"
         if not self.ok:
             return
         try:
@@ -83,46 +84,48 @@ class Track:
     def settings(self, values:dict):
         "What the run was asked for"
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values.items()}
-        self._try(self.tracker.store_init_configuration, plain)
+        self.tell(self.tracker.store_init_configuration, plain)
 
     def line(self, line:dict):
         "The numbers of a line of the log"
-        self._try(self.tracker.log, scalars(line), step=line['step'])
-
-    def pictures(self,
-        name:str,
-        x:np.ndarray,    # (B, H, W, 3) uint8
-        step:int,
-    ):
-        "Pictures under one name"
-        if self.kind == 'trackio':
-            self._try(self._trackio_pictures, name, x, step)
-            return
-        more = dict(dataformats='NHWC') if self.kind == 'tensorboard' else {}
-        self._try(self.tracker.log_images, {name: x}, step=step, **more)
-
-    def _trackio_pictures(self, name, x, step):
-        "accelerate has no pictures for trackio"
-        import trackio
-        self.tracker.log({f'{name}/{i}': trackio.Image(im) for i, im in enumerate(x)}, step=step)
-
-    def table(self,
-        name:str,
-        rows:list,       # of dicts with the same names
-        step:int,
-    ):
-        "A table: a real one where the tracker has tables, else Markdown"
-        columns, cells = list(rows[0]), [list(r.values()) for r in rows]
-        if hasattr(self.tracker, 'log_table'):
-            self._try(self.tracker.log_table, name, columns, cells, step=step)
-            return
-        lines = [columns, ['---']*len(columns), *cells]
-        text = '\n'.join('| ' + ' | '.join(map(str, l)) + ' |' for l in lines)
-        self._try(self.tracker.log, {name: text}, step=step)
+        self.tell(self.tracker.log, scalars(line), step=line['step'])
 
     def close(self):
         "Everything is said"
-        self._try(self.tracker.finish)
+        self.tell(self.tracker.finish)
+
+def put_pictures(
+    track:Track,
+    name:str,
+    x:np.ndarray,    # (B, H, W, 3) uint8
+    step:int,
+):
+    "Pictures under one name"
+    if track.kind == 'trackio':
+        track.tell(_trackio_pictures, track.tracker, name, x, step)
+        return
+    more = dict(dataformats='NHWC') if track.kind == 'tensorboard' else {}
+    track.tell(track.tracker.log_images, {name: x}, step=step, **more)
+
+def _trackio_pictures(tracker, name, x, step):
+    "accelerate has no pictures for trackio"
+    import trackio
+    tracker.log({f'{name}/{i}': trackio.Image(im) for i, im in enumerate(x)}, step=step)
+
+def put_table(
+    track:Track,
+    name:str,
+    rows:list,       # of dicts with the same names
+    step:int,
+):
+    "A table: a real one where the tracker has tables, else Markdown"
+    columns, cells = list(rows[0]), [list(r.values()) for r in rows]
+    if hasattr(track.tracker, 'log_table'):
+        track.tell(track.tracker.log_table, name, columns, cells, step=step)
+        return
+    lines = [columns, ['---']*len(columns), *cells]
+    text = '\n'.join('| ' + ' | '.join(map(str, l)) + ' |' for l in lines)
+    track.tell(track.tracker.log, {name: text}, step=step)
 
 # %% ../../nbs/6_training/03_trackers.ipynb #7b67e50a
 def _seen(split, world, i, size):
@@ -203,5 +206,5 @@ def tell_result(
     if not kind or not rows:
         return
     track = Track(kind, run)
-    track.table('result', rows, step)
+    put_table(track, 'result', rows, step)
     track.close()
