@@ -797,10 +797,12 @@ class _Pace:
     def due(self, step)->bool:
         return bool(self.every and step % self.every == 0) or time.monotonic() - self.last >= self.seconds
 
-    def keep(self, t, run):
-        "Write one; the time it takes does not count"
+    def keep(self, t, run, last=False):
+        "Write one; its time does not count. After the last, nobody comes back before it is whole"
         if leads():
             _keep(t, run)
+        if last:
+            t.accelerator.wait_for_everyone()
         self.last = time.monotonic()
 
 def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
@@ -826,10 +828,8 @@ def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
         if ends:
             _validate(t, run, epoch)
         if keep or halt:
-            pace.keep(t, run)
+            pace.keep(t, run, halt)
         if halt:
-            # nobody leaves, and comes back, before the checkpoint is whole
-            t.accelerator.wait_for_everyone()
             raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
 
 def _show_picks(t:Training, run:Path, data:Corpus):
