@@ -73,7 +73,7 @@ def _bf16_here(about=Path('/proc/cpuinfo'))->list:
     "Lines of help where this processor multiplies in bf16"
     if not about.is_file() or 'avx512_bf16' not in about.read_text():
         return []
-    return ['', 'This processor multiplies in bf16: with "-p precision bf16" the towers take less time for a step;',
+    return ['', 'This processor multiplies in bf16: with "-p precision bf16" the towers take less time;',
             'losses and metrics stay fp32. What it changes in the metrics has not been measured over seeds.']
 
 def _run_parser()->Parser:

@@ -93,9 +93,6 @@ def _match(score:Callable, pos, out, missing, eps:float, ties:str, rows:int)->Ma
     "One direction: blocks of whole rows that have a right answer"
     R = np.diff(pos.indptr) + missing
     keep = np.flatnonzero(R)
-    if pos[keep].multiply(out[keep]).nnz:
-        raise DataError('ignore', 'pairs that are also right answers',
-                        'pairs that are neither right nor wrong')
     blocks = [keep[s] for s in block_slices(len(keep), rows)]
     got = [_match_block(score(q), pos[q], out[q], missing[q], eps, ties) for q in blocks]
     ap, rp, first = (torch.cat(x).cpu().numpy() for x in zip(*got)) if got else (np.zeros(0), np.zeros(0),
@@ -115,6 +112,141 @@ def _parts(scores)->tuple:
         return S if S.dtype == torch.float64 else S.float() if S.is_floating_point() else S.double()
     return part, *scores.shape
 
+def _by_blocks(part, sizes, right, out, lost, tie:float, ties:str, rows:int)->dict:
+    "Both directions, each in blocks of whole queries: three products of all with all"
+    (N, M), every, look = sizes, slice(None), Tally((0, 0), 0., ties)
+    for s in block_slices(N, rows):
+        look.see(part(s, every))
+    how = tie*look.max, ties, rows
+    column = lambda q: part(every, q).T.contiguous()
+    return dict(i2t=_match(lambda q: part(q, every), right['i2t'], out, lost['i2t'], *how),
+                t2i=_match(column, right['t2i'], out.T.tocsr(), lost['t2i'], *how))
+
+def _bars(S, R):
+    "(q,) the R-th best answer of a first block: no worse one counts. -inf where the block has fewer"
+    most = min(int(R.max()), S.shape[1])
+    if not most:
+        return np.full(len(R), np.inf)
+    top = S.topk(most, 1).values.cpu().double().numpy()
+    bar = np.where(R <= most, top[np.arange(len(R)), np.clip(R, 1, most) - 1], -np.inf)
+    return np.where(R > 0, bar, np.inf)
+
+class _Direction:
+    """One direction of a single pass: what stands before the best right answer is counted; of the wrong
+    answers those are kept that may be among the R best"""
+    def __init__(self, d, pos, out, missing, own, device):
+        self.d, self.pos, self.out, self.own = d, pos, out, own
+        n = np.diff(pos.indptr)
+        self.R = n + missing
+        best = np.full(len(n), -np.inf, own.numpy().dtype)
+        with np.errstate(invalid='ignore'):     # NaN: the pass says so
+            np.maximum.at(best, np.repeat(np.arange(len(n)), n), own.numpy())
+        self.best, self.bar = torch.from_numpy(best).to(device), np.full(len(n), np.nan)
+        self.kept = []
+
+    def without(self, S, at):   # at: slices of images and of sentences
+        "A block where what is no wrong answer scores -inf; before that the bars that it sets"
+        q = at[self.d]
+        inside = [x[at[self.d]][:,at[1 - self.d]].nonzero() for x in (self.out, self.pos)]
+        turned = [ij if self.d == 0 else ij[::-1] for ij in inside]
+        if not turned[1][0].size + turned[0][0].size and not np.isnan(self.bar[q.start]):
+            return S
+        S = S.clone()
+        S[tuple(torch.from_numpy(x.astype(np.int64)) for x in turned[0])] = -torch.inf
+        if np.isnan(self.bar[q.start]):
+            self.bar[q] = _bars(S if self.d == 0 else S.T, self.R[q])
+        S[tuple(torch.from_numpy(x.astype(np.int64)) for x in turned[1])] = -torch.inf
+        return S
+
+    def keep(self, S, at, slack):
+        "Remember the wrong answers above the bars"
+        bar = torch.from_numpy(self.bar[at[self.d]] - slack).to(S)
+        bar = torch.nextafter(bar, torch.full_like(bar, -torch.inf))        # the bar may have been rounded up
+        bar = bar[:,None] if self.d == 0 else bar
+        if S.device.type == 'cpu':
+            place = torch.from_numpy(np.flatnonzero((S.numpy() >= bar.numpy()) & (S.numpy() > -np.inf)))
+        else:
+            place = ((S >= bar) & (S > -torch.inf)).flatten().nonzero()[:,0]
+        q = (place // S.shape[1] if self.d == 0 else place % S.shape[1]) + at[self.d].start
+        self.kept.append((q.cpu(), S.flatten()[place].cpu()))
+
+def _matches(x, first, eps, slack, ties, rows=1024)->Matches:
+    "What was counted and kept, as metrics"
+    q, s = (torch.cat(y) for y in zip(*x.kept))
+    by = q.argsort(stable=True)
+    q, s, keep = q[by], s[by], np.flatnonzero(x.R)
+    ends = torch.searchsorted(q, torch.arange(len(x.R) + 1))
+    parts = [_some(x, keep[b], s, ends, eps, slack, ties) for b in block_slices(len(keep), rows)]
+    ap, rp = (torch.cat(y).numpy() for y in zip(*parts)) if parts else (np.zeros(0),)*2
+    n = np.diff(x.pos.indptr)[keep]
+    first = np.where(n > 0, first[keep], x.pos.shape[1])     # nothing to find: behind everything
+    return Matches(keep, x.R[keep].astype(np.int64), ap, rp, first, len(x.R) - len(keep))
+
+def _some(x, queries, s, ends, eps, slack, ties):
+    "(average precision, R-Precision) of some queries"
+    own, n = _ragged(x.own, torch.from_numpy(x.pos.indptr.astype(np.int64)), queries)
+    own = own.sort(dim=1, descending=True).values
+    real, R = own > -torch.inf, torch.from_numpy(x.R[queries])
+    cut = torch.where(real, tie_threshold(own, eps, ties), torch.inf)
+    wrong = _ragged(s, ends, queries)[0].sort(dim=1).values.contiguous()
+    k = torch.arange(1, own.shape[1] + 1)
+    place = k + wrong.shape[1] - torch.searchsorted(wrong, cut.contiguous())
+    known = cut.double() >= torch.from_numpy(x.bar[queries] - slack)[:,None]
+    hit = real & known & (place <= R[:,None])
+    return (hit*k/place.double()).sum(1)/R, hit.sum(1).double()/R
+
+def _ragged(x, ends, rows):
+    "Runs of different lengths as rows, -inf beyond; how long they are"
+    start, n = ends[rows], ends[rows + 1] - ends[rows]
+    k = torch.arange(max(int(n.max()), 1))
+    at = (start[:,None] + k).clamp(max=max(len(x) - 1, 0))
+    out = x[at] if len(x) else torch.zeros(at.shape, dtype=x.dtype)
+    return out.masked_fill(k >= n[:,None], -torch.inf), n
+
+def _one_pass(part, pairs, sizes, right, out, lost, tie:float, ties:str, cols=2048, rows=512):
+    "Both directions from one product of all with all; None where too much would have to be held"
+    N, M = sizes
+    like = part(slice(0, 1), slice(0, 1))
+    made = [_Direction(d, right[side], out if d == 0 else out.T.tocsr(), lost[side],
+                       pairs(*(right[side].nonzero()[::1 - 2*d])).cpu(), like.device)
+            for d, side in enumerate(('i2t', 't2i'))]
+    tally = Tally(sizes, tie, ties, device=like.device)
+    for c in block_slices(M, cols):
+        for r in block_slices(N, rows):
+            S, at = part(r, c), (r, c)
+            tally.see(S)
+            for x in made:
+                wrong = x.without(S, at)
+                tally.add(wrong, x.d, at[x.d], x.best[at[x.d]])
+                x.keep(wrong, at, tie*tally.reach)
+            if tally.lost or sum(len(s) for x in made for _, s in x.kept) > _HELD:
+                return None
+    first = [tally.close(x.d, x.best)[0].cpu().numpy() for x in made]
+    return {side: _matches(x, f, tie*tally.max, tie*tally.reach, ties)
+            for side, x, f in zip(('i2t', 't2i'), made, first)}
+
+_HELD = 2**25     # answers that may count, held during one pass
+
+def _pairs(scores, part):
+    "(images, sentences) -> that many scores, pair by pair"
+    if isinstance(scores, tuple):
+        dots = DotScores(*scores)
+        img, txt = dots.img, dots.txt
+        def dot(i, j):
+            i, j = (torch.from_numpy(np.asarray(x, dtype=np.int64)).to(img.device) for x in (i, j))
+            some = [(img.index_select(0, i[s]).float()*txt.index_select(0, j[s]).float()).sum(1)
+                    for s in block_slices(len(i), 1024)]
+            return torch.cat(some) if some else img.new_zeros(0).float()
+        return dot
+    def read(i, j):
+        i, j = (np.asarray(x, dtype=np.int64) for x in (i, j))
+        if isinstance(scores, Tensor):
+            S = scores.detach()[torch.from_numpy(i).to(scores.device), torch.from_numpy(j).to(scores.device)]
+        else:
+            S = torch.from_numpy(np.array(scores[i, j]))
+        return S if S.dtype == torch.float64 else S.float() if S.is_floating_point() else S.double()
+    return read
+
 @torch.no_grad()
 def many_positives(
     scores,  # (N, M) array or tensor, images in rows; or a pair of embeddings (N, D), (M, D)
@@ -124,24 +256,29 @@ def many_positives(
     ignore=None,                # pairs (N, M) left out of the ranking, e.g. half-true ones
     ties:str='pessimistic',     # or 'optimistic'
     tie:float=TIE,              # scores within this share of the largest |score| are a tie
-    rows:int=128,               # queries scored at once
+    rows:int=128,               # queries scored at once where one pass does not do
 )->dict:                        # {'i2t': Matches, 't2i': Matches}
     "mAP@R, R-Precision and first ranks of queries with several right answers, both directions"
     part, N, M = _parts(scores)
     if not isinstance(positives, dict) or not {'i2t', 't2i'} & set(positives):
         pos = relevant(positives, (N, M))
         positives = dict(i2t=pos, t2i=pos.T)
-    lost = positives.get('missing', {})
-    out, every, look = relevant(ignore, (N, M)), slice(None), Tally((0, 0), 0., ties)
+    lost, out = positives.get('missing', {}), relevant(ignore, (N, M))
+    shapes = dict(i2t=(N, M), t2i=(M, N))
+    right = {d: relevant(positives.get(d), shape) for d, shape in shapes.items()}
+    lost = {d: _missing(lost.get(d), shape[0]) for d, shape in shapes.items()}
+    _apart(right, out)
+    given = (N, M), right, out, lost, tie, ties
     with exact_matmul():
-        for s in block_slices(N, rows):
-            look.see(part(s, every))
-        i2t, t2i = (relevant(positives.get(d), shape) for d,shape in (('i2t', (N, M)), ('t2i', (M, N))))
-        lost = {d: _missing(lost.get(d), Q) for d, Q in (('i2t', N), ('t2i', M))}
-        how = tie*look.max, ties, rows
-        column = lambda q: part(every, q).T.contiguous()
-        return dict(i2t=_match(lambda q: part(q, every), i2t, out, lost['i2t'], *how),
-                    t2i=_match(column, t2i, out.T.tocsr(), lost['t2i'], *how))
+        found = _one_pass(part, _pairs(scores, part), *given) if tie > 0 else None
+        return found or _by_blocks(part, *given, rows)
+
+def _apart(right, out):
+    "DataError where a right answer is also ignored"
+    for pos, ignored in ((right['i2t'], out), (right['t2i'], out.T.tocsr())):
+        if pos.multiply(ignored).nnz:
+            raise DataError('ignore', 'pairs that are also right answers',
+                            'pairs that are neither right nor wrong')
 
 def match_summary(
     matches:dict,           # from `many_positives`

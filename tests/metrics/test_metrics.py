@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import sparse, stats
 
-from itm_nb.metrics import ranks as ranks_module, statistics
+from itm_nb.metrics import ranks as ranks_module, relevance, statistics
 from itm_nb.core.errors_files import DataError
 from itm_nb.metrics.ranks import (
     TIE, by_gallery, exact_matmul, galleries, mean_summary, Ranks, ranks, ranks_blocks, ranks_of, summary)
@@ -253,6 +253,35 @@ def test_many_positives_equal_brute_force():
             for k, (name, exact) in enumerate([('query', 1), ('R', 1), ('ap', 0), ('rp', 0), ('first', 1)]):
                 np.testing.assert_allclose(getattr(m, name), [w[k] for w in want], rtol=0,
                                            atol=0 if exact else 1e-12)
+
+
+@pytest.mark.parametrize('ties', ['pessimistic', 'optimistic'])
+@pytest.mark.parametrize('seed', range(6))
+def test_one_pass_in_small_blocks_gives_what_whole_rows_give(seed, ties):
+    "Ties, right answers that differ by direction, ignored pairs, missing answers, blocks smaller than R"
+    rng, passed = np.random.default_rng(seed), 0
+    for n in range(12):
+        N, M = rng.integers(20, 90, 2)
+        S = torch.tensor(rng.integers(-9, 10, (N, M))/8 if n % 3 == 0 else rng.standard_normal((N, M)))
+        S = S.float() if n % 2 else S
+        share = rng.choice([.02, .1, .4])
+        pos, ign = rng.random((N, M)) < share, rng.random((N, M)) < .1
+        if n % 4 == 1:
+            S = S + 2*torch.from_numpy(pos)
+        given = {d: relevance.relevant(x & ~y, x.shape) for d, x, y in (
+            ('i2t', pos, ign), ('t2i', (pos if n % 2 else rng.random((N, M)) < share).T, ign.T))}
+        lost = {d: rng.integers(0, 3, k)*(rng.random(k) < .2) for d, k in (('i2t', N), ('t2i', M))}
+        part, *sizes = relevance._parts(S)
+        args = sizes, given, relevance.relevant(ign, (N, M)), lost, TIE, ties
+        want = relevance._by_blocks(part, *args, 16)
+        for cols, rows in ((7, 9), (32, 16), (2048, 512)):
+            got = relevance._one_pass(part, relevance._pairs(S, part), *args, cols, rows)
+            if got is None:         # the largest score came as a surprise: whole rows are the answer
+                continue
+            passed += 1
+            for d, k in itertools.product(('i2t', 't2i'), ('query', 'R', 'first', 'ap', 'rp')):
+                np.testing.assert_allclose(getattr(got[d], k), getattr(want[d], k), rtol=0, atol=1e-12)
+    assert passed >= 24
 
 
 def test_identity_truth_gives_the_ranks():
