@@ -114,7 +114,7 @@ def _parts(scores)->tuple:
 
 def _by_blocks(part, sizes, right, out, lost, tie:float, ties:str, rows:int)->dict:
     "Both directions, each in blocks of whole queries: three products of all with all"
-    (N, M), every, look = sizes, slice(None), Tally((0, 0), 0., ties)
+    N, every, look = sizes[0], slice(None), Tally((0, 0), 0., ties)
     for s in block_slices(N, rows):
         look.see(part(s, every))
     how = tie*look.max, ties, rows

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PARTS', 'articles', 'swapped', 'neighbours', 'one_word', 'Part', 'Twins', 'World', 'make', 'twin_share',
-           'held_tau', 'aim_for', 'twin_foils', 'word_foils', 'read', 'reader_scores', 'kinds', 'language_leak',
-           'acceptance', 'true_pairs', 'VOCABULARY', 'Scenes', 'parse', 'truth', 'draw', 'show']
+           'held_tau', 'aim_for', 'twin_foils', 'word_foils', 'read', 'reader_scores', 'kinds', 'acceptance',
+           'true_pairs', 'VOCABULARY', 'Scenes', 'parse', 'truth', 'draw', 'show']
 
 # %% ../../nbs/2_scenes/03_dataset.ipynb #9d3ac75c
 from dataclasses import dataclass, replace
