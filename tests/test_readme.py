@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from itm_nb import cli
+from itm_nb.analysis import model_card
 from itm_nb.analysis.claims import SUPERSEDED
 from itm_nb.core import project
 from itm_nb.runs import parameters, sweep_plan
@@ -95,6 +96,8 @@ def test_commands_of_a_guide_are_understood(guide):
             cli._parser().parse_args([what, *more])
             assert what.endswith('.yaml') or sweep_plan.sweep_file(what).is_file(), what
             assert set(given_of(more)) <= {'folder', 'cache', 'models', 'workers', 'device'}
+        elif name == 'itm_run' and what == 'publish':
+            assert not more or model_card._publish_parser().parse_args(more)
         elif name == 'itm_run':
             assert set(given_of(more)) <= parameters.parameters(project.template(what)).keys(), more
 

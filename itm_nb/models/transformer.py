@@ -92,8 +92,7 @@ class Stream(nn.Module):
     def __init__(self,
         n_words:int,           # size of the vocabulary; 0 is padding
         dim:int=256,           # width
-        layers:int=4,
-        heads:int=4,
+        layers:int=4, heads:int=4,
         ffn:int=0,             # width of the inner layer; 0: four times the width
         longest:int=64,        # words of a sentence, its ends included
         d_in:int=0,            # length of a region's feature vector; 0: this stream never sees an image

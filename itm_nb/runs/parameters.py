@@ -176,6 +176,8 @@ def _check_there(name, path, kind):
         return
     if kind == 'scores':
         kind = 'file' if path.suffix in ('.npy', '.npz') else 'runs'
+    if kind == 'features':
+        kind = 'file' if path.suffix == '.npy' else 'folder'
     try:
         there = path.is_file() if kind == 'file' else path.is_dir()
     except OSError:

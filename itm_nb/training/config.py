@@ -32,8 +32,8 @@ class Setting:
     unit:str=''
     form:tuple=()       # of a text: a pattern, and the same in words
     words:tuple=()      # further values, of another type, e.g. 'known' for a number
-    # what must be there where a path is given: 'folder', 'file', finished 'run', 'runs' or 'scores'; 'out':
-    # is written
+    # what must be there where a path is given: 'folder', 'file', 'features' (a folder or an .npy file),
+    # finished 'run', 'runs' or 'scores'; 'out': is written
     place:str=''
     was:str=''          # its earlier name: still read, and what ids are hashed with
 
@@ -697,7 +697,7 @@ REPORTS |= dict(
         Setting('top', 8, 'answers to show', within=_N),
         Setting('run', '', "folder of a finished run; '': a small model is trained on the drawn world",
                 place='run'),
-        _like('folder', "data, pictures or features to search; '': the drawn world"), _PART,
+        _like('folder', "data, pictures or features to search; '': the drawn world", place='features'), _PART,
         _like('preset', 'of the drawn world'), _like('epochs', 'of the small model', default=6),
         _like('seed', 'of the small model and its world'), KNOWN['models'],
         _like('device', choices=('cpu', 'cuda')),
