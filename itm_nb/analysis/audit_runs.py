@@ -31,9 +31,10 @@ def run_vectors(
 )->tuple:                # (N, D) images, (M, D) sentences, Split, Corpus, settings
     "Vectors of a split by the best model of a run; raises DataError where it has none"
     from itm_nb.core.project import fold_file
-    from itm_nb.data.batches import Batches, Vocabulary
+    from itm_nb.data import tokenizers
     from itm_nb.models.encode import embed
     from itm_nb.models.factory import from_pretrained
+    from itm_nb.training.build import remembering
     from itm_nb.training.config import config, current_names
     from itm_nb.training.corpus import corpus, in_fold
     from itm_nb.training.loop import check_run
@@ -48,9 +49,10 @@ def run_vectors(
     # the photographs it has not seen
     if given.get('folds'):
         data = in_fold(data, fold_file(given['folds']), given['fold'])
-    split = data.split(part)
-    img, txt = embed(from_pretrained(run/'best', device),
-                     Batches(split, Vocabulary.load(run/'best'/'vocab.json'), device))
+    split, vocab = data.split(part), tokenizers.load(run/'best'/'vocab.json')
+    model = from_pretrained(run/'best', device)
+    data = remembering(model, data, vocab, (part,))
+    img, txt = embed(model, data.batches(split, vocab, device))
     if not isinstance(img, Tensor):
         raise DataError(run, 'a model without one vector per image', 'a model whose score is a dot product')
     return img.cpu(), txt.cpu(), split, data, settings
