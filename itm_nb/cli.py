@@ -409,7 +409,8 @@ def _check_inputs(todo):
     for name in {e.template for e in todo}:
         known = parameters(template(name))
         for e in (e for e in todo if e.template == name):
-            made = {k: '' for k, p in known.items() if p.rule and p.rule.place in ('out', 'folder', 'features')}
+            made = {k: '' for k, p in known.items()
+                    if p.rule and p.rule.place in ('out', 'folder', 'features')}
             made |= {k: '' for k in INPUTS if set(e.values.get(k, '').split(',')) & set(e.needs)}
             check_places(known, e.values | made | dict(data='scenes'))
 

@@ -155,7 +155,7 @@ CLAIMS = {   # claim -> short wording
     'TAGS-2': 'sharing weights with the generator keeps them hard',
     'TAGS-3': 'word discrimination and word correction help',
     'TAGS-4': 'synthetic negatives make a model robust to unseen foils'}
-SETS = dict(B='photographs, strong base', P='photographs, weak base', S='scenes')
+SETS = dict(B='photos, strong base', P='photos, weak base', S='scenes')
 VERDICTS = ('confirmed', 'refuted', 'reversed', 'unresolved', 'not testable',
             'not testable (base)', 'not run')   # the protocol's
 
