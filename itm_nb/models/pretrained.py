@@ -233,7 +233,8 @@ def _pool(name, also):
 # %% ../../nbs/4_models/01_pretrained.ipynb #cf8ff412
 def layer_stack(net):
     "Name of the list of modules that holds most weights, and the list"
-    lists = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    every = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [x for x in every if len(x[1]) > 1] or every             # a network may have one layer
     return max(lists, key=lambda x: sum(p.numel() for p in x[1].parameters()), default=('', ()))
 
 def layers(net:nn.Module)->int:

@@ -247,6 +247,23 @@ def test_looking_again_is_cheap(made, monkeypatch):
     monkeypatch.setattr(sealed_files, 'sha256_of', lambda p: pytest.fail('read again')); assert broken(out) == '' and run_folder.done(out)
 
 
+def test_an_audit_reads_a_model_by_its_own_tokenizer(tmp_path, monkeypatch):
+    "Word pieces, and a frozen network whose states are kept: the vectors are those that were ranked"
+    from itm_nb.analysis.audit_runs import run_vectors
+    from itm_nb.metrics.ranks import ranks, summary
+    monkeypatch.chdir(tmp_path); (tmp_path/'worlds').mkdir()
+    network = json.dumps(dict(model_type='bert', hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    out, _ = start(tokenizer='pieces', wordpiece_vocab=60, text_model=network, text_freeze='all', text_parts='net:-1:mean+bag', max_tokens=0)
+    img, txt, split, *_ = run_vectors(out)
+    rec = json.loads((out.parent/'records'/f'{out.name}.json').read_text())
+    at = split.gallery[split.img_of] == 0; own = np.flatnonzero(split.gallery == 0)
+    first = summary(ranks(img[own], txt[at], np.searchsorted(own, split.img_of[at])))['rsum']
+    assert len(img) == len(split) and len(txt) == len(split.captions) and 0 < first <= 600 and rec['metrics']['test']['rsum'] > 0
+    every = [summary(ranks(img[split.gallery == g], txt[split.gallery[split.img_of] == g],
+                           np.searchsorted(np.flatnonzero(split.gallery == g), split.img_of[split.gallery[split.img_of] == g])))['rsum'] for g in np.unique(split.gallery)]
+    assert abs(np.mean(every) - rec['metrics']['test']['rsum']) < 1e-6
+
+
 # ---- kills
 def same(out, whole): assert result(out) == result(whole) and content(out) == content(whole) and broken(out) == ''
 
