@@ -23,6 +23,15 @@ from .audit import (
     suspects, write_audit)
 
 # %% ../../nbs/8_analysis/05_audit_runs.ipynb #9f68d33d
+def _data_of(run, settings, folder):
+    "The data of a run; of a fold, the photographs it has not seen are its test part"
+    from itm_nb.core.project import fold_file
+    from itm_nb.training.config import config, current_names
+    from itm_nb.training.corpus import corpus, in_fold
+    data = corpus(config(current_names(settings)), folder)
+    given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
+    return in_fold(data, fold_file(given['folds']), given['fold']) if given.get('folds') else data
+
 def run_vectors(
     run,                 # folder of a finished run
     folder='',           # of its data, where they are not embedded
@@ -30,13 +39,10 @@ def run_vectors(
     device:str='cpu',
 )->tuple:                # (N, D) images, (M, D) sentences, Split, Corpus, settings
     "Vectors of a split by the best model of a run; raises DataError where it has none"
-    from itm_nb.core.project import fold_file
     from itm_nb.data import tokenizers
     from itm_nb.models.encode import embed
     from itm_nb.models.factory import from_pretrained
     from itm_nb.training.build import remembering
-    from itm_nb.training.config import config, current_names
-    from itm_nb.training.corpus import corpus, in_fold
     from itm_nb.training.loop import check_run
     run = Path(run)
     at = run/'last'/'state.json'
@@ -44,11 +50,7 @@ def run_vectors(
         raise DataError(run, 'no checkpoint', 'the folder of a finished run')
     check_run(run)
     settings = read_json(at)['state']['config']
-    data = corpus(config(current_names(settings)), folder)
-    given = read_json(run/'params.json') if (run/'params.json').is_file() else {}
-    # the photographs it has not seen
-    if given.get('folds'):
-        data = in_fold(data, fold_file(given['folds']), given['fold'])
+    data = _data_of(run, settings, folder)
     split, vocab = data.split(part), tokenizers.load(run/'best'/'vocab.json')
     model = from_pretrained(run/'best', device)
     data = remembering(model, data, vocab, (part,))
