@@ -96,7 +96,7 @@ def _negatives_part(rec):
     if not rec.get('picks'):
         return ('This method takes all other pairs of a batch as negatives and picks none, so no log of '
                 'picks exists.')
-    lines = ['| source | side | picks in the log | mean score | own pair scores higher by | secretly true |',
+    lines = ['| source | side | picks in the log | mean score | own pair scores higher by | false negatives |',
              '|---|---|---:|---:|---:|---:|']
     share = lambda v: 'unknown' if v is None else f'{100*v:.1f} %'
     for source, sides in rec['picks'].items():
@@ -114,9 +114,9 @@ def _audit_part(rows):
     rules = [r for r in dict.fromkeys(rows.rule) if r]
     rule = rules[0] if rules else ''
     said = ('Nobody has judged pairs of this data, so the table says how hard negatives are, not how many of '
-            'them are secretly true.')
+            'them are false negatives.')
     if rule:
-        said = ('Which of the hard negatives of this model are secretly true, by the rule '
+        said = ('How many hard negatives of this model are false negatives, by the rule '
                 f'*{escape_markup(rule)}*.')
     return said + '\n\n' + audit_markdown(rows, rule)
 

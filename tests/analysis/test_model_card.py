@@ -124,13 +124,13 @@ def test_the_card_says_what_the_record_says(shapes, tmp_path):
     ):
         assert f'\n## {part}\n' in text
     assert f"{test['i2t']['r1']:.1f}" in text and 'a single run' in text and 'drawn pictures' in text
-    # of the log of picks, last epoch; secretly true is known in the drawn world
+    # of the log of picks, last epoch; what is false is known in the drawn world
     for source, sides in rec['picks'].items():
         for side, p in sides.items():
             assert f"| {source} | " in text and f"| {p['n'][-1]} | {p['score'][-1]:.3f} |" in text
             assert f"{100 * p['false'][-1]:.1f} %" in text
     assert (
-        'secretly true, by the rule *truth*' in text
+        'are false negatives, by the rule *truth*' in text
         and json.loads((tmp_path / 'out' / 'record.json').read_text()) == rec
     )
     assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (
@@ -303,14 +303,13 @@ except DataError as e: print('refused:', 'OWNER/NAME' in str(e))
 '''
 
 
+def python(argv, env, folder):
+    "A process of its own"
+    return subprocess.run([sys.executable, *argv], env=env, cwd=folder, capture_output=True, text=True)
+
+
 def test_published_to_an_endpoint_and_had_from_there(shapes, endpoint, tmp_path):
-    done = subprocess.run(
-        [sys.executable, '-m', 'itm_nb', 'run', 'publish', str(shapes), 'someone/shapes'],
-        env=endpoint,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = python(['-m', 'itm_nb', 'run', 'publish', str(shapes), 'someone/shapes'], endpoint, tmp_path)
     assert done.returncode == 0 and done.stdout.rstrip().endswith('/someone/shapes'), done.stderr[-800:]
     kept = Hub.kept['someone/shapes']
     assert set(kept) == {'README.md', 'record.json', 'config.json', 'model.safetensors', 'vocab.json'}
@@ -319,13 +318,7 @@ def test_published_to_an_endpoint_and_had_from_there(shapes, endpoint, tmp_path)
         and b'model-index' in kept['README.md']
     )
     assert {who for _, who in Hub.asked} <= {'Bearer hf_made_up', None}
-    done = subprocess.run(
-        [sys.executable, '-c', GET, str(shapes / 'best' / 'model.safetensors')],
-        env=endpoint,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = python(['-c', GET, str(shapes / 'best' / 'model.safetensors')], endpoint, tmp_path)
     assert done.returncode == 0, done.stderr[-1500:]
     first, last = done.stdout.splitlines()[-2:]
     assert first == "['config.json', 'model.safetensors', 'vocab.json'] (1, 16)" and last == 'refused: True'
@@ -333,13 +326,7 @@ def test_published_to_an_endpoint_and_had_from_there(shapes, endpoint, tmp_path)
 
 def test_without_a_network_one_line_says_what_to_do(shapes, tmp_path):
     env = os.environ | dict(HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, '-m', 'itm_nb', 'run', 'publish', str(shapes), 'someone/shapes'],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = python(['-m', 'itm_nb', 'run', 'publish', str(shapes), 'someone/shapes'], env, tmp_path)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and '--to FOLDER' in line and 'hf auth login' in line
 
