@@ -96,7 +96,7 @@ def _negatives_part(rec):
     if not rec.get('picks'):
         return ('This method takes all other pairs of a batch as negatives and picks none, so no log of '
                 'picks exists.')
-    lines = ['| source | side | picks in the log | mean score | own pair scores higher by | false negatives |',
+    lines = ['| source | side | picks in the log | mean score | own pair higher by | false negatives |',
              '|---|---|---:|---:|---:|---:|']
     share = lambda v: 'unknown' if v is None else f'{100*v:.1f} %'
     for source, sides in rec['picks'].items():
@@ -116,7 +116,7 @@ def _audit_part(rows):
     said = ('Nobody has judged pairs of this data, so the table says how hard negatives are, not how many of '
             'them are false negatives.')
     if rule:
-        said = ('How many hard negatives of this model are false negatives, by the rule '
+        said = ('How many hard negatives of it are false negatives, by the rule '
                 f'*{escape_markup(rule)}*.')
     return said + '\n\n' + audit_markdown(rows, rule)
 
