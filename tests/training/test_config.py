@@ -39,7 +39,10 @@ def test_papermill_reads_every_cell_of_parameters_itself(name, caplog):
     from papermill.translators import PythonTranslator
     with caplog.at_level(logging.DEBUG): found = PythonTranslator.inspect(NotebookNode(source=''.join(cell(name)['source'])))
     assert [(p.name, p.default) for p in found] == [(s.name, repr(s.default)) for s in TEMPLATES[name]] and not caplog.records
-    assert all(p.help == s.comment for p, s in zip(found, TEMPLATES[name]))
+    # a long list of choices goes on in the lines below, which papermill does not read
+    assert all(p.help and s.comment.startswith(p.help) for p, s in zip(found, TEMPLATES[name]))
+    told = ' '.join(''.join(cell(name)['source']).replace('\n', ' ').replace('#', ' ').split())
+    assert all(' '.join(s.comment.replace('#', ' ').split()) in told for s in TEMPLATES[name])
 
 
 def test_config_has_the_declared_fields():
