@@ -208,7 +208,7 @@ _CONDITION = dict(name=str, says=str, of=(dict, str), path=str, at_least=(int, f
                   above=(int, float), split=str, collapsed=int, tried=int)
 _BASE = dict(sweeps=list, ran=str, official=str, roles=dict)
 _AGAIN = dict(date=str, why=str, sets=dict)
-_SET_AGAIN = dict(about=str, like=str, sweeps=dict)
+_SET_AGAIN = dict(about=str, like=str, sweeps=dict, official=dict)   # official: of a set with folds
 _ADDED = ('errata', 'preconditions', 'again')    # what is not registered
 _BLOCK = re.compile(rb'^(?:errata|preconditions|again):[^\n]*\n(?:[ \t-][^\n]*(?:\n|\Z)|\n)*', re.M)
 
@@ -248,9 +248,10 @@ def _judged_again(path, spec)->dict:
         if name in sets or s['like'] not in spec['sets']:
             raise DataError(path, f'set {name} like {s["like"]}',
                             f'a new name, like one of {list(spec["sets"])}')
-        if odd := set(s['sweeps']) - set(spec['tests']):
+        official = s.get('official', {})
+        if odd := {*s['sweeps'], *official} - set(spec['tests']):
             raise DataError(path, f'set {name} on {sorted(odd)}', f'tests {list(spec["tests"])}')
-        own = {x for sweeps in s['sweeps'].values() for x in sweeps}
+        own = {x for asked in (s['sweeps'], official) for sweeps in asked.values() for x in sweeps}
         first = sets[s['like']]
         sets[s['like']] = first | dict(but=sorted(own | set(first.get('but', ()))))
         sets[name] = spec['sets'][s['like']] | {k: v for k, v in s.items() if k != 'like'}
@@ -492,10 +493,12 @@ def base_table(
                       *told, ''])
 
 # %% ../../nbs/8_analysis/02_claims.ipynb #230b74af
-def _of_test(records, s, name, t)->list:
-    "The records by which a set judges a test"
+def _of_test(records, mine, s, name, t)->list:
+    "The records by which a set judges a test: its own, or seeds on the official split"
+    if name in s.get('official', {}):
+        return [r for r in records if r['sweep'] in s['official'][name]]
     sweeps = s.get('sweeps', {}).get(name, []) if 'sweeps' in s else t.get('sweeps')
-    return [r for r in records if sweeps is None or r['sweep'] in sweeps]
+    return [r for r in mine if sweeps is None or r['sweep'] in sweeps]
 
 def verdicts(
     records:list,                # from `read_records`, with those of audits
@@ -508,7 +511,7 @@ def verdicts(
         mine, todo = (_within(records, s, preset),
                       {k: t for k, t in tests['tests'].items() if name in t.get('on', tests['sets'])})
         lines = {k: [] for k in todo}
-        of = {k: _of_test(mine, s, k, t) for k, t in todo.items()}
+        of = {k: _of_test(records, mine, s, k, t) for k, t in todo.items()}
         for k, t in todo.items():
             for c in t['contrasts']:
                 metric, delta = (c.get('metric', s['metric']),
