@@ -20,6 +20,7 @@ from pathlib import Path
 from .core.commands import suggest, check_place, command, number, Parser, SetupError
 from .core.errors_files import read_json
 from .core.project import project, read_yaml, template
+from .data.layouts import found_folder
 from .runs.execution import execute, start
 from .runs.identity import INPUTS, source_hash
 from .runs.parameters import check_places, Parameter, parameters
@@ -182,7 +183,7 @@ def itm_data(argv=None)->int:
             raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes':
         return _scenes_info()
-    if not Path(a.path).is_dir():
+    if found_folder(a.path) is None:
         raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
         for line in info_layout(a.path, a.layout, a.name, **reading):
@@ -401,8 +402,9 @@ def _check_given(a):
     places = dict(a.p)
     if places.get('cache'):
         check_place(places['cache'], 'cache')
-    for k in ('folder', 'models'):
-        if places.get(k) and not Path(places[k]).is_dir():
+    there = dict(folder=found_folder, models=lambda x: Path(x).is_dir())
+    for k, look in there.items():
+        if places.get(k) and not look(places[k]):
             raise SetupError(f'{k} {places[k]!r}: no such folder; correct -p {k}')
 
 def _check_inputs(todo):
@@ -419,7 +421,7 @@ def _has_data(todo):
     "Refuse a sweep on data that is not there, before anything is started"
     for e in todo:
         folder = e.values.get('folder', '')
-        if e.values.get('data') in ('scan', 'images') and not Path(folder or '?').is_dir():
+        if e.values.get('data') in ('scan', 'images') and not found_folder(folder or '?'):
             raise SetupError(f'data folder {folder!r} is not there; wanted the folder of the data set: -p '
                              f'folder PATH')
 
@@ -536,19 +538,6 @@ def _report(a, todo)->int:
         print(f)
     return code
 
-# %% ../nbs/9_cli.ipynb #9ma1nc02
-def main(argv=None)->int:
-    "`python -m itm_nb COMMAND ...`: the commands by their short names"
-    argv = sys.argv[1:] if argv is None else argv
-    known = dict(run=itm_run, sweep=itm_sweep, data=itm_data, search=itm_search, readme=itm_readme)
-    if argv[:1] and argv[0] in known:
-        return known[argv[0]](argv[1:])
-    asked = argv[:1] in ([], ['-h'], ['--help'])
-    hint = '' if asked else f'no command called {argv[0]!r}{suggest(argv[0], known)}; '
-    said = f'{hint}python -m itm_nb {{{",".join(known)}}} ...; each has --help'
-    print(said, file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
-
 # %% ../nbs/9_cli.ipynb #b1e5d0c1
 def _bench_budget(text):
     "A length of time, or the word full"
@@ -664,3 +653,19 @@ def _bench(a, b)->int:
     for f in ('bench.html', 'bench.md', 'records'):
         print(b.home/f)
     return max((c for c in codes if c != RESUMABLE), default=0)
+
+# %% ../nbs/9_cli.ipynb #9ma1nc02
+def main(argv=None)->int:
+    "`python -m itm_nb COMMAND ...`: the commands by their short names"
+    argv = sys.argv[1:] if argv is None else argv
+    from itm_nb.analysis.site import itm_docs
+    from itm_nb.models.released_checkpoints import itm_convert
+    every = itm_run, itm_sweep, itm_data, itm_search, itm_readme, itm_bench, itm_convert, itm_docs
+    known = {f.__name__.removeprefix('itm_'): f for f in every}
+    if argv[:1] and argv[0] in known:
+        return known[argv[0]](argv[1:])
+    asked = argv[:1] in ([], ['-h'], ['--help'])
+    hint = '' if asked else f'no command called {argv[0]!r}{suggest(argv[0], known)}; '
+    said = f'{hint}python -m itm_nb {{{",".join(known)}}} ...; each has --help'
+    print(said, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2

@@ -139,9 +139,17 @@ def _class(node:ast.ClassDef, comments, place='')->str:
     return _entry('class', head, _text(node), _table(rows, ('', ''), 'field'),
                   f'\n*Errors*: {errors}\n' if errors else '', place, '\n'.join(methods), colons=4)
 
+def _own_value(node, name):
+    "What a name is given: of `a, b = 1, 2` the part that is its own"
+    for t in node.targets if isinstance(node, ast.Assign) else ():
+        names = [x.id for x in t.elts if isinstance(x, ast.Name)] if isinstance(t, ast.Tuple) else []
+        if name in names and isinstance(node.value, ast.Tuple) and len(names) == len(node.value.elts):
+            return node.value.elts[names.index(name)]
+    return node.value
+
 def _value(node, name, comments, place='')->str:
     "A constant: what its comment says, and its value where it is short"
-    text = ast.unparse(node.value)
+    text = ast.unparse(_own_value(node, name))
     shown = f'\n```python\n{name} = {text}\n```\n' if len(text) <= 400 else ''
     return _entry('data', name, plain(_said(node, node.lineno, comments)) + '\n', shown, place)
 

@@ -7,12 +7,15 @@ __all__ = ['PhotoIndex', 'negatives']
 
 # %% ../../nbs/8_analysis/15_photo_index.ipynb #e33829a5
 import hashlib
+import inspect
 import io
 import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +24,13 @@ from PIL import Image, ImageOps
 
 from .search import (
     find_images, find_sentences, read, search, Shelf, SUFFIXES, word_gains)
+from ..core.commands import check_place, SetupError
 from ..core.errors_files import DataError, sha256_of, write_atomic
 from ..core.names import in_folder
 from ..data import tokenizers
 from ..data.batches import Batches
 from ..data.known_pairs import mark_pair, read_pairs
-from ..data.layouts import as_prepared, LAYOUTS, recognise
+from ..data.layouts import as_prepared, found_folder, LAYOUTS, recognise
 from ..data.pixels import decode, FORMATS
 from ..data.safe_files import look
 from ..data.splits import fingerprint, Split
@@ -41,19 +45,25 @@ from ..training.fine_tune import pair_config
 from ..training.loop import check_run, load_picks
 
 # %% ../../nbs/8_analysis/15_photo_index.ipynb #7c1d18e1
-def _picture_files(folder)->tuple:   # (relative names, how many were left out)
-    "All pictures below a folder, in their order"
-    found, out = [], 0
+def _picture_files(folder)->list:
+    "Relative names of all that is called a picture below a folder, in their order"
+    found = []
     for at, folders, names in os.walk(folder):
         folders[:] = sorted(d for d in folders if not d.startswith('.'))
-        for name in sorted(n for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith('.')):
-            path = Path(at)/name
-            try:
-                look(in_folder(path, folder))
-                found.append(path.relative_to(folder).as_posix())
-            except DataError:
-                out += 1
-    return found, out
+        found += [(Path(at)/name).relative_to(folder).as_posix() for name in sorted(names)
+                  if Path(name).suffix.lower() in SUFFIXES and not name.startswith('.')]
+    return found
+
+def _whole(folder, names)->list:
+    "Those names that are pictures of the folder; no links out of it, nothing damaged"
+    found = []
+    for name in names:
+        try:
+            look(in_folder(folder/name, folder))
+            found.append(name)
+        except DataError:
+            continue
+    return found
 
 def _said(folder, cfg)->dict:
     "{relative name: (sentences, part)}, where the folder has captions; {} where it has none"
@@ -64,9 +74,33 @@ def _said(folder, cfg)->dict:
         return {}
     if layout.table is None:
         return {}
-    table = as_prepared(layout.table(folder, **more))
+    takes = inspect.signature(layout.table).parameters
+    table = as_prepared(layout.table(folder, **{k: v for k, v in more.items() if k in takes}))
     return {Path(os.path.relpath(table.root/e.file, folder)).as_posix(): (e.captions, e.part)
             for e in table.entries}
+
+def _inside(folder):
+    "What reads all pictures of a data set that are no files of its folder; None where they are files"
+    if not any(any(folder.glob(p)) for l in LAYOUTS.values() if l.pictures for p in l.files):
+        return None
+    try:
+        return LAYOUTS[recognise(folder)].pictures
+    except DataError:
+        return None
+
+def _shown(folder, cfg)->tuple:   # (folder the pictures lie in, N names, how many are left out, as `_said`)
+    "All pictures of a folder, or of the data set that it is; raises DataError where there are none"
+    if (read := _inside(folder)) is not None:
+        table = as_prepared(read(folder, cfg.columns))
+    if read is None or table.root == folder:
+        root, names, said = folder, _picture_files(folder), _said(folder, cfg)
+    else:
+        root, names = table.root, [e.file for e in table.entries]
+        said = {e.file: (e.captions, e.part) for e in table.entries}
+    whole = _whole(root, names)
+    if not whole:
+        raise DataError(folder, 'no pictures', f'files that end in {", ".join(SUFFIXES)}', 'Check the path.')
+    return root, whole, len(names) - len(whole), said
 
 def _as_split(folder, names, said)->tuple:   # (Split, (M,) bool: was the sentence written by somebody?)
     "All pictures as a split; where nothing was said, the name of the file stands for a sentence"
@@ -144,11 +178,42 @@ def _sentence_vectors(shelf, weights, place)->np.ndarray:
     width = read(shelf, said[:1]).shape[1]
     return stored(place/f'sentences-{key[:16]}.npy', key, (len(said), width), blocks, {})[1]
 
+# %% ../../nbs/8_analysis/15_photo_index.ipynb #6a1f0e02
+_MANY = 100_000      # vectors
+_CLOSE = 1e-4        # how far two sums of the same products of unit vectors may lie apart
+
+def _near(
+    x:torch.Tensor,    # (N, D) vectors of all pictures
+)->tuple:              # ((queries, k) -> as `search`, or None for the product with all; in words)
+    "How the nearest of many are found"
+    if len(x) < _MANY:
+        return None, ''
+    if find_spec('faiss') is None:
+        return None, 'by the product with all vectors, for faiss is not there (pip install faiss-cpu)'
+    import faiss
+    index, longest = faiss.IndexFlatIP(x.shape[1]), x.norm(dim=1).max()
+    index.add(x.numpy())
+    return partial(_by_faiss, index, x, longest), 'by faiss, exactly'
+
+def _by_faiss(index, x, longest, q, k)->tuple:
+    "As `search(q, x, k)`, from the candidates of a flat index"
+    wide = 2*k + 64
+    if not 1 <= k or wide >= len(x):
+        return search(q, x, k)
+    found, at = (torch.from_numpy(a) for a in index.search(q.float().numpy(), wide))
+    at = at.sort(dim=1).values                     # a stable sort by score then leaves ties in this order
+    score = torch.bmm(x[at], q.float()[:, :, None])[..., 0]
+    order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
+    best = score.gather(1, order)
+    if not (found[:, -1] < best[:, -1] - _CLOSE*longest*q.norm(dim=1)).all():
+        return search(q, x, k)
+    return at.gather(1, order), best
+
 # %% ../../nbs/8_analysis/15_photo_index.ipynb #9406640a
 @dataclass(eq=False)
 class PhotoIndex:
     "All pictures of a folder under a model"
-    folder:Path
+    folder:Path          # the pictures lie in
     names:list           # N relative names
     part:list            # N parts; '' where there is none
     shelf:Shelf          # model, vocabulary, split, (N, D) and (M, D) vectors
@@ -158,6 +223,7 @@ class PhotoIndex:
     left_out:int         # files that are links out of the folder, or no pictures
     picked:dict = field(default_factory=dict)   # picture -> [(sentence, times, score)]: negatives in training
     method:str = ''      # how the run was trained; '': it was not
+    how:str = ''         # how the nearest of many are found; '': by the product with all
 
     def __len__(self):
         return len(self.names)
@@ -174,7 +240,8 @@ class PhotoIndex:
 
     def like(self, i:int, k:int=12)->list:   # of (picture, score)
         "The pictures most like one"
-        at, score = search(self.shelf.img[i:i+1], self.shelf.img, k+1)
+        near = self.shelf.near or (lambda q, k: search(q, self.shelf.img, k))
+        at, score = near(self.shelf.img[i:i+1], k+1)
         return [(j, s) for j, s in zip(at[0].tolist(), score[0].tolist()) if j != i][:k]
 
     def own(self, i:int)->list:   # of indices of sentences
@@ -295,28 +362,40 @@ def open_index(
     tell=lambda done, all: None,   # told how many pictures are encoded
 )->PhotoIndex:
     "Open a folder for search; raises DataError where there is nothing to search or no model"
-    folder = Path(folder).resolve()
-    if not folder.is_dir():
-        raise DataError(folder, 'no such folder', 'a folder of pictures', 'Check the path.')
-    names, left_out = _picture_files(folder)
-    if not names:
+    asked, folder = folder, found_folder(folder)
+    if folder is None:
+        raise DataError(asked, 'no such folder', 'a folder of pictures', 'Check the path.')
+    folder = folder.resolve()
+    marks = _checked_marks(marks) if marks else folder/'false_negatives.csv'
+    if os.path.lexists(marks):
+        read_pairs(marks)                    # a damaged list is told before anything is encoded
+    if _inside(folder) is None and not _picture_files(folder):
         raise DataError(folder, 'no pictures', f'files that end in {", ".join(SUFFIXES)}', 'Check the path.')
     model, vocab, cfg, weights, state = _open_model(run, models)
     torch.set_num_threads(max(cfg.threads, min(workers, os.cpu_count() or 1)))
-    said = _said(folder, cfg)
-    split, written = _as_split(folder, names, said)
+    at, names, left_out, said = _shown(folder, cfg)
+    split, written = _as_split(at, names, said)
     run = Path(run)
     place = run.with_name(f'{run.name}.search') if state else Path('runs')/'search'/run.name
     img = _vectors(model, cfg, weights, split.files, place, workers, tell)
     shelf = Shelf(model, vocab, Batches(split, vocab, pixels=_Unseen(len(names), cfg.size)), img, None)
     shelf.img, shelf.txt = (torch.from_numpy(np.array(x))
                             for x in (img, _sentence_vectors(shelf, weights, place)))
-    marks = Path(marks) if marks else folder/'false_negatives.csv'
-    index = PhotoIndex(folder, names, [said.get(f, ((), ''))[1] for f in names], shelf, written, place, marks,
+    shelf.near, how = _near(shelf.img)
+    index = PhotoIndex(at, names, [said.get(f, ((), ''))[1] for f in names], shelf, written, place, marks,
                        left_out)
     train = _trained_here(run, cfg, folder, state, models) if state else None
     more = {} if train is None else dict(picked=_picked(run, train, index))
-    return replace(index, method=cfg.method if state else '', **more)
+    return replace(index, method=cfg.method if state else '', how=how, **more)
+
+def _checked_marks(path)->Path:
+    "A file for marks that can be written, in a folder that is there"
+    path = check_place(path, 'marks', folder=False)
+    if not path.parent.is_dir():
+        raise SetupError(f'marks {str(path)!r}: there is no folder {path.parent}; make it, or give another '
+                         'place')
+    check_place(path.parent, 'marks')
+    return path
 
 class _Unseen:
     "In place of pixels that nobody asks for: all pictures are encoded already"

@@ -88,6 +88,7 @@ class Shelf:
     img:object            # N encodings of images
     txt:object            # M encodings of sentences
     world:object = None   # the drawn world the split belongs to, where there is one
+    near:Callable = None  # (Q, D) vectors, k -> as `search` in img; None: the product with all of them
 
     @property
     def split(self)->Split:
@@ -227,6 +228,8 @@ def find_images(
     for q in queries:
         _asked(s.vocab, q)
     txt = read(s, list(queries))
+    if s.near is not None:
+        return s.near(txt, k)
     return top_k(lambda r, c: s.model.matrix(s.img[c], txt[r]).T, len(queries), len(s.img), k, **block)
 
 @torch.no_grad()

@@ -355,6 +355,7 @@ def search_command(
             bar.total = all_
             bar.update(done - bar.n)
         index = open_index(a.run, a.photos, a.models, a.marks, tell=tell)
-    print(f'{len(index):,} pictures, {int(index.written.sum()):,} sentences; marks go to {index.marks}')
+    how = f'; found {index.how}' if index.how else ''
+    print(f'{len(index):,} pictures, {int(index.written.sum()):,} sentences{how}; marks go to {index.marks}')
     _serve(index, a.port, not a.no_browser)
     return 0

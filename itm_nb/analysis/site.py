@@ -341,8 +341,14 @@ def mathml(
 )->str:                  # HTML
     "A formula as MathML; raises SetupError where it cannot be read"
     from latex2mathml.converter import convert
+    bare = re.sub(r'\\.', '', tex)
     try:
-        return convert(tex, display='block' if display else 'inline')
+        if bare.count('{') != bare.count('}'):         # some versions close what is left open
+            raise ValueError('braces that do not match')
+        made = convert(tex, display='block' if display else 'inline')
+        if odd := re.search(r'\\[A-Za-z]+', made):        # what is not known is left as it stands
+            raise ValueError(f'{odd[0]} is not known')
+        return made
     except Exception as e:
         why = f'{type(e).__name__}: {e}'
         raise SetupError(f'the formula {tex!r} cannot be read ({why}); write it otherwise') from e
@@ -416,11 +422,19 @@ _CSS = """
 .itm-formula { overflow-x: auto; margin: 1rem 0; }
 math { font-size: 1.08em; }
 html[data-theme="dark"] .bd-content img { background: #fff; filter: none; padding: 4px; border-radius: 4px; }
-.sd-card .sd-card-img-top { background: #fff; padding: 6px; height: 12rem; object-fit: contain; }
+.sd-card .sd-card-img-top { background: #fff; padding: 6px; max-height: 18rem; object-fit: contain; }
 .sd-card-body p { overflow-wrap: anywhere; }
 table.dataframe { font-size: .85rem; }
+.bd-sidebar-primary { flex: 0 0 15rem; }
+.bd-sidebar-secondary { flex: 0 0 14rem; }
+.bd-main .bd-content .bd-article-container { max-width: 75em; }
+.bd-article p, .bd-article li { max-width: 48em; }
 .bd-article table { display: block; overflow-x: auto; max-width: 100%; }
 """
+
+# pages without pages below them: nothing to choose from beside them, and room for their tables
+_ALONE = ('figures/RESULTS.md', 'gallery.md', 'nbs/glossary', 'nbs/how_sure', 'CHANGELOG.md', 'CONTRIBUTING.md',
+          'README.md')
 
 def _settings(root)->dict:
     "Settings of Sphinx; names come from settings.ini"
@@ -437,7 +451,8 @@ def _settings(root)->dict:
         suppress_warnings=['myst.header'],   # some notebooks go from # to ###; pages show it as it is
         html_theme='pydata_sphinx_theme', html_title=own['title'],
         html_static_path=['_static'], html_css_files=['itm.css'], html_copy_source=False,
-        html_show_sourcelink=False, html_theme_options=dict(
+        html_show_sourcelink=False, html_sidebars={p.removesuffix('.md'): [] for p in _ALONE},
+        html_theme_options=dict(
             navigation_with_keys=False, header_links_before_dropdown=7, show_toc_level=2,
             collapse_navigation=True, navigation_depth=2, secondary_sidebar_items=['page-toc'],
             footer_start=['copyright'], footer_end=[]))

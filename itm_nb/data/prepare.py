@@ -25,7 +25,7 @@ from ..core.errors_files import DataError, sha256_of, write_atomic
 from ..core.names import in_folder
 from ..core.random import purpose_key, uniform
 from .layouts import (
-    captions_table, home, LAYOUTS, open_layout, prepared, recognise, SPLITS, SPLITS_FORMAT)
+    captions_table, found_folder, home, LAYOUTS, open_layout, prepared, recognise, SPLITS, SPLITS_FORMAT)
 from .pixels import FORMATS
 from .safe_files import look
 
@@ -187,9 +187,9 @@ def prepare(
 )->Prepared:
     """Find copies, give every picture a part, write `splits.json`; raises DataError, and then nothing is
     written"""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(folder, 'no such folder', 'a folder of pictures', 'Check the path.')
+    asked, folder = folder, found_folder(folder)
+    if folder is None:
+        raise DataError(asked, 'no such folder', 'a folder of pictures', 'Check the path.')
     layout, name, table = _table_of(folder, layout, columns, separator)
     path, old = home(table)/SPLITS, prepared(folder)
     if os.path.lexists(path) and not old:

@@ -16,6 +16,7 @@ from numbers import Integral
 from pathlib import Path
 
 from ..core.commands import suggest, check_place, check_text, SetupError
+from ..data.layouts import found_folder
 from ..training.config import (
     check, check_method, check_together, current_names, declared, Setting)
 
@@ -189,7 +190,8 @@ def _check_there(name, path, kind):
     if kind == 'features':
         kind = 'file' if path.suffix == '.npy' else 'folder'
     try:
-        there = path.is_file() if kind == 'file' else path.is_dir()
+        there = (path.is_file() if kind == 'file' else
+                 bool(found_folder(path)) if name == 'folder' else path.is_dir())
     except OSError:
         there = False
     if not there:

@@ -66,8 +66,32 @@ def test_every_formula_is_read():
 
 @docs
 def test_a_formula_that_cannot_be_read_is_refused():
-    with pytest.raises(ValueError, match='cannot be read'):
-        site.mathml(r'\frac{1')
+    for tex in (r'\frac{1', 'x^2^3', r'\nosuchword{x}', r'\left( a'):
+        with pytest.raises(ValueError, match='cannot be read'):
+            site.mathml(tex)
+    assert site.mathml(r'\{a\}').count('<mo ') == 2
+
+
+def test_a_name_is_shown_with_its_own_value(tmp_path):
+    "Of `a, b = 1, 2` each name has its part"
+    import ast
+    from itm_nb.analysis.api_pages import _own_value
+    for line, want in (("a, b = 'x', {1: 2}", dict(a="'x'", b='{1: 2}')), ('a = 1, 2', dict(a='(1, 2)')),
+                       ('a, b = f()', dict(a='f()', b='f()')), ('a: int = 3', dict(a='3'))):
+        node, = ast.parse(line).body
+        assert {k: ast.unparse(_own_value(node, k)) for k in want} == want
+    site.write_sources(ROOT, tmp_path)
+    page = (tmp_path/'api'/'data'/'layouts.md').read_text('utf-8')
+    assert "SPLITS = 'splits.json'" in page and "SPLITS = (" not in page
+
+
+def test_pages_beside_which_nothing_stands_are_pages(tmp_path):
+    "Their names are those of pages that are written; only pages without pages below them"
+    from itm_nb.analysis.site import _ALONE, _settings
+    site.write_sources(ROOT, tmp_path)
+    for name in _settings(ROOT)['html_sidebars']:
+        assert any((tmp_path/f'{name}{end}').is_file() for end in ('.md', '.ipynb')), name
+    assert len(_ALONE) == 7 and 'toctree' not in (tmp_path/'gallery.md').read_text('utf-8')
 
 
 @docs

@@ -80,3 +80,37 @@ def test_help_of_an_experiment_names_every_parameter_once_the_common_ones_first(
     assert names[:10] == 'data folder model method epochs batch lr seed device out'.split()
     assert [l for l in lines if l.endswith(':')] == ['common:', 'data:', 'model:', 'method:', 'training:',
                                                      'this run:']
+
+
+def console_commands():
+    "{name: where its function is} of settings.ini"
+    import configparser
+    read = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    read.read(ROOT/'settings.ini')
+    return dict(x.split('=') for x in read['DEFAULT']['console_scripts'].split())
+
+
+@pytest.mark.parametrize('name', console_commands())
+def test_every_console_command_is_reachable_without_one_on_the_path(name, capsys):
+    "`python -m itm_nb NAME` says what NAME itself says: of its help, and of an argument that nobody knows"
+    import importlib
+    from itm_nb.cli import main
+    module, function = console_commands()[name].split(':')
+    alone = getattr(importlib.import_module(module), function)
+    for argv in (['--help'], ['--no-such-thing']):
+        said = []
+        for call in (lambda: alone(argv), lambda: main([name.removeprefix('itm_'), *argv])):
+            try:
+                code = call()
+            except SystemExit as e:
+                code = e.code
+            said.append((code, capsys.readouterr()))
+        assert said[0] == said[1] and said[0][0] == (0 if argv == ['--help'] else 2)
+        assert name in said[0][1].out + said[0][1].err
+
+
+def test_the_commands_of_the_module_are_those_of_settings_ini(capsys):
+    from itm_nb.cli import main
+    assert main(['--help']) == 0
+    listed = capsys.readouterr().out.split('{')[1].split('}')[0].split(',')
+    assert sorted(f'itm_{n}' for n in listed) == sorted(console_commands())
