@@ -433,8 +433,8 @@ table.dataframe { font-size: .85rem; }
 """
 
 # pages without pages below them: nothing to choose from beside them, and room for their tables
-_ALONE = ('figures/RESULTS.md', 'gallery.md', 'nbs/glossary', 'nbs/how_sure', 'CHANGELOG.md', 'CONTRIBUTING.md',
-          'README.md')
+_ALONE = ('figures/RESULTS.md', 'gallery.md', 'nbs/glossary', 'nbs/how_sure', 'CHANGELOG.md',
+          'CONTRIBUTING.md', 'README.md')
 
 def _settings(root)->dict:
     "Settings of Sphinx; names come from settings.ini"
