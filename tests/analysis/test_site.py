@@ -1,6 +1,7 @@
 """The site: no warning, no broken link, nothing from the network. Partly skipped without the extra `docs`."""
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,3 +129,37 @@ def test_counts_of_a_report(tmp_path):
     (tmp_path/'tests'/'a.py').unlink()
     conftest.write_report(at, {}, 'three')
     assert list(json.loads(at.read_text())) == ['tests/b.py']
+
+
+def committed(name):
+    "The text of a file as it is committed"
+    done = subprocess.run(['git', 'show', f'HEAD:{name}'], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f'{name} is not committed here')
+    return done.stdout
+
+
+def test_the_committed_page_shows_the_committed_counts():
+    "`.ci/how_sure` writes both"
+    counted = json.loads(committed('figures/tests.json'))
+    page = [''.join(o['data']['text/markdown']) for c in json.loads(committed('nbs/how_sure.ipynb'))['cells']
+            for o in c.get('outputs', ()) if 'text/markdown' in o.get('data', {})]
+    commit, = {r['commit'] for r in counted.values()}
+    hostile = [r for f, r in counted.items() if f.startswith('tests/attacks/')]
+    numbers = ' | '.join(str(sum(r[k] for r in hostile)) for k in ('passed', 'skipped', 'failed'))
+    assert sum(f'Reports of commit: {commit}.' in t for t in page) == 2
+    assert any(f'| hostile files and texts | {numbers} |' in t for t in page)
+
+
+@pytest.mark.parametrize('report, why', (
+    ({'tests/test_house.py': 'a'}, 'not of a full run'),
+    ({p.relative_to(ROOT).as_posix(): str(len(p.name)) for p in (ROOT/'tests').rglob('test_*.py')},
+     'run all tests at one')))
+def test_a_report_of_a_part_or_of_several_commits_is_refused(tmp_path, report, why):
+    found = {f: dict(passed=1, skipped=0, failed=0, commit=c) for f, c in report.items()}
+    (tmp_path/'tests.json').write_text(json.dumps(found))
+    page = ROOT/'nbs'/'how_sure.ipynb'
+    before = page.read_bytes(), (ROOT/'figures'/'tests.json').exists()
+    done = subprocess.run([ROOT/'.ci'/'how_sure', tmp_path/'tests.json'], capture_output=True, text=True)
+    assert done.returncode == 1 and why in done.stderr
+    assert (page.read_bytes(), (ROOT/'figures'/'tests.json').exists()) == before

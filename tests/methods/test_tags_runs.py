@@ -63,12 +63,22 @@ def test_devices_do_not_change_a_run(tmp_path):
         assert max(far.values()) < 1e-6, sorted(far.items(), key=lambda x: -x[1])[:5]
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "The run of an arm that nobody killed, made once: every killed one is held against it"
+    @cache
+    def run_of(arm):
+        at = tmp_path_factory.mktemp(arm)/'whole'
+        fit(cfg_of(arm), at, data(), progress=False, every=3)
+        return at
+    return run_of
+
+
 @pytest.mark.parametrize('step', [5, 17])
 @pytest.mark.parametrize('arm', ['two', 'unshared'])
-def test_killed_and_resumed(arm, step, tmp_path):
+def test_killed_and_resumed(arm, step, whole, tmp_path):
     "SIGKILL in the lesson and among the sentences; the writer that learns apart, the tally and its notes come back too"
-    cfg, ways = cfg_of(arm), [tmp_path/'whole', tmp_path/'killed']
-    fit(cfg, ways[0], data(), progress=False, every=3)
+    cfg, ways = cfg_of(arm), [whole(arm), tmp_path/'killed']
     pid = os.fork()
     if pid == 0:
         try: fit(cfg, ways[1], data(), progress=False, every=3, on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
