@@ -394,8 +394,8 @@ def _between(S, lo, hi, d):
     at = np.flatnonzero(within)
     return [torch.from_numpy(x) for x in np.divmod(at, S.shape[1])]
 
-class _ByWholeNumbers:
-    "Counts for both directions from products of whole numbers; `ranks` is None where too much is in doubt"
+class _WholeNumbers:
+    "Vectors, the same as whole numbers, the bars between which a score is in doubt, and what was counted"
     # sentences in the order of their images `home`
     def __init__(self, img, txt, home, ties, tie, rows, cols):
         self.img, self.txt, self.home, self.ties, self.tie = img, txt, home, ties, tie
@@ -420,75 +420,75 @@ class _ByWholeNumbers:
         "The lowest and the highest place that a bar can have for scores that are off by so much"
         return pos.double() - self.room[0] - off, pos.double() + self.room[1] + off
 
-    def block(self, r, c, out):
-        "Count a block; row, column and direction of what is in doubt"
-        S = out[:r.stop-r.start,:c.stop-c.start].copy_(torch._int_mm(self.a[r], self.b[c].T))
-        j = torch.arange(c.start, c.stop)
-        j = j[(self.home[c] >= r.start) & (self.home[c] < r.stop)]
-        mine = self.home[j] - r.start, j - c.start
-        S[mine] = 0.                                   # the largest score of the others
-        lo, hi = S.aminmax()
-        self.tops[r.start, c.start] = float(torch.maximum(-lo, hi))*self.unit + float(self.eps.max())
-        S[mine] = -torch.inf                           # own answers never stand before one another
-        self.seen += S.numel()
+def _count_block(m, r, c, out):
+    "Count a block; row, column and direction of what is in doubt"
+    S = out[:r.stop-r.start,:c.stop-c.start].copy_(torch._int_mm(m.a[r], m.b[c].T))
+    j = torch.arange(c.start, c.stop)
+    j = j[(m.home[c] >= r.start) & (m.home[c] < r.stop)]
+    mine = m.home[j] - r.start, j - c.start
+    S[mine] = 0.                                   # the largest score of the others
+    lo, hi = S.aminmax()
+    m.tops[r.start, c.start] = float(torch.maximum(-lo, hi))*m.unit + float(m.eps.max())
+    S[mine] = -torch.inf                           # own answers never stand before one another
+    m.seen += S.numel()
+    found = []
+    for d, at in enumerate((r, c)):
+        lo, hi = (x[at] for x in m.bars[d])
+        m.counts[d][at] += _reaching(S, hi, d)
+        i, j = _between(S, lo, hi, d)
+        found.append(torch.stack([i + r.start, j + c.start, torch.full_like(i, d)]))
+    return torch.cat(found, 1)
+
+def _settle(m, c, found):
+    "Decide by scores in fp32; keep what even rounding could turn over"
+    for d, pos in enumerate((m.best, m.own)):
+        i, j, _ = found[:,found[2] == d]
+        S, q = _some_scores(m.img, m.txt[c], i, j - c.start), j if d else i
+        lo, hi = m.around(pos[q], 2*m.rounding)
+        m.counts[d].index_add_(0, q, (S >= hi).long())
+        near = (S >= lo) & (S < hi)
+        m.near.append(torch.stack([i, j, torch.full_like(i, d)])[:,near])
+
+def _largest(m)->float:
+    "The largest |score| of all, from the blocks that may hold it"
+    most = float(m.own.abs().max())
+    shape = {r.start: r for r in m.R}, {c.start: c for c in m.C}
+    for (r, c), top in sorted(m.tops.items(), key=lambda x: -x[1]):
+        if top <= most:
+            break
+        lo, hi = (m.img[shape[0][r]] @ m.txt[shape[1][c]].T).aminmax()
+        most = max(most, float(torch.maximum(-lo, hi)))
+    return most
+
+def _walk_whole(m)->bool:
+    "Count all; False where too much is in doubt for this to be worth while"
+    out = torch.empty(m.R[0].stop, m.C[0].stop)
+    for c in m.C:
         found = []
-        for d, at in enumerate((r, c)):
-            lo, hi = (x[at] for x in self.bars[d])
-            self.counts[d][at] += _reaching(S, hi, d)
-            i, j = _between(S, lo, hi, d)
-            found.append(torch.stack([i + r.start, j + c.start, torch.full_like(i, d)]))
-        return torch.cat(found, 1)
-
-    def settle(self, c, found):
-        "Decide by scores in fp32; keep what even rounding could turn over"
-        for d, pos in enumerate((self.best, self.own)):
-            i, j, _ = found[:,found[2] == d]
-            S, q = _some_scores(self.img, self.txt[c], i, j - c.start), j if d else i
-            lo, hi = self.around(pos[q], 2*self.rounding)
-            self.counts[d].index_add_(0, q, (S >= hi).long())
-            near = (S >= lo) & (S < hi)
-            self.near.append(torch.stack([i, j, torch.full_like(i, d)])[:,near])
-
-    def largest(self)->float:
-        "The largest |score| of all, from the blocks that may hold it"
-        most = float(self.own.abs().max())
-        shape = {r.start: r for r in self.R}, {c.start: c for c in self.C}
-        for (r, c), top in sorted(self.tops.items(), key=lambda x: -x[1]):
-            if top <= most:
-                break
-            lo, hi = (self.img[shape[0][r]] @ self.txt[shape[1][c]].T).aminmax()
-            most = max(most, float(torch.maximum(-lo, hi)))
-        return most
-
-    def walk(self)->bool:
-        "Count all; False where too much is in doubt for this to be worth while"
-        out = torch.empty(self.R[0].stop, self.C[0].stop)
-        for c in self.C:
-            found = []
-            for r in self.R:
-                found.append(self.block(r, c, out))
-                self.doubts += found[-1].shape[1]
-                if self.doubts > self.seen//64 + 2**16:
-                    return False
-            self.settle(c, torch.cat(found, 1))
-            if sum(x.shape[1] for x in self.near) > self.seen//2**14 + 2**12:
+        for r in m.R:
+            found.append(_count_block(m, r, c, out))
+            m.doubts += found[-1].shape[1]
+            if m.doubts > m.seen//64 + 2**16:
                 return False
-        return True
+        _settle(m, c, torch.cat(found, 1))
+        if sum(x.shape[1] for x in m.near) > m.seen//2**14 + 2**12:
+            return False
+    return True
 
-    def ranks(self, order):
-        "Ranks, with sentences in their own order; None where `walk` gives up"
-        if not self.walk():
-            return None
-        (i, j, d), most = torch.cat(self.near, 1), self.largest()
-        S = tile_scores(self.img, self.txt, i, j, *self.shape)
-        cuts = [tie_threshold(x, self.tie*most, self.ties) for x in (self.best, self.own)]
-        for side, q in enumerate((i, j)):
-            at = d == side
-            self.counts[side].index_add_(0, q[at], (S[at] >= cuts[side][q[at]]).long())
-        i2t, t2i = self.counts
-        i2t[self.best == -torch.inf] = len(self.txt)                # images that nobody asks for
-        back = t2i if order is None else torch.empty_like(t2i).index_copy_(0, order, t2i)
-        return Ranks(i2t.numpy(), back.numpy())
+def _ranks_whole(m, order):
+    "Ranks, with sentences in their own order; None where `_walk_whole` gives up"
+    if not _walk_whole(m):
+        return None
+    (i, j, d), most = torch.cat(m.near, 1), _largest(m)
+    S = tile_scores(m.img, m.txt, i, j, *m.shape)
+    cuts = [tie_threshold(x, m.tie*most, m.ties) for x in (m.best, m.own)]
+    for side, q in enumerate((i, j)):
+        at = d == side
+        m.counts[side].index_add_(0, q[at], (S[at] >= cuts[side][q[at]]).long())
+    i2t, t2i = m.counts
+    i2t[m.best == -torch.inf] = len(m.txt)                # images that nobody asks for
+    back = t2i if order is None else torch.empty_like(t2i).index_copy_(0, order, t2i)
+    return Ranks(i2t.numpy(), back.numpy())
 
 @torch.no_grad()
 def quick_ranks(
@@ -507,7 +507,7 @@ def quick_ranks(
     home = img_of if order is None else img_of[order]
     if not _fits(img, txt, ties, rows, cols):
         return None
-    return _ByWholeNumbers(img, txt, home, ties, tie, rows, cols).ranks(order)
+    return _ranks_whole(_WholeNumbers(img, txt, home, ties, tie, rows, cols), order)
 
 # %% ../../nbs/3_metrics/00_ranks.ipynb #0f3a51c4
 def ranks(

@@ -767,8 +767,8 @@ def _write_best(t:Training, at:Path, weights:dict)->dict:   # name -> SHA-256
     return {p.name: sha256_of(p) for p in sorted(at.iterdir())}
 
 def _write(t:Training, run:Path, tensors:dict, state:dict, best:bool):
-    """A checkpoint: what it stands on reaches the disk first. Steps go on meanwhile, so nothing that they change
-    is read here"""
+    """A checkpoint: what it stands on reaches the disk first. Steps go on meanwhile, so nothing that they
+    change is read here"""
     try:
         if best:
             state['sealed']['best'] = t.best_files = _write_best(t, run/'best.new', _under(tensors, 'model.'))
@@ -889,7 +889,6 @@ def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
             pace.keep(t, run, halt)
         if halt:
             raise Stopped(f'{run}: stopped after step {t.step} of {t.steps}; run it again to go on')
-    t.aside.wait()
 
 def _show_picks(t:Training, run:Path, data:Corpus):
     "Pictures of what was pushed apart at the end, for a tracker"

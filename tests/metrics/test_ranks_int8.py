@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from itm_nb.core.errors_files import DataError
 from itm_nb.metrics import ranks as module
-from itm_nb.metrics.ranks import quick_ranks, ranks, tie_threshold, tile_scores, tiles_agree, TIE
+from itm_nb.metrics.ranks import quick_ranks, ranks, tile_scores, tiles_agree, TIE
 
 torch.set_num_threads(1)
 
@@ -104,8 +104,8 @@ def test_scores_at_the_very_bar_are_taken_from_the_product_itself():
     for k in free:                           # a shorter copy of the best sentence of another image
         i = (img_of[k] + 1) % 64
         txt[k] = (1 - TIE*float(S.abs().max()/best[i])*g.uniform(.98, 1.02))*txt[at[i]]
-    made = module._ByWholeNumbers(img, txt, torch.from_numpy(img_of), 'pessimistic', TIE, 32, 128)
-    found = made.ranks(None)
+    made = module._WholeNumbers(img, txt, torch.from_numpy(img_of), 'pessimistic', TIE, 32, 128)
+    found = module._ranks_whole(made, None)
     assert sum(x.shape[1] for x in made.near) > 60
     same(found, ranks(img, txt, img_of, rows=32, cols=128))
 
@@ -125,8 +125,8 @@ def test_images_that_nobody_asks_for():
 def test_most_is_decided_without_fp32():
     "A thirtieth of the entries at most is looked at again, and a thousandth of these twice"
     img, txt, img_of = planted(np.random.default_rng(1), 1000, 5000, 256, noise=4.)
-    made = module._ByWholeNumbers(img, txt, torch.from_numpy(img_of), 'pessimistic', TIE, 512, 2048)
-    same(made.ranks(None), ranks(img, txt, img_of))
+    made = module._WholeNumbers(img, txt, torch.from_numpy(img_of), 'pessimistic', TIE, 512, 2048)
+    same(module._ranks_whole(made, None), ranks(img, txt, img_of))
     assert 0 < made.doubts < made.seen/30 and sum(x.shape[1] for x in made.near) < made.doubts/10
 
 

@@ -186,12 +186,6 @@ def test_a_write_that_fails_does_not_hide_what_ended_the_run(world, tmp_path, mo
         raise FULL[0]
     monkeypatch.setattr(loop, 'save_checkpoint', full)
 
-    def told(step):
-        if step == 2:
-            return
-        raise ZeroDivisionError('mine')
-    real = loop._go_on
-
     def fall(t, *a):
         loop._keep(t, tmp_path)
         raise ZeroDivisionError('mine')
