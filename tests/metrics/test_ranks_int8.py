@@ -1,4 +1,7 @@
 """Ranks by whole numbers of 8 bits are the ranks by fp32 blocks, one by one, whatever the vectors."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -194,3 +197,18 @@ def test_a_tile_has_the_bits_of_its_block():
     assert torch.equal(tile_scores(a, b, i, j, 100, 300), (a @ b.T)[i, j])
     S = torch.cat([a[:64] @ b.T, a[64:] @ b.T])
     assert torch.equal(tile_scores(a, b, i, j, 64, 300), S[i, j])
+
+
+def test_the_benchmark_holds_them_against_their_goal(tmp_path):
+    "The cells of the page, at a small size: all ranks equal, and a row for the table at the end"
+    page = Path(__file__).parents[2]/'nbs'/'experiments'/'benchmark.ipynb'
+    cells = [''.join(c['source']) for c in json.loads(page.read_text())['cells'] if c['cell_type'] == 'code']
+    last = next(i for i, x in enumerate(cells) if "write('evaluation', rows)" in x)
+    room = {}
+    for at, text in enumerate(cells[:last+1]):
+        exec(text, room)
+        if at == 0:
+            room.update(images=250, captions=1250, dim=64, rounds=2, figures=str(tmp_path))
+    row = next(r for r in room['GOALS'] if 'whole numbers' in r['work'])
+    assert row['goal'] == .6 and row['measured'] > 0 and row['results'] == 'equal (1,500 ranks)'
+    assert 'count, whole numbers' in (tmp_path/'benchmark_evaluation.csv').read_text()
