@@ -113,8 +113,7 @@ class Training:
     meter:Tensor = None
     log_bytes:int = 0
     pick_bytes:int = 0
-    # hashes so far
-    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))
+    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))  # hashes
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     new_best:bool = False            # is the best model still to be written?
     aside:_Aside = field(default_factory=_Aside)     # writes checkpoints
