@@ -27,7 +27,7 @@ from torch import Tensor
 from ..core.errors_files import DataError, read_json, sha256_of, write_atomic
 from ..core.random import uniform
 from ..data.scan_layout import open_npy
-from ..metrics.ranks import exact_matmul
+from ..metrics.ranks import exact_matmul, off_by, whole_numbers
 from ..models.similarity import are_vectors
 
 # %% ../../nbs/5_methods/03_offline_mining.ipynb #3341f07c
@@ -175,26 +175,6 @@ def _halved(q, k):
 _LEAST = np.iinfo(np.int32).min
 _MOST = 2**23     # places that may still belong, held for a block of rows
 
-def _int8(x, rows=8192):
-    "Vectors as whole numbers of 8 bits, the step between two of them, (n,) lengths of what rounding took"
-    lo, hi = (float(y) for y in x.aminmax())
-    step = max(-lo, hi)/127 or 1.
-    out, off = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.double)
-    for a in range(0, len(x), rows):
-        y = x[a:a+rows]/step
-        z = y.round()
-        out[a:a+rows] = z.to(torch.int8)
-        off[a:a+rows] = y.sub_(z).norm(dim=1)*(1.001*step)      # the quotients are rounded as well
-    return out, step, off
-
-def _off_by(q, k, off_q, off_k)->np.ndarray:   # (N,)
-    """How far products of whole numbers may be from those of the vectors: never more than Cauchy and Schwarz
-    allow; in long vectors seven standard deviations of the sum of many roundings, if that is less"""
-    far, most, worst = q.norm(dim=1).double() + off_q, k.norm(dim=1).max().double(), off_k.max()
-    parts = torch.stack([off_q*most, far*worst])
-    eps = torch.minimum(parts.sum(0), 7*parts.norm(dim=0)/q.shape[1]**.5)
-    return (eps + far*most*2**-23).numpy()
-
 def _kept(row, col, z, n, h, gap):
     "Of a pool of products, by row: those at most `gap` below the h-th of their row, and that floor"
     by = row.argsort(kind='stable')
@@ -237,8 +217,8 @@ def _pool(q, k, own_q, own_k, h, gap, cols):
 class _Whole:
     "Queries and keys as whole numbers of 8 bits, and how far their products may be off"
     def __init__(self, q, k):
-        (self.q, step_q, off_q), (self.k, step_k, off_k) = _int8(q), _int8(k)
-        self.eps, self.unit = _off_by(q, k, off_q, off_k), step_q*step_k
+        (self.q, step_q, off_q), (self.k, step_k, off_k) = whole_numbers(q), whole_numbers(k)
+        self.eps, self.unit = off_by(q, k, off_q, off_k), step_q*step_k
 
     def block(self, at, own_q, own_k, h, wide, cols):
         """Of the queries `at`: (n, w) ids, -1 beyond; (n,) what is left out scores less than this; did too

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.distributed import leads
+from ..core.errors_files import DataError
 from ..core.sealed_files import sync
 from ..data.batches import Batches
 from ..data.splits import Split
@@ -47,12 +48,16 @@ def embed(
 def rank_encoded(
     encoded:list,     # of (model, images, sentences): the scores of several models are averaged
     split:Split,
+    search:str='fp32',   # or 'int8', for the vectors of one model: see `ranks`
 )->Ranks:
     """Ranks of encodings, each image and sentence inside its own gallery; beyond them it holds a block of
     scores"""
     (model, img, txt), n = encoded[0], len(encoded)
     if n == 1 and are_vectors(img):
-        return galleries(img, txt, split.img_of, split.gallery)
+        return galleries(img, txt, split.img_of, split.gallery, search=search)
+    if search != 'fp32':
+        raise DataError('search', repr(search), "'fp32' where scores are no products of two vectors",
+                        'Leave it out for such a model, or for several.')
     def rank(i, j, own):
         here = [(m, a[torch.as_tensor(i, device=a.device)], b[torch.as_tensor(j, device=b.device)])
                 for m, a, b in encoded]
@@ -81,9 +86,10 @@ def scores_of(
 def rank_split(
     model:nn.Module,
     batches:Batches,
+    search:str='fp32',   # see `rank_encoded`
 )->Ranks:
     "Ranks of a whole split"
-    return rank_encoded([(model, *embed(model, batches))], batches.split)
+    return rank_encoded([(model, *embed(model, batches))], batches.split, search)
 
 # %% ../../nbs/4_models/10_encode.ipynb #e3911e9f
 def save_ranks(path, r:Ranks):

@@ -13,6 +13,7 @@ import resource
 import shutil
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -23,9 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn, Tensor
 from tqdm import tqdm
 
+from ..core.commands import one_line
 from ..core.distributed import devices, leads
 from ..core.errors_files import DataError, sha256_of, write_atomic
 from ..core.random import order, purpose_key
@@ -52,6 +55,43 @@ from .corpus import corpus, Corpus
 from .trackers import pick_sheets, put_pictures, tracking
 from ..data import tokenizers as tokens
 
+# %% ../../nbs/6_training/04_loop.ipynb #5e71f0a9
+class _Aside:
+    "One piece of work at a time in a thread beside the training, which is told where it failed"
+    def __init__(self):
+        self.threads, self.work = ThreadPoolExecutor(1, 'checkpoint'), None
+
+    def begin(self, work:Callable, *args):
+        "Call it there; the one before must have been waited for"
+        self.work = self.threads.submit(work, *args)
+
+    def look(self):
+        "Raise what it failed with, if it has; never waits"
+        if self.work is not None and self.work.done():
+            self.wait()
+
+    def wait(self):
+        "Until it is done; raises what it failed with"
+        if self.work is None:
+            return
+        wait([self.work])               # who is interrupted here can come back and wait again
+        done, self.work = self.work, None
+        done.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        "Nobody leaves before it is done; an error that is on its way goes first"
+        try:
+            self.wait()
+        except Exception as e:
+            if error is None:
+                raise
+            warnings.warn(f'the last checkpoint was not written ({e})')
+        finally:
+            self.threads.shutdown()
+
 # %% ../../nbs/6_training/04_loop.ipynb #1c1ddfff
 @dataclass
 class Training:
@@ -72,9 +112,10 @@ class Training:
     meter:Tensor = None
     log_bytes:int = 0
     pick_bytes:int = 0
-    # hashes so far
-    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))
+    running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))  # hashes
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
+    new_best:bool = False            # is the best model still to be written?
+    aside:_Aside = field(default_factory=_Aside)     # writes checkpoints
     code:str = ''                    # hash of the method's source where it is not the package's own
     told:dict = field(default_factory=dict)      # last loss and validation, for the bar
     track:object = None              # a `Track` that is told the log, or None
@@ -384,7 +425,7 @@ def _pack(t:Training)->tuple:   # (tensors, state)
         tensors |= {f'opt.{i}.{k}': v for k, v in s.items()}
     for i, o in enumerate(_keepers(t)):
         tensors |= {f'owner.{i}.{k}': v for k, v in o.state_dict().items()}
-    return tensors, dict(step=t.step, best=list(t.best), history=t.history, log_bytes=t.log_bytes,
+    return tensors, dict(step=t.step, best=list(t.best), history=list(t.history), log_bytes=t.log_bytes,
                          pick_bytes=t.pick_bytes,
                          sealed={k: h.hexdigest() for k, h in t.running.items()} | dict(best=t.best_files),
                          config=asdict(t.cfg), prints=t.prints, code=t.code)
@@ -714,26 +755,40 @@ def _validate(t:Training, run:Path, epoch:int):
     told = {k: v for o in t.stateful() if hasattr(o, 'monitor') for k, v in o.monitor().items()}
     _say(t, run, step=t.step, epoch=epoch, val=m, **(dict(monitor=told) if told else {}))
     if m['rsum'] > t.best[0]:
-        t.best = (m['rsum'], epoch)
-        if leads():
-            _new_best(t, run/'best.new')
+        t.best, t.new_best = (m['rsum'], epoch), True
 
-def _new_best(t:Training, at:Path):
+def _write_best(t:Training, at:Path, weights:dict)->dict:   # name -> SHA-256
     "The best model so far, on the disk; its place it takes after the checkpoint that knows it"
     shutil.rmtree(at, ignore_errors=True)
-    save_pretrained(t.core, at)
+    save_pretrained(t.core, at, weights)
     t.vocab.save(at/'vocab.json')
     for p in (*at.iterdir(), at):
         sync(p)
-    t.best_files = {p.name: sha256_of(p) for p in sorted(at.iterdir())}
+    return {p.name: sha256_of(p) for p in sorted(at.iterdir())}
+
+def _write(t:Training, run:Path, tensors:dict, state:dict, best:bool):
+    """A checkpoint: what it stands on reaches the disk first. Steps go on meanwhile, so nothing that they
+    change is read here"""
+    try:
+        if best:
+            state['sealed']['best'] = t.best_files = _write_best(t, run/'best.new', _under(tensors, 'model.'))
+        for name in ('log.jsonl', 'picks.bin'):
+            if (run/name).is_file():
+                sync(run/name)
+        save_checkpoint(run/'last', tensors, state)
+        _put_best(run)
+    except (OSError, SafetensorError) as e:
+        raise DataError(run, f'the checkpoint after step {state["step"]} cannot be written ({one_line(e)})',
+                        'room on the disk, and the right to write there',
+                        'Run it again then: it goes on from the checkpoint before.') from e
 
 def _keep(t:Training, run:Path):
-    "A checkpoint: what it stands on reaches the disk first"
-    for name in ('log.jsonl', 'picks.bin'):
-        if (run/name).is_file():
-            sync(run/name)
-    save_checkpoint(run/'last', *_pack(t))
-    _put_best(run)
+    "Begin a checkpoint: training is held while its state is copied, and until the one before is written"
+    t.aside.wait()
+    tensors, state = _pack(t)
+    best, t.new_best = t.new_best, False
+    copied = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in tensors.items()}
+    t.aside.begin(_write, t, run, copied, state, best)
 
 def _halt(t:Training, stop:list, due:bool)->bool:
     """Has this process been asked to stop - or, of several, any of them? Those ask each other only where
@@ -799,10 +854,11 @@ class _Pace:
         return bool(self.every and step % self.every == 0) or time.monotonic() - self.last >= self.seconds
 
     def keep(self, t, run, last=False):
-        "Write one; its time does not count. After the last, nobody comes back before it is whole"
+        "Begin one; its time does not count. After the last, nobody comes back before it is whole"
         if leads():
             _keep(t, run)
         if last:
+            t.aside.wait()
             t.accelerator.wait_for_everyone()
         self.last = time.monotonic()
 
@@ -818,6 +874,7 @@ def _go_on(t:Training, run:Path, stop:list, pace:_Pace, told:Callable):
         train_step(t, _batch(t, t.step)[0], epoch, seen)
         t.step += 1
         told(t.step)
+        t.aside.look()
         keep = ends or pace.due(t.step)
         if _waits(t, stop, ends, due, keep):
             _refuse_nan(t)
@@ -872,7 +929,7 @@ def fit(
             bar.update()
             if on_step:
                 on_step(step)
-        with tracking(track if leads() else '', run, asdict(cfg), t.step) as t.track:
+        with t.aside, tracking(track if leads() else '', run, asdict(cfg), t.step) as t.track:
             _go_on(t, run, stop, _Pace(every, seconds), told)
             bar.close()
             _show_picks(t, run, data)
@@ -884,6 +941,7 @@ def encoded(
     data:Corpus,
     part:str='test',
     device='cpu',
+    search:str='fp32',     # see `ranks`
 )->tuple:                  # (Ranks, Batches, (model, encodings of images, of sentences))
     """Ranks of a split by the best model of a run, written to `ranks_<part>.npz`, and the encodings that were
     ranked"""
@@ -893,7 +951,7 @@ def encoded(
     data = remembering(model, data, vocab, (part,))
     batches = data.batches(data.split(part), vocab, device)
     found = model, *embed(model, batches)
-    r = rank_encoded([found], batches.split)
+    r = rank_encoded([found], batches.split, search)
     save_ranks(run/f'ranks_{part}.npz', r)
     return r, batches, found
 
@@ -903,9 +961,10 @@ def evaluate(
     data:Corpus,
     part:str='test',
     device='cpu',
+    search:str='fp32',     # or 'int8': the same ranks, sooner where embeddings are vectors; see `ranks`
 )->tuple:                  # (Ranks, Split, Batches)
     "Ranks of a split by the best model of a run, written to `ranks_<part>.npz`"
-    r, batches, _ = encoded(run, data, part, device)
+    r, batches, _ = encoded(run, data, part, device, search)
     return r, batches.split, batches
 
 # %% ../../nbs/6_training/04_loop.ipynb #b3a4bab9

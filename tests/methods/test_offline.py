@@ -193,3 +193,11 @@ def test_true_pairs_taken_out(seed):
         for r in range(len(A)):
             kept = [int(c) for c in lists[side].idx[r] if c >= 0 and not bad[r,int(c)]][:h]; row = [int(c) for c in got[side].idx[r]]
             assert row == kept + [-1]*(h - len(kept)) and torch.equal(got[side].score[r] == -torch.inf, got[side].idx[r] < 0)
+
+
+def test_vectors_of_length_one_by_whole_numbers():
+    "torch multiplies such matrices of whole numbers wrongly"
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(n, 1, generator=g) for n in (20, 50))
+    got, want = (mine(q, k, torch.arange(20), torch.arange(50) % 20, 5, how=how)[0] for how in ('int8', 'torch'))
+    assert torch.equal(got.idx, want.idx) and torch.equal(got.score, want.score)

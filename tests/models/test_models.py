@@ -15,7 +15,7 @@ from itm_nb.models.factory import from_pretrained
 from itm_nb.training.build import build
 from itm_nb.training.config import config, Config
 from itm_nb.training.corpus import corpus, Corpus
-from itm_nb.training.loop import PICK, fit, load_picks, prepare
+from itm_nb.training.loop import PICK, evaluate, fit, load_picks, prepare
 from itm_nb.runs.external_scores import ensemble
 from itm_nb.runs.run_record import picks
 
@@ -56,6 +56,23 @@ def test_stopped_and_gone_on_with_is_the_same(kind, tmp_path):
     slow = torch.stack([torch.stack([loaded.pairs(img[i:i+1], txt[j:j+1])[0] for j in range(len(txt))])
                         for i in range(3)]).detach()
     assert (slow - S[:3]).abs().max() < 1e-4
+
+
+def test_a_run_is_evaluated_by_whole_numbers_too(tmp_path):
+    "`search='int8'`: the same file of ranks; where scores are no products of vectors it is refused by name"
+    cfg = Config(preset='tiny', text='mean', dim=64, image_hidden=16, epochs=1, batch=64, method='vse0')
+    data = few(cfg)
+    fit(cfg, tmp_path, data, progress=False)
+    evaluate(tmp_path, data)
+    want = (tmp_path/'ranks_test.npz').read_bytes()
+    (tmp_path/'ranks_test.npz').unlink()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('itm_nb.metrics.ranks.ranks_blocks', None)              # not by blocks
+        evaluate(tmp_path, data, search='int8')
+    assert (tmp_path/'ranks_test.npz').read_bytes() == want
+    t = prepare(cfg_of('scan_t2i'), few(cfg_of('scan_t2i')))
+    with pytest.raises(DataError, match='no products of two vectors'):
+        rank_split(t.core, t.val, search='int8')
 
 
 def test_mean_scores_of_several_models():

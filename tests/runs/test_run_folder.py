@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from itm_nb.runs import execution, identity, parameters, run_folder, run_record
 from itm_nb.core.errors_files import DataError
 from itm_nb.core.sealed_files import broken, content, result, seal
 from itm_nb.training.config import config
+from itm_nb.training import loop
 from itm_nb.training.corpus import corpus
 from itm_nb.training.loop import fit
 
@@ -53,10 +55,11 @@ def start(asked=TINY, work=work, **given):
     assert code == 0; return out, [str(w.message) for w in said]
 
 
-def killed_at(step, **given):
-    "The same in a process that dies at a step"
+def killed_at(step, in_turn=False, **given):
+    "The same in a process that dies at a step; in turn: steps wait for every checkpoint, so what is there is certain"
     pid = os.fork()
     if pid == 0:
+        if in_turn: loop._Aside.begin = lambda self, what, *args: what(*args)
         try: start(work=lambda *a: work(*a, on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None), **given)
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
@@ -71,7 +74,7 @@ def made(tmp_path_factory):
             (at/name/how).mkdir(parents=True); os.chdir(at/name/how); me = Path('runs/t')/identity.run_id('train', values_of(seed=seed))
             me.mkdir(parents=True); (me/'params.json').write_text(json.dumps(values_of(seed=seed)))             # as a sweep leaves it
             if how == 'whole': start(seed=seed)
-            else: killed_at(steps//2 + 5 - (name == 'other'), seed=seed)                 # in the second epoch: there is a best model, and a checkpoint before the last
+            else: killed_at(steps//2 + 5 - (name == 'other'), in_turn=True, seed=seed)                 # in the second epoch: there is a best model, and a checkpoint before the last
             out[name, how] = (at/name/how/me).resolve()
             if how == 'whole': steps = json.loads((me/'last'/'state.json').read_text())['state']['step']
     os.chdir(home); yield out
@@ -316,9 +319,11 @@ def count_operations(die_at):
     from itm_nb.models import factory
     from itm_nb.training import checkpoint
     seen = [0]
+    one = threading.Lock()                     # checkpoints are written by a thread
     def tick():
-        seen[0] += 1
-        if seen[0] == die_at: os.kill(os.getpid(), signal.SIGKILL)
+        with one:
+            seen[0] += 1
+            if seen[0] == die_at: os.kill(os.getpid(), signal.SIGKILL)
     def counted(f, when=lambda *a, **k: True):
         def g(*a, **k):
             if not when(*a, **k): return f(*a, **k)

@@ -222,7 +222,11 @@ def places(t):
             for k, v in o.state_dict().items() if isinstance(v, torch.Tensor)}
 
 
-@pytest.mark.parametrize('name', [*KINDS, 'fne_faithful'])
+# every kind of method, and every kind of model with a method whose statistics are a part of its state
+KILLED = [*KINDS, 'fne_faithful', 'captioner', *(f'{model} fne' for model in MODELS)]
+
+
+@pytest.mark.parametrize('name', KILLED)
 def test_killed_there_and_gone_on_with(name, runs, tmp_path):
     "The same bytes as without the interruption, and every owner's state where it was"
     cfg = config(SMALL | ARMS[name][0])
