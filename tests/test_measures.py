@@ -17,14 +17,14 @@ COLUMNS = 110
 BOUNDS = {
     'lines > 110, modules': 0,
     'lines > 110, notebooks': 0,
-    'lines > 110, tests': 2173,
+    'lines > 110, tests': 2181,
     'several statements a line, modules, per mille': 7,
     'several statements a line, notebooks, per mille': 5,
     'README lines': 140,
-    'public names': 448,
+    'public names': 450,
     'private imports': 0,
     'circles': 0,
-    'unused or doubtful names (ruff)': 147,
+    'unused or doubtful names (ruff)': 146,
 }
 RATCHET = 'F401,F402,F403,F405,F541,F811,F841'          # of ruff: the rules that are counted, not forbidden
 
