@@ -20,7 +20,6 @@ from pathlib import Path
 from .core.commands import suggest, check_place, command, number, Parser, SetupError
 from .core.errors_files import read_json
 from .core.project import project, read_yaml, template
-from .data.layouts import found_folder
 from .runs.execution import execute, start
 from .runs.identity import INPUTS, source_hash
 from .runs.parameters import check_places, Parameter, parameters
@@ -183,6 +182,7 @@ def itm_data(argv=None)->int:
             raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes':
         return _scenes_info()
+    from itm_nb.data.layouts import found_folder
     if found_folder(a.path) is None:
         raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
@@ -402,6 +402,7 @@ def _check_given(a):
     places = dict(a.p)
     if places.get('cache'):
         check_place(places['cache'], 'cache')
+    from itm_nb.data.layouts import found_folder
     there = dict(folder=found_folder, models=lambda x: Path(x).is_dir())
     for k, look in there.items():
         if places.get(k) and not look(places[k]):
@@ -419,6 +420,7 @@ def _check_inputs(todo):
 
 def _has_data(todo):
     "Refuse a sweep on data that is not there, before anything is started"
+    from itm_nb.data.layouts import found_folder
     for e in todo:
         folder = e.values.get('folder', '')
         if e.values.get('data') in ('scan', 'images') and not found_folder(folder or '?'):

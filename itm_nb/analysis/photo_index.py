@@ -369,7 +369,7 @@ def open_index(
     marks = _checked_marks(marks) if marks else folder/'false_negatives.csv'
     if os.path.lexists(marks):
         read_pairs(marks)                    # a damaged list is told before anything is encoded
-    if _inside(folder) is None and not _picture_files(folder):
+    if _inside(folder) is None and not any(_whole(folder, [x]) for x in _picture_files(folder)):
         raise DataError(folder, 'no pictures', f'files that end in {", ".join(SUFFIXES)}', 'Check the path.')
     model, vocab, cfg, weights, state = _open_model(run, models)
     torch.set_num_threads(max(cfg.threads, min(workers, os.cpu_count() or 1)))

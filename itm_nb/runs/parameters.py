@@ -16,7 +16,6 @@ from numbers import Integral
 from pathlib import Path
 
 from ..core.commands import suggest, check_place, check_text, SetupError
-from ..data.layouts import found_folder
 from ..training.config import (
     check, check_method, check_together, current_names, declared, Setting)
 
@@ -189,6 +188,7 @@ def _check_there(name, path, kind):
         kind = 'file' if path.suffix in ('.npy', '.npz') else 'runs'
     if kind == 'features':
         kind = 'file' if path.suffix == '.npy' else 'folder'
+    from itm_nb.data.layouts import found_folder     # here, because the help of a command is wanted at once
     try:
         there = (path.is_file() if kind == 'file' else
                  bool(found_folder(path)) if name == 'folder' else path.is_dir())

@@ -476,7 +476,7 @@ LOADERS = {
     'scan_layout._counts': lambda p: through_scan(p, 'train_num.npy'),
     'scan_layout._boxes': lambda p: through_scan(p, 'train_boxes.npy'),
     'coco_protocols._places': through_labels,
-    'layouts.datasets_table': through_arrow, 'download._open_archive': through_archive,
+    'layouts._opened': through_arrow, 'download._open_archive': through_archive,
     'cache.unpack': through_world,
     'external_scores._array': ranked, 'external_scores.read_ranks': external_scores.read_ranks,
     'audit_runs._given_vectors': audit_runs._given_vectors,
