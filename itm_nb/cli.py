@@ -176,13 +176,12 @@ def itm_data(argv=None)->int:
         return code
     a = _data_parser().parse_args(argv)
     reading = {k: getattr(a, k) for k in ('columns', 'separator', 'max_captions', 'captions_of_split')}
-    from itm_nb.data.layouts import KNOWN, LAYOUTS, check_layout, info_layout
+    from itm_nb.data.layouts import KNOWN, LAYOUTS, check_layout, found_folder, info_layout
     for name, given, known in (('--layout', a.layout, LAYOUTS), ('--name', a.name, KNOWN)):
         if given and given not in known:
             raise SetupError(f'{name} {given!r}{suggest(given, known)}; there are {", ".join(known)}')
     if a.path == 'scenes':
         return _scenes_info()
-    from itm_nb.data.layouts import found_folder
     if found_folder(a.path) is None:
         raise SetupError(f'{a.path}: no such folder; give a data folder, or the word scenes')
     if a.what == 'info':
