@@ -217,8 +217,9 @@ def _pool(q, k, own_q, own_k, h, gap, cols):
 class _Whole:
     "Queries and keys as whole numbers of 8 bits, and how far their products may be off"
     def __init__(self, q, k):
-        (self.q, step_q, off_q), (self.k, step_k, off_k) = whole_numbers(q), whole_numbers(k)
-        self.eps, self.unit = off_by(q, k, off_q, off_k), step_q*step_k
+        whole = whole_numbers(q), whole_numbers(k)
+        (self.q, step_q, _), (self.k, step_k, _) = whole
+        self.eps, self.unit = off_by(q, k, *whole), step_q*step_k
 
     def block(self, at, own_q, own_k, h, wide, cols):
         """Of the queries `at`: (n, w) ids, -1 beyond; (n,) what is left out scores less than this; did too

@@ -82,8 +82,8 @@ def test_a_name_is_shown_with_its_own_value(tmp_path):
         node, = ast.parse(line).body
         assert {k: ast.unparse(_own_value(node, k)) for k in want} == want
     site.write_sources(ROOT, tmp_path)
-    page = (tmp_path/'api'/'methods'/'registry.md').read_text('utf-8')
-    assert 'PAPERS = ' in page
+    page = (tmp_path/'api'/'runs'/'run_folder.md').read_text('utf-8')
+    assert 'BUSY = 76' in page and 'RESUMABLE = 75' in page and 'BUSY = (' not in page
 
 
 def test_pages_beside_which_nothing_stands_are_pages(tmp_path):

@@ -89,6 +89,16 @@ def test_whole_numbers_give_the_lists_of_floating_point(h, D):
         assert torch.equal(got.idx, want.idx) and torch.equal(got.score, want.score)
 
 
+@pytest.mark.parametrize('spread', [0., 1e-3, 1e-2])
+def test_whole_numbers_of_vectors_whose_places_are_equal(spread):
+    "What rounding takes adds up there instead of cancelling"
+    g = torch.Generator().manual_seed(1)
+    img, txt = (torch.rand(n, 1, generator=g) + spread*torch.randn(n, 512, generator=g) for n in (60, 2000))
+    me, own = torch.arange(60), torch.arange(2000) % 60
+    (got, _), (want, _) = (mine(img, txt, me, own, 20, how=how) for how in ('int8', 'torch'))
+    assert torch.equal(got.idx, want.idx) and torch.equal(got.score, want.score)
+
+
 def test_a_pool_too_large_is_searched_in_floating_point(monkeypatch):
     monkeypatch.setattr(offline_mining, '_MOST', 500)
     img, txt, me, own = world(5, 64, 500, 16, 250)

@@ -68,8 +68,15 @@ def unrelated(g, N, M, D):
     return img - .5, txt + .5, img_of
 
 
+def level(g, N, M, D):
+    "All places of a vector are nearly equal: what rounding takes adds up instead of cancelling"
+    _, _, img_of = planted(g, N, M, D)
+    flat = lambda n: torch.from_numpy(g.uniform(size=(n, 1)) + 1e-3*g.standard_normal((n, D))).float()
+    return flat(N), flat(M), img_of
+
+
 KINDS = dict(planted=planted, tied=tied, clustered=clustered, zeros=zeros, unequal=unequal, whole=whole,
-             unrelated=unrelated)
+             unrelated=unrelated, level=level)
 
 
 def same(a, b):
@@ -212,3 +219,17 @@ def test_the_benchmark_holds_them_against_their_goal(tmp_path):
     row = next(r for r in room['GOALS'] if 'whole numbers' in r['work'])
     assert row['goal'] == .6 and row['measured'] > 0 and row['results'] == 'equal (1,500 ranks)'
     assert 'count, whole numbers' in (tmp_path/'benchmark_evaluation.csv').read_text()
+
+
+@pytest.mark.parametrize('spread', [0., 1e-3, 1e-2, 1.])
+def test_rounding_that_is_not_random_is_within_its_bound(spread):
+    "By all products, of vectors whose places are equal and less so"
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.rand(n, 1, generator=g) + spread*torch.randn(n, 1024, generator=g) for n in (200, 300))
+    whole = [module.whole_numbers(x) for x in (q, k)]
+    exact = [x.double() for x in (q, k)]
+    kept = [step*numbers.double() for numbers, step, _ in whole]
+    off = (exact[0] @ exact[1].T - kept[0] @ kept[1].T).abs().amax(1).numpy()
+    bound = module.off_by(q, k, *whole)
+    assert (off <= bound).all()
+    assert not spread or (bound.max() < 60*off.max())
