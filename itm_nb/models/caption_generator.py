@@ -100,12 +100,14 @@ def started(
 def save_generator(
     model:CaptionGenerator,
     folder,               # made if it is not there
+    weights:dict=None,    # a copy of them, where training goes on meanwhile; None: the model's own
 ):
     "Write `config.json` and `model.safetensors`, each whole or not at all"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tmp = folder/f'.model.{os.getpid()}.tmp'
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
+    weights = model.state_dict() if weights is None else weights
+    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, tmp)
     os.replace(tmp, folder/'model.safetensors')
     write_atomic(folder/'config.json', (json.dumps(model.config, indent=1, sort_keys=True)+'\n').encode())
 

@@ -13,12 +13,16 @@ import os
 import shutil
 import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Callable
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..core.errors_files import read_tensors, sha256_of, write_atomic
+from ..core.commands import one_line
+from ..core.errors_files import DataError, read_tensors, sha256_of, write_atomic
 from ..core.sealed_files import sync
 
 # %% ../../nbs/6_training/03_checkpoint.ipynb #f4007788
@@ -72,6 +76,56 @@ def load_checkpoint(
         except ValueError as e:
             warnings.warn(f'{at.name}: damaged checkpoint passed over ({e})')
     return None
+
+# %% ../../nbs/6_training/03_checkpoint.ipynb #c4a51de1
+@contextmanager
+def written(
+    run,           # folder
+    step:int,
+):
+    "A disk that refuses a checkpoint: DataError with the folder and what to do"
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise DataError(run, f'the checkpoint after step {step} cannot be written ({one_line(e)})',
+                        'room on the disk, and the right to write there',
+                        'Run it again then: it goes on from the checkpoint before.') from e
+
+class Aside:
+    "One piece of work at a time in a thread beside the training, which is told where it failed"
+    def __init__(self):
+        self.threads, self.work = ThreadPoolExecutor(1, 'checkpoint'), None
+
+    def begin(self, work:Callable, *args):
+        "Call it there; the one before must have been waited for"
+        self.work = self.threads.submit(work, *args)
+
+    def look(self):
+        "Raise what it failed with, if it has; never waits"
+        if self.work is not None and self.work.done():
+            self.wait()
+
+    def wait(self):
+        "Until it is done; raises what it failed with"
+        if self.work is None:
+            return
+        wait([self.work])               # who is interrupted here can come back and wait again
+        done, self.work = self.work, None
+        done.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        "Nobody leaves before it is done; an error that is on its way goes first"
+        try:
+            self.wait()
+        except Exception as e:
+            if error is None:
+                raise
+            warnings.warn(f'the last checkpoint was not written ({e})')
+        finally:
+            self.threads.shutdown()
 
 # %% ../../nbs/6_training/03_checkpoint.ipynb #490b1f1b
 class Busy(RuntimeError):

@@ -7,6 +7,7 @@ __all__ = ['Lesson', 'lesson', 'ask', 'fit_generator']
 
 # %% ../../nbs/6_training/05_generator_training.ipynb #f81eae1e
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..methods.stored_sentences import another
 from ..models.caption_generator import CaptionGenerator, load_generator, save_generator, started
 from ..models.similarity import image_inputs
 from .build import learning_rate, networks, vocabulary
-from .checkpoint import load_checkpoint, save_checkpoint, Stopped
+from .checkpoint import Aside, load_checkpoint, save_checkpoint, Stopped, written
 from .config import Config
 from .corpus import Corpus
 
@@ -165,7 +166,7 @@ def _learn_step(
     l:Lesson,
     opt:torch.optim.Optimizer,
     step:int,          # from 0
-)->float:              # mean cost of the masked pieces
+)->Tensor:             # mean cost of the masked pieces, on the device
     "One step"
     cfg, (epoch, i) = l.cfg, divmod(step, l.per_epoch)
     torch.manual_seed(purpose_key('generator dropout', cfg.seed, step) % 2**63)
@@ -184,7 +185,7 @@ def _learn_step(
     cost.backward()
     torch.nn.utils.clip_grad_norm_(l.model.parameters(), cfg.clip or torch.inf)
     opt.step()
-    return float(cost.detach())
+    return cost.detach()
 
 def _taken_up(l, opt, folder)->dict:
     "The state of the last checkpoint, weights and moments in place; that of a beginning where there is none"
@@ -201,11 +202,49 @@ def _taken_up(l, opt, folder)->dict:
     opt.load_state_dict(opt.state_dict() | dict(state=moments))
     return state
 
-def _left_off(l, opt, folder, state):
-    "A checkpoint"
+def _write(l, folder, tensors, state, best):
+    "The best weights are on the disk before the checkpoint that knows of them"
+    with written(folder, state['step']):
+        if best:
+            weights = {k[6:]: v for k, v in tensors.items() if k.startswith('model.')}
+            save_generator(l.model, folder/'best', weights)
+        save_checkpoint(folder/'last', tensors, state)
+
+def _left_off(l, opt, folder, state, total, aside, best=False):
+    "Begin a checkpoint: steps are held while the state is copied, and until the one before is written"
+    aside.wait()
     tensors = {f'model.{k}': v for k, v in l.model.state_dict().items()}
     tensors |= {f'opt.{i}.{k}': v for i, s in opt.state_dict()['state'].items() for k, v in s.items()}
-    save_checkpoint(folder/'last', tensors, state)
+    copied = {k: v.detach().to('cpu', copy=True).contiguous() for k, v in tensors.items()}
+    aside.begin(_write, l, folder, copied, state | dict(total=float(total), curve=[*state['curve']]), best)
+
+def _answered(l, at, state, cost)->bool:   # better than ever before?
+    "Validation is asked; what it says goes into the state"
+    said = ask(l, at)
+    better = said['perplexity_own'] < state['best']
+    state['best'] = min(said['perplexity_own'], state['best'])
+    state['worse'] = 0 if better else state['worse'] + 1
+    state['curve'].append(dict(step=state['step'], cost=cost, **said))
+    return better
+
+def _learn(l, opt, folder, state, patience, at, seconds, tick, aside):
+    "Steps until the end, or until answers are no better"
+    every, last = max(1, l.per_epoch//2), time.monotonic()
+    total = torch.tensor(state.get('total', 0.), dtype=torch.float64)
+    while state['step'] < l.steps and state['worse'] < patience:
+        cost = _learn_step(l, opt, state['step'])
+        total = total.to(cost.device) + cost
+        state['step'] += 1
+        aside.look()
+        asked, best = state['step'] % every == 0, False
+        if asked:
+            best, total = _answered(l, at, state, float(total)/every), torch.zeros_like(total)
+        stop = bool(tick and tick(state['step']))
+        if asked or stop or time.monotonic() - last >= seconds:
+            _left_off(l, opt, folder, state, total, aside, best)
+            last = time.monotonic()
+        if stop:
+            raise Stopped(f'{folder}: stopped after step {state["step"]} of {l.steps}; run it again to go on')
 
 def fit_generator(
     l:Lesson,
@@ -213,26 +252,14 @@ def fit_generator(
     patience:int=2,          # answers that are no better before it ends
     captions:int=1024,       # asked about
     tick:Callable=None,      # called after each step; what it gives that is true stops the run
+    seconds:float=300,       # between checkpoints; there is one after every answer too
 )->list:                     # of dict(step, cost, found_own, ...), one for each answer
     "Train until validation stops improving; the best weights are in the model and in `best`"
     folder, opt = Path(folder), _optimiser(l)
-    state, every = _taken_up(l, opt, folder), max(1, l.per_epoch//2)
-    at, total = order(len(l.held.tokens), 0, 7)[:captions].sort().values, 0.
-    while state['step'] < l.steps and state['worse'] < patience:
-        total += _learn_step(l, opt, state['step'])
-        state['step'] += 1
-        if state['step'] % every == 0:
-            said = ask(l, at)
-            better = said['perplexity_own'] < state['best']
-            state['best'] = min(said['perplexity_own'], state['best'])
-            state['worse'] = 0 if better else state['worse']+1
-            state['curve'].append(dict(step=state['step'], cost=total/every, **said))
-            if better:
-                save_generator(l.model, folder/'best')
-            _left_off(l, opt, folder, state)
-            total = 0.
-        if tick and tick(state['step']):
-            raise Stopped(f'{folder}: stopped after step {state["step"]} of {l.steps}; run it again to go on')
+    state = _taken_up(l, opt, folder)
+    at = order(len(l.held.tokens), 0, 7)[:captions].sort().values
+    with Aside() as aside:
+        _learn(l, opt, folder, state, patience, at, seconds, tick, aside)
     if not (folder/'best').is_dir():
         save_generator(l.model, folder/'best')
     l.model.load_state_dict(load_generator(folder/'best').state_dict())

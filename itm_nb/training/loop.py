@@ -13,7 +13,6 @@ import resource
 import shutil
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -24,11 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn, Tensor
 from tqdm import tqdm
 
-from ..core.commands import one_line
 from ..core.distributed import devices, leads
 from ..core.errors_files import DataError, sha256_of, write_atomic
 from ..core.random import order, purpose_key
@@ -49,48 +46,11 @@ from itm_nb.training.build import (
     words_seen, build, learning_rate, measure, memory_needed, networks, optimiser, remembering, vocabulary,
     warn_of_memory)
 from .checkpoint import (
-    whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped)
+    Aside, whole_checkpoint, load_checkpoint, locked, save_checkpoint, stop_signal, Stopped, written)
 from .config import Config, current_names
 from .corpus import corpus, Corpus
 from .trackers import pick_sheets, put_pictures, tracking
 from ..data import tokenizers as tokens
-
-# %% ../../nbs/6_training/04_loop.ipynb #5e71f0a9
-class _Aside:
-    "One piece of work at a time in a thread beside the training, which is told where it failed"
-    def __init__(self):
-        self.threads, self.work = ThreadPoolExecutor(1, 'checkpoint'), None
-
-    def begin(self, work:Callable, *args):
-        "Call it there; the one before must have been waited for"
-        self.work = self.threads.submit(work, *args)
-
-    def look(self):
-        "Raise what it failed with, if it has; never waits"
-        if self.work is not None and self.work.done():
-            self.wait()
-
-    def wait(self):
-        "Until it is done; raises what it failed with"
-        if self.work is None:
-            return
-        wait([self.work])               # who is interrupted here can come back and wait again
-        done, self.work = self.work, None
-        done.result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        "Nobody leaves before it is done; an error that is on its way goes first"
-        try:
-            self.wait()
-        except Exception as e:
-            if error is None:
-                raise
-            warnings.warn(f'the last checkpoint was not written ({e})')
-        finally:
-            self.threads.shutdown()
 
 # %% ../../nbs/6_training/04_loop.ipynb #1c1ddfff
 @dataclass
@@ -115,7 +75,7 @@ class Training:
     running:dict = field(default_factory=lambda: dict(log=hashlib.sha256(), picks=hashlib.sha256()))  # hashes
     best_files:dict = field(default_factory=dict)      # SHA-256 of the files of the best model
     new_best:bool = False            # is the best model still to be written?
-    aside:_Aside = field(default_factory=_Aside)     # writes checkpoints
+    aside:Aside = field(default_factory=Aside)     # writes checkpoints
     code:str = ''                    # hash of the method's source where it is not the package's own
     told:dict = field(default_factory=dict)      # last loss and validation, for the bar
     track:object = None              # a `Track` that is told the log, or None
@@ -769,7 +729,7 @@ def _write_best(t:Training, at:Path, weights:dict)->dict:   # name -> SHA-256
 def _write(t:Training, run:Path, tensors:dict, state:dict, best:bool):
     """A checkpoint: what it stands on reaches the disk first. Steps go on meanwhile, so nothing that they
     change is read here"""
-    try:
+    with written(run, state['step']):
         if best:
             state['sealed']['best'] = t.best_files = _write_best(t, run/'best.new', _under(tensors, 'model.'))
         for name in ('log.jsonl', 'picks.bin'):
@@ -777,10 +737,6 @@ def _write(t:Training, run:Path, tensors:dict, state:dict, best:bool):
                 sync(run/name)
         save_checkpoint(run/'last', tensors, state)
         _put_best(run)
-    except (OSError, SafetensorError) as e:
-        raise DataError(run, f'the checkpoint after step {state["step"]} cannot be written ({one_line(e)})',
-                        'room on the disk, and the right to write there',
-                        'Run it again then: it goes on from the checkpoint before.') from e
 
 def _keep(t:Training, run:Path):
     "Begin a checkpoint: training is held while its state is copied, and until the one before is written"

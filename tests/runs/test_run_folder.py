@@ -59,7 +59,7 @@ def killed_at(step, in_turn=False, **given):
     "The same in a process that dies at a step; in turn: steps wait for every checkpoint, so what is there is certain"
     pid = os.fork()
     if pid == 0:
-        if in_turn: loop._Aside.begin = lambda self, what, *args: what(*args)
+        if in_turn: loop.Aside.begin = lambda self, what, *args: what(*args)
         try: start(work=lambda *a: work(*a, on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None), **given)
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import wait as waited
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ def one_after_the_other(world, tmp_path_factory):
     "The bytes of a run whose steps wait for every checkpoint"
     run = tmp_path_factory.mktemp('in_turn')
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(loop._Aside, 'begin', lambda self, work, *args: work(*args))
+        m.setattr(loop.Aside, 'begin', lambda self, work, *args: work(*args))
         fit(SMALL, run, world, progress=False, every=2)
     return digest(run)
 
@@ -173,7 +174,7 @@ def test_a_failed_write_is_told_before_the_next_checkpoint(world, tmp_path, monk
     monkeypatch.setattr(loop, 'save_checkpoint', full)
     real = loop.train_step
     monkeypatch.setattr(loop, 'train_step', lambda t, *a: (t.aside.work and failed.wait(60) and
-                                                           loop.wait([t.aside.work]), real(t, *a))[1])
+                                                           waited([t.aside.work]), real(t, *a))[1])
     steps = []
     with pytest.raises(DataError, match='after step 2 cannot be written'):
         fit(replace(SMALL, batch=40), tmp_path, world, progress=False, every=2, on_step=steps.append)
