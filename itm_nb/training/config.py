@@ -227,7 +227,8 @@ OF_RUNS = (
             place='run'),
     Setting('known_false_negatives', '',
             "csv file (image, caption) of true pairs that are no negatives; '': none", place='file'),
-    Setting('model', '', "pair of networks, e.g. clip-vit-base-patch32; it sets what is not given; '': none"),
+    Setting('model', '', "pair of networks (clip-vit-base-patch32) or two joined (vit-base-patch16-384+"
+            "bert-base-uncased); it sets what is not given; '': none"),
     Setting('test', True, 'rank the test split; False: validation only, as a search for settings does'),
     Setting('arm', '', "name in tables; '': the method's"),
     Setting('sweep', 'manual', 'which sweep this run belongs to',

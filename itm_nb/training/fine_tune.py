@@ -35,11 +35,11 @@ def _frozen(half:dict, learning:int)->str:
     return str(n-learning) if n > learning else 'all'
 
 def _of_size(net:Network, images:int, sentences:int)->dict:
-    "Settings that follow from the number of training pictures and sentences"
-    s = next(s for s in _SIZES if images < s.most)
+    "Settings that follow from the number of training pictures and sentences; net: None for two of no pair"
+    s = next(s for s in _SIZES if images < s.most) if net else _Size(0, 1e-3, 0, 0)
     batch = min(128, max(2, 1 << max(sentences//4, 2).bit_length()-1))
-    epochs = s.epochs or min(30, max(5, round(300*batch/sentences)))
-    halves = {k: _frozen(net.config[f'{side}_config'], s.learning)
+    epochs = s.epochs or min(30, max(5 if net else 8, round(300*batch/sentences)))
+    halves = {k: _frozen(net and net.config[f'{side}_config'], s.learning)
               for k, side in (('freeze', 'vision'), ('text_freeze', 'text'))}
     return dict(lr=s.lr, epochs=epochs, batch=batch, augment=s.augment, **halves)
 
@@ -50,24 +50,43 @@ def _of_pair(name:str, net:Network)->dict:
     return dict(data='images', vision=name, text_model=name, tokenizer='own', dim=dim, method='infonce',
                 size=c['vision_config'].get('image_size', 224), temperature=.05 if own is None else 0.)
 
+def _of_two(vision:str, text:str, seeing:Network)->dict:
+    "Settings that follow from two networks that are no pair"
+    return dict(data='images', vision=vision, text_model=text, tokenizer='own', dim=256, method='infonce',
+                size=seeing.config.get('image_size', 224), image_pool='mean', text_parts='heads_words',
+                dropout=.3, temperature=.07)
+
 # %% ../../nbs/6_training/06_fine_tune.ipynb #ffe1cac3
-def _pair(name:str, models)->tuple:   # (name under which it is found, Network)
-    "The pair of networks; SetupError where it is not there, or is no pair"
+def _weighty(name:str, models)->tuple:   # (name under which it is found, Network)
+    "A network with weights; SetupError where it is not there"
     hub = SOURCES[name].hub if name in SOURCES else ''
     for at in filter(None, (name, hub)):
         try:
             net = find(at, models)
-            break
         except DataError as e:
             if e.found != 'no network of this name':
                 raise
-    else:
-        raise SetupError(_absent(name, models or 'models'))
-    if not net.pair or net.folder is None:
-        raise SetupError(f'model {name!r} is no pair of networks with weights, such as '
-                         f'clip-vit-base-patch32; '
-                         'name single ones with vision and text_model')
+            continue
+        if net.folder is None:
+            raise SetupError(f'model {name!r} is a description without weights; name a network that has them')
+        return at, net
+    raise SetupError(_absent(name, models or 'models'))
+
+def _pair(name:str, models)->tuple:   # (name under which it is found, Network)
+    "The pair of networks; SetupError where it is not there, or is no pair"
+    at, net = _weighty(name, models)
+    if not net.pair:
+        raise SetupError(f'model {name!r} is no pair of networks such as clip-vit-base-patch32; two single '
+                         'ones are joined with a plus, one that sees and one that reads: VISION+TEXT')
     return at, net
+
+def _found(name:str, models)->tuple:   # (what it sets, the pair or None)
+    "What `model` names: a pair, or two networks joined with a plus"
+    if '+' not in name:
+        at, net = _pair(name, models)
+        return _of_pair(at, net), net
+    (vision, seeing), (text, _) = (_weighty(half.strip(), models) for half in name.split('+', 1))
+    return _of_two(vision, text, seeing), None
 
 def _absent(name, models)->str:
     "What to do without the network"
@@ -83,6 +102,9 @@ def pair_config(
     models='',         # folder of networks; '': models
 )->tuple:              # (Config, hash of its weights)
     "A pair of networks as it comes, nothing trained; SetupError where it is not there"
+    if '+' in name:
+        raise SetupError(f'model {name!r}: two networks that have never met find nothing; train them first: '
+                         f'itm_run train -p folder PHOTOS -p model {name}, then itm_search RUN PHOTOS')
     at, net = _pair(name, models)
     return config(_of_pair(at, net)), weights_print(net)
 
@@ -103,14 +125,14 @@ def fine_tune(
         raise SetupError(f'model names both networks; leave out {" and ".join(twice)}')
     if not values['folder'] or 'data' in given and values['data'] != 'images':
         raise SetupError('model is for pictures: give their folder with -p folder PATH')
-    name, net = _pair(values['model'], values['models'])
+    of_name, net = _found(values['model'], values['models'])
     left = lambda more: {k: v for k, v in more.items() if k not in given}
-    values = values | dict(model='') | left(_of_pair(name, net))
+    name, values = values['model'], values | dict(model='') | left(of_name)
     cfg = config({s.name: values[s.name] for s in OF_CONFIG})
     train = corpus(cfg, values['folder'], values['cache'], values['models']).split('train')
     sized = left(_of_size(net, len(train), len(train.captions)))
     said = ', '.join(f'{k} {v if v != "" else "nothing"}'
-                     for k, v in (left(_of_pair(name, net)) | sized).items()
+                     for k, v in (left(of_name) | sized).items()
                      if k not in ('data', 'vision', 'text_model'))
     mine = ', '.join(sorted(given - {'model', 'folder'}))
     return values | sized, (f'{name}, {len(train):,} pictures and {len(train.captions):,} sentences to '
