@@ -37,9 +37,9 @@ def disk_path():
 
 
 # The longest first: else a worker is left alone with one of them at the end
-LONG = ('training/test_pretend_device.py', 'runs/test_kills.py', 'analysis/test_bench.py', 'runs/test_warm.py',
-        'runs/test_sweeps.py', 'methods/test_seam.py', 'runs/test_ray.py', 'runs/test_accelerator.py',
-        'runs/test_edges.py', 'methods/test_tags_runs.py', 'analysis/test_model_card.py',
+LONG = ('training/test_pretend_device.py', 'runs/test_kills.py', 'analysis/test_bench.py',
+        'runs/test_warm.py', 'runs/test_sweeps.py', 'methods/test_seam.py', 'runs/test_ray.py',
+        'runs/test_accelerator.py', 'runs/test_edges.py', 'methods/test_tags_runs.py', 'analysis/test_model_card.py',
         'training/test_scale.py', 'analysis/test_report.py', 'analysis/test_verdicts.py')
 # Their tests make nothing that another of their file needs: each may go to another worker
 APART = ('training/test_pretend_device.py', 'runs/test_warm.py')

@@ -64,7 +64,8 @@ def test_functions_are_short_and_documented(p):
 @cache
 def our_classes():
     "Names of all classes of the package"
-    return {n.name for p in MODULES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ClassDef)}
+    trees = [ast.parse(p.read_text()) for p in MODULES]
+    return {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
 
 
 @pytest.mark.parametrize('p', MODULES, ids=lambda p: p.stem)

@@ -139,7 +139,8 @@ def test_draws_follow_the_weights(kw):
     assert p.valid.all() and p.idx.shape == (R*n, 1) and (p.weights.gather(1, p.idx) > 0).all()
     want = n*expected(p.weights[::n].double()); seen = F.one_hot(p.idx[:,0], K).view(R, n, K).sum(1)
     big = want > 5; assert (seen[want == 0] == 0).all()
-    stat = ((seen-want)**2/want)[big].sum(); assert chdtrc(int(big.sum())-R, float(stat)) > 1e-3          # chi-square
+    stat = ((seen-want)**2/want)[big].sum()
+    assert chdtrc(int(big.sum())-R, float(stat)) > 1e-3      # chi-square
 
 
 @QUICK
