@@ -2,27 +2,75 @@
 import json
 import os
 import subprocess
+import tempfile
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
-# Their tests wait for processes. They begin first: else a worker is left alone with one of them at the end
-LONG = ('runs/test_kills.py', 'analysis/test_bench.py', 'runs/test_warm.py', 'training/test_pretend_device.py',
-        'methods/test_seam.py', 'runs/test_accelerator.py', 'methods/test_tags_runs.py', 'training/test_scale.py',
-        'analysis/test_verdicts.py', 'runs/test_sweeps.py')
+def in_memory(at='/dev/shm', least=4*2**30):
+    """A place for files that is memory, or None: it must have room, and programs there may be started.
+
+    A run makes sure a dozen times that the disk has what it wrote: up to seconds of waiting, for files that
+    are thrown away."""
+    try:
+        found = os.statvfs(at)
+    except (OSError, AttributeError):      # no such place, or a system without this question
+        return None
+    room = found.f_bavail*found.f_frsize
+    return at if room >= least and not found.f_flag & os.ST_NOEXEC and os.access(at, os.W_OK) else None
+
+
+if MEMORY := in_memory():
+    os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', MEMORY)      # of `tmp_path`
+
+
+@pytest.fixture
+def disk_path():
+    "A folder on the disk, for files that are larger than memory"
+    with tempfile.TemporaryDirectory() as at:
+        yield Path(at)
+
+
+# The longest first: else a worker is left alone with one of them at the end
+LONG = ('training/test_pretend_device.py', 'runs/test_kills.py', 'analysis/test_bench.py',
+        'runs/test_warm.py', 'runs/test_sweeps.py', 'methods/test_seam.py', 'runs/test_ray.py',
+        'runs/test_accelerator.py', 'runs/test_edges.py', 'methods/test_tags_runs.py', 'analysis/test_model_card.py',
+        'training/test_scale.py', 'analysis/test_report.py', 'analysis/test_verdicts.py')
+# Their tests make nothing that another of their file needs: each may go to another worker
+APART = ('training/test_pretend_device.py', 'runs/test_warm.py')
+
+
+def file_of(nodeid):
+    "Below the folder of tests"
+    return nodeid.partition('::')[0].removeprefix('tests/')
 
 
 def place_of(nodeid):
     "Where a test stands in the queue"
-    file = nodeid.partition('::')[0].removeprefix('tests/')
-    return LONG.index(file) if file in LONG else len(LONG)
+    return LONG.index(file_of(nodeid)) if file_of(nodeid) in LONG else len(LONG)
+
+
+def together(nodeid):
+    "Tests with the same answer go to the same worker: those of a file, where nothing else is said"
+    return nodeid if file_of(nodeid) in APART else nodeid.partition('::')[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "As `--dist loadfile`, but some files are taken apart"
+    if config.getvalue('dist') != 'loadfile': return None
+    from xdist.scheduler import LoadFileScheduling
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid): return together(nodeid)
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
-    import pytest
     items.sort(key=lambda item: place_of(item.nodeid))
     if 'slow' in (config.option.markexpr or ''): return
     for item in items:
@@ -35,7 +83,6 @@ ABSENT = 'absent from the folder: '
 
 def pytest_configure(config):
     "A folder of golden numbers that has none is a mistake in its name, not a reason to skip everything"
-    import pytest
     folder = os.environ.get('ITM_GOLDEN')
     if not folder: return
     at = Path(folder)

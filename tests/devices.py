@@ -42,8 +42,11 @@ def forked(work, rank, world, port):
         os._exit(code)
 
 
-def in_worlds(work):
-    "`work(folder)` on as many devices as each further argument says, one world after the other"
+def in_worlds(work, before=lambda: None):
+    """`work(folder)` on as many devices as each further argument says, one world after the other. `before` is
+    done once, and all of them have what it makes"""
+    import torch._dynamo      # else the first optimiser imports it, in every process: a second each
+    before()
     folder, *worlds = sys.argv[1:]
     for world in map(int, worlds):
         port = free_port()

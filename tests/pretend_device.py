@@ -12,12 +12,12 @@ step, a function over a list of tensors (`_foreach_`).
 """
 import sys
 from collections import Counter
+from functools import cache
 
 import torch
 from torch import library
 from torch.utils import _foreach_utils, backend_registration
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = 'pretend'
 WAITING = {'nonzero', 'masked_select', 'unique', '_unique2', 'unique_consecutive', 'unique_dim', 'bincount',
@@ -100,24 +100,48 @@ def raw(x): return x.raw if isinstance(x, OnDevice) else x
 def there(x): return OnDevice(x) if isinstance(x, torch.Tensor) else x
 
 
+# What an operation takes and gives are values, and lists and tuples of them: torch's trees of anything take
+# longer than all the rest of a call.
+
+def each(f, x):
+    "`f` of a value, or of every value in a list or a tuple"
+    kind = type(x)
+    return kind([each(f, y) for y in x]) if kind is tuple or kind is list else f(x)
+
+
+def tensors_in(values, found):
+    "Add the tensors among these values, and in lists of them"
+    for x in values:
+        if isinstance(x, torch.Tensor): found.append(x)
+        elif isinstance(x, (tuple, list)): tensors_in(x, found)
+    return found
+
+
+@cache
+def known(func):
+    "What an operation is called, and whether it gives its argument another shape"
+    return func._schema.name.split('::')[1], torch.Tag.inplace_view in func.tags
+
+
 def dispatch(func, args, kwargs):
     "Every operation with a tensor of the device comes by here"
-    name = func._schema.name.split('::')[1]
+    name, reshapes = known(func)
     LEDGER.operations[name] += 1
     if name in COPIES: return copied(args[0], dict(kwargs))
     if name == 'copy_': return copied_into(*args, **kwargs)
     if name == '_local_scalar_dense':
         LEDGER.wait('item')
         return args[0].raw.item()
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    tensors = tensors_in(kwargs.values(), tensors_in(args, []))
     if name in INDEXING: indexed(name, *args)
     elif name not in ON_HOST: together(name, tensors)
     if name in WAITING or name == 'repeat_interleave' and isinstance(args[0], OnDevice): LEDGER.wait(name)
-    if name in FUSED: return tree_map(there, FUSED[name](*tree_map(raw, args), **kwargs))
-    to_host = kwargs.get('device') is not None and torch.device(kwargs['device']).type == 'cpu'
-    kw = kwargs | (dict(device=torch.device('cpu')) if kwargs.get('device') is not None else {})
-    out = func(*tree_map(raw, args), **tree_map(raw, kw))
-    if torch.Tag.inplace_view in func.tags:                                     # its shape changes too
+    if name in FUSED: return each(there, FUSED[name](*each(raw, args), **kwargs))
+    kw, to_host = {k: each(raw, v) for k, v in kwargs.items()}, False
+    if kwargs.get('device') is not None:
+        to_host, kw['device'] = torch.device(kwargs['device']).type == 'cpu', torch.device('cpu')
+    out = func(*each(raw, args), **kw)
+    if reshapes:                                                                # its shape changes too
         with no_dispatch(): func(*args, **kwargs)
         return args[0]
     if to_host: return out
@@ -126,7 +150,7 @@ def dispatch(func, args, kwargs):
     mine = {id(x.raw): x for x in tensors if isinstance(x, OnDevice)}
     wrap = lambda x: mine.get(id(x)) if id(x) in mine else OnDevice(x) if isinstance(x,
         torch.Tensor) and not isinstance(x, OnDevice) else x
-    return tree_map(wrap, out)
+    return each(wrap, out)
 
 
 def gru_cell(i, h, hx, bi=0., bh=0.):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,8 @@ def too_long(text):
 
 def crowded(code):
     "(lines on which two statements or more begin, lines on which one does)"
-    begins = [n.lineno for n in ast.walk(ast.parse(code)) if isinstance(n, ast.stmt)]
-    return sum(begins.count(x) > 1 for x in set(begins)), len(set(begins))
+    begins = Counter(n.lineno for n in ast.walk(ast.parse(code)) if isinstance(n, ast.stmt))
+    return sum(n > 1 for n in begins.values()), len(begins)
 
 
 def share(codes):

@@ -454,4 +454,4 @@ def test_losses_and_picks_alone():
         assert loss.isfinite() and not S.grad[0,1] and not S.grad[5,4]; S.grad = None
 
 
-if __name__ == '__main__': in_worlds(worker)
+if __name__ == '__main__': in_worlds(worker, data)

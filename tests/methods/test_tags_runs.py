@@ -88,4 +88,4 @@ def test_killed_and_resumed(arm, step, whole, tmp_path):
     for name in ('log.jsonl', 'best/model.safetensors', 'last/tensors.safetensors'): assert (ways[0]/name).read_bytes() == (ways[1]/name).read_bytes(), name
 
 
-if __name__ == '__main__': in_worlds(worker)
+if __name__ == '__main__': in_worlds(worker, data)

@@ -23,9 +23,11 @@ def test_every_case_on_the_pretend_device(capsys):
     env, before = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')}, seconds()
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=2400, env=env)
     _, table, rows = done.stdout.rpartition('model, method')
-    with capsys.disabled(): print(f'\n{table}{rows}{seconds()-before:.0f} CPU s')
+    spent = seconds() - before
+    with capsys.disabled(): print(f'\n{table}{rows}{spent:.0f} CPU s')
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert all(f'\n{name} ' in done.stdout for name in ('tags', 'fne', 'cross aoq', 'pixels_frozen tags'))
+    assert spent < 180, 'CPU seconds that all cases together may take'
 
 
 def test_two_devices_train_together(tmp_path, capsys):

@@ -171,9 +171,9 @@ print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2*
 @pytest.mark.parametrize('images, k, gib, workers', [
     (10_000, 2, 1.2, 1),
     pytest.param(113_287, 5, 3., 0, marks=pytest.mark.slow, id='as many as COCO has')])
-def test_resident_memory_does_not_grow_with_the_features(images, k, gib, workers, tmp_path):
+def test_resident_memory_does_not_grow_with_the_features(images, k, gib, workers, disk_path):
     "36 regions of 2,048 numbers: 2.7 GiB and 31 GiB, in files with holes"
-    folder = scan_folder(tmp_path/'data', images, k, 36, 2048, sparse=True)
+    folder = scan_folder(disk_path/'data', images, k, 36, 2048, sparse=True)
     ran = subprocess.run([sys.executable, '-c', LARGE, folder, str(workers)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-500:]
     seconds, peak = map(float, ran.stdout.split())
