@@ -95,7 +95,8 @@ CAPS = torch.tensor([0, 3, 1, 5, 9, 11, 13])      # 0 and 1 are of one image
 @pytest.mark.parametrize('seed', range(3))
 def test_the_whole_path_equals_a_plain_loop(stage, preset, seed, tmp_path):
     S, train = table(seed), train_of(); save(tmp_path, S, train.split, (4, 2)); hits = 0
-    method = aoq(stage=stage, preset=preset, offline=Mining(tmp_path, .25), train=train, reduce='sum'); sw = PRESETS[preset]
+    method = aoq(stage=stage, preset=preset, offline=Mining(tmp_path, .25), train=train, reduce='sum')
+    sw = PRESETS[preset]
     for epoch in range(4):
         parts = losses(method, step_of(train, Table(S), method, CAPS, seed, epoch))
         d = Draw(load_lists(tmp_path, {}), IMG_OF, 4, 2, sw['tied'])(CAPS, seed, epoch); hits += int((d['I3'] == d['I4']).sum())
@@ -124,8 +125,9 @@ def test_one_function_gives_the_terms_and_gradients_of_each(stage, clamp, detach
         given = dict(off_ok=ok, unanchored_valid=far, pos_on=pos_on)
         return sum(quintuplet(pos, on, off, away, stage=stage, **given,
                               **(weigh if stage == 'adap' else {})).values())
+    hyper = dict(alpha=.3, beta=1.5) | weigh
     (cost, into), (want, slow) = both(plain), both(
-        lambda *y: _AllTerms.apply(*y, ok, far, .2, 0., STAGES.index(stage), dict(alpha=.3, beta=1.5) | weigh))
+        lambda *y: _AllTerms.apply(*y, ok, far, .2, 0., STAGES.index(stage), hyper))
     assert torch.equal(cost, want) and (cost > 0).sum() > 50
     for a, b in zip(into, slow):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=0, atol=1e-14))
@@ -195,7 +197,8 @@ def test_lists_that_do_not_belong_here(tmp_path):
 def test_an_anchor_without_negatives_costs_nothing(tmp_path):
     "Lists with empty rows: the anchor gets itself, and nothing of it counts"
     S, train = table(), train_of(); split = train.split; lists = save(tmp_path, S, split, (4, 2)); lists['i2t'].idx[0] = -1; lists['t2i'].idx[0] = -1; save_lists(tmp_path, lists, dict(data=fingerprint(split)))
-    m = aoq(stage='quin', offline=Mining(tmp_path, .25), train=train); step = step_of(train, Table(S), m, CAPS)
+    m = aoq(stage='quin', offline=Mining(tmp_path, .25), train=train)
+    step = step_of(train, Table(S), m, CAPS)
     for side in ('i2t', 't2i'):
         c = m.sources['off'].pool(DirectedStep(step, side)); ok = [side == 't2i' and k == 2 or k not in (0, 2) for k in range(len(CAPS))]; ok[0] = False
         assert c.eligible[:,0].tolist() == ok and not c.also['unanchored_valid'][0] and not c.also['unanchored_valid'][2]
@@ -316,7 +319,8 @@ def test_counts_and_the_running_mean_survive_a_resume(mined, tmp_path):
     def stop(n):
         if n == 9: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, inputs=Inputs(lists=str(mined[0])), on_step=stop, saving=Saving(every=5))
-    fit(cfg, tmp_path/'two', progress=False, inputs=Inputs(lists=str(mined[0])), saving=Saving(every=5)); assert whole.steps > 9
+    fit(cfg, tmp_path/'two', progress=False, inputs=Inputs(lists=str(mined[0])), saving=Saving(every=5))
+    assert whole.steps > 9
     for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
 
 

@@ -141,7 +141,8 @@ def test_draws_follow_the_weights(kw):
     g = torch.Generator().manual_seed(1); R, n, K = 40, 400, 25
     base = torch.rand(R, K, generator=g); eligible = torch.rand(R, K, generator=g) > .1; pos = torch.full((R,), .6)
     score, eligible, pos = (x.repeat_interleave(n, 0) for x in (base, eligible, pos)); m = Given(known(.6, .006, .4, .006))
-    with torch.no_grad(): p = fne.fne_pick(m, **told(**kw))(of_scores(score, eligible, pos), rows(torch.arange(R*n)))
+    pick = fne.fne_pick(m, **told(**kw))
+    with torch.no_grad(): p = pick(of_scores(score, eligible, pos), rows(torch.arange(R*n)))
     assert p.valid.all() and p.idx.shape == (R*n, 1) and (p.weights.gather(1, p.idx) > 0).all()
     want = n*expected(p.weights[::n].double()); seen = F.one_hot(p.idx[:,0], K).view(R, n, K).sum(1)
     big = want > 5; assert (seen[want == 0] == 0).all()

@@ -26,7 +26,8 @@ from itm_nb.methods.generator import (
 from itm_nb.methods.losses import hinge, triplet_term
 from itm_nb.methods.samplers import Candidates, top
 from itm_nb.methods.tags_dc import (
-    PRESETS, discrimination, mean_where, synthetic, tags_terms, TagsTerms, warm_linear, word_counts, word_loss)
+    PRESETS, discrimination, mean_where, synthetic, tags_terms, TagsTerms, warm_linear, word_counts,
+    word_loss)
 
 torch.set_num_threads(1)
 HOME = Path(__file__).parents[1]/'golden'

@@ -99,7 +99,8 @@ def test_a_run_trains_on_stored_sentences(made, method, tmp_path):
     "Same seed, same bytes; another kind of sentences, other weights"
     at, data, *_ = made
     def weights(i, m):
-        t = fit(heads(at, method=m), tmp_path/str(i), data, progress=False, inputs=Inputs(generator=at/'generator'))
+        inputs = Inputs(generator=at/'generator')
+        t = fit(heads(at, method=m), tmp_path/str(i), data, progress=False, inputs=inputs)
         return t.core.state_dict()
     runs = [weights(i, m) for i, m in enumerate((method, method, 'vsepp|static_tags()'))]
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values()))

@@ -129,7 +129,8 @@ def test_seeds_and_epochs():
 def test_whole_method_trains_and_every_head_learns(kind):
     "Both stages through the package's own `losses`; a batch of one; gradients reach the heads that are asked for"
     model = model_of(kind); source = synthetic_source(Synthetic(data()[5], 2, 3, heads=True), 3)
-    method = Method(dict(syn=source), tags_terms(TagsTerms(discrimination=.5, correction=.5), squash=kind == 'cross'))
+    terms = tags_terms(TagsTerms(discrimination=.5, correction=.5), squash=kind == 'cross')
+    method = Method(dict(syn=source), terms)
     for cap in (torch.arange(6), torch.arange(1)):
         model.zero_grad(); parts = losses(method, step_of(model, cap)); assert set(parts) == {f'{k}/i2t' for k in ('synthetic', 'mlm', 'discrimination', 'correction')}
         sum(parts.values()).backward(); assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and all(v.isfinite() for v in parts.values())

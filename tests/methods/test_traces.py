@@ -111,7 +111,9 @@ class Replay:
             parts = {s: quintuplet(pos, on[s], off[s], apart[s], how, unanchored_valid=ok, detach=self.mistake == 'detached_weights') for s in on}
             named |= dict(pos=pos, unanch_33=apart['i2t'], unanch_44=apart['t2i'], term_unanch_33=parts['i2t']['unanchored'], term_unanch_44=parts['t2i']['unanchored'])
             for s in on: named |= {f's_on_{s}': on[s], f'off_{s}': off[s], f'weight_{s}': adaptive_weight(on[s], off[s], **w), f'term_off_{s}': parts[s]['offline']}
-        else: parts = {s: quintuplet(pos, on[s], pos, pos, Quintuplet(self.c['margin']), stage='online') for s in on}
+        else:
+            how = Quintuplet(self.c['margin'])
+            parts = {s: quintuplet(pos, on[s], pos, pos, how, stage='online') for s in on}
         named |= {f'term_on_{s}': parts[s]['online'] for s in on}; loss = sum(v.sum() for p in parts.values() for v in p.values())
         if self.vsrn:
             labels, keep = self.get(f'batch/{b}/caption_labels'), self.get(f'batch/{b}/caption_masks') > 0

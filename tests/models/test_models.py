@@ -42,7 +42,8 @@ def test_stopped_and_gone_on_with_is_the_same(kind, tmp_path):
     class Enough(Exception): pass
     def stop(step):
         if step == half: raise Enough
-    with pytest.raises(Enough): fit(cfg, tmp_path/'twice', data, progress=False, saving=Saving(every=1), on_step=stop)
+    with pytest.raises(Enough):
+        fit(cfg, tmp_path/'twice', data, progress=False, saving=Saving(every=1), on_step=stop)
     again = fit(cfg, tmp_path/'twice', data, progress=False, saving=Saving(every=1))
     for k, v in whole.core.state_dict().items(): assert torch.equal(v, again.core.state_dict()[k]), k
     for f in ('log.jsonl', 'picks.bin', 'ranks_val.npz'):

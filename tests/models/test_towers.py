@@ -122,8 +122,8 @@ def test_killed_and_resumed_with_pictures(step, drawn, tmp_path):
     fit(cfg, ways[0], pictures(cfg, drawn), progress=False, saving=Saving(every=2))
     pid = os.fork()
     if pid == 0:
-        try: fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False, saving=Saving(every=2),
-                 on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
+        try: fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False,
+                 saving=Saving(every=2), on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False, saving=Saving(every=2))

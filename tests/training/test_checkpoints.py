@@ -176,7 +176,8 @@ def test_a_failed_write_is_told_before_the_next_checkpoint(world, tmp_path, monk
                                                            loop.wait([t.aside.work]), real(t, *a))[1])
     steps = []
     with pytest.raises(DataError, match='after step 2 cannot be written'):
-        fit(replace(SMALL, batch=40), tmp_path, world, progress=False, saving=Saving(every=2), on_step=steps.append)
+        cfg = replace(SMALL, batch=40)
+        fit(cfg, tmp_path, world, progress=False, saving=Saving(every=2), on_step=steps.append)
     assert steps == [1, 2, 3]
 
 
@@ -203,7 +204,8 @@ def test_killed_while_steps_go_on_beside_a_write(at, one_after_the_other, world,
         done = [0]
         slow(pytest.MonkeyPatch(), lambda: done[0] > at and os.kill(os.getpid(), signal.SIGKILL), at=at)
         try:
-            fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=lambda s: done.__setitem__(0, s))
+            tell = lambda s: done.__setitem__(0, s)
+            fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=tell)
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL

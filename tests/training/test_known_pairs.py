@@ -34,7 +34,8 @@ def test_a_marked_pair_is_never_a_negative(world, tmp_path, method):
     marked = [p for p in before if p[1] in text][:40]
     for image, caption in marked:
         mark_pair(tmp_path/'list.csv', str(image), text[caption])
-    fit(cfg, tmp_path/'again', world, progress=False, inputs=Inputs(known_false_negatives=tmp_path/'list.csv'))
+    inputs = Inputs(known_false_negatives=tmp_path/'list.csv')
+    fit(cfg, tmp_path/'again', world, progress=False, inputs=inputs)
     said = {(i, text[c]) for i, c in marked}
     after = {(i, text[c]) for i, c in pairs_of(tmp_path/'again') if c in text}
     assert len(marked) == 40 and not said & after and len(after) > 40
