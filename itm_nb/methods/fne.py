@@ -259,6 +259,8 @@ def fne_pick(
 )->Callable:                    # a selector
     "Draw one negative per anchor by posterior and floor"
     _check_words(fallback=fallback, space=space)
+    if how.prior == 'known':
+        raise ValueError("prior='known' is for `fne`, which is given the world; give a number")
     def select(c:Candidates, view:DirectedStep)->Selection:
         m, pos = statistics.moments.to(c.score.device), c.pos.detach()
         on_cpu = c.score.device.type == 'cpu'
@@ -368,8 +370,8 @@ def fne(
     model=None,             # what is to be trained; one that a memory does not suit is refused
     world=None,             # the drawn world, for a known prior and for an oracle
     parts:tuple=None,       # from `fne_parts`, to share with other sources, instead of preset and memory
-    **switches              # fallback, space, permuted, ...: of `fne_pick`; negatives, window, variance, least,
-                            # mask_same: of `Statistics`; what is not given is the preset's
+    **switches              # fallback, space, permuted, ...: of `fne_pick`; negatives, window, variance,
+                            # least, mask_same: of `Statistics`; what is not given is the preset's
 )->Method:
     "A hinge against one negative per anchor, drawn from batch and memory (FNE)"
     if model is not None:
