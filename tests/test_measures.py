@@ -190,6 +190,32 @@ def test_a_flat_walk_would_be_noticed(tmp_path):
     assert len(list(tmp_path.glob('*.ipynb'))) == 1
 
 
+def long_signatures(text, names, most=10):
+    "Public functions, and methods of public classes, that take more than so much; `**kw` counts as one"
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = []
+    for top in ast.parse(text).body:
+        if not isinstance(top, (*defined, ast.ClassDef)) or top.name not in names: continue
+        for f in [top] if isinstance(top, defined) else [x for x in top.body if isinstance(x, defined)]:
+            given = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs, f.args.vararg, f.args.kwarg]
+            n = sum(a is not None and a.arg not in ('self', 'cls') for a in given)
+            found += [f'{top.name}.{f.name}: {n}'] if n > most else []
+    return found
+
+
+def test_no_public_function_takes_more_than_ten_parameters():
+    "More than that belongs in a frozen dataclass of options, next to the formula its fields are symbols of"
+    found = {str(p.relative_to(ROOT)): long_signatures(p.read_text('utf-8'), public(p)) for p in MODULES}
+    assert not {k: v for k, v in found.items() if v}
+
+
+def test_long_signatures_are_seen():
+    many = ', '.join(f'x{i}' for i in range(10))
+    text = f'def f({many}): pass\ndef g({many}, **kw): pass\nclass C:\n    def h(self, {many}, *, y): pass\n'
+    assert long_signatures(text, ('f', 'g', 'C')) == ['g.g: 11', 'C.h: 11']
+    assert long_signatures(text, ('f',)) == []
+
+
 def test_the_measures_measure():
     assert crowded('a = 1; b = 2\nif a: b = 3\nfor x in y:\n    z = 1\n') == (2, 4)
     assert too_long('x'*111 + '\n| ' + 'x'*111 + '\n' + 'x'*110) == 1

@@ -26,7 +26,7 @@ from ..data.pixels import augment, Pixels
 from ..data.splits import Split
 from ..runs.parameters import parameters, resolve
 from ..training.corpus import Corpus
-from ..training.loop import fit, prepare, train_step
+from ..training.loop import fit, prepare, Saving, train_step
 
 # %% ../../nbs/8_analysis/14_accelerator.ipynb #acd00007
 def first_losses(
@@ -70,7 +70,8 @@ def comes_back(
     for run in runs[:2]:
         fit(cfg, run, data, device=device, progress=False)
     try:
-        fit(cfg, runs[2], data, device=device, progress=False, every=max(1, step//2), on_step=leave)
+        saving = Saving(every=max(1, step//2))
+        fit(cfg, runs[2], data, device, saving=saving, progress=False, on_step=leave)
     except _Cut:
         fit(cfg, runs[2], data, device=device, progress=False)
     whole, again, left = map(_digest, runs)

@@ -27,7 +27,7 @@ from ..core.names import escape_markup, escape_mathtext, slug
 from ..core.project import project
 from ..methods.method import Method, scores
 from ..methods.plain_loss import plain_settings
-from ..methods.registry import code_of, found
+from ..methods.registry import code_of, found, settings_of
 from ..methods.samplers import DirectedStep, Step
 from ..models.similarity import image_inputs
 from ..training.config import config
@@ -169,7 +169,7 @@ def _takes(f)->dict:
     plain = plain_settings(f)
     if plain is not None:
         return plain
-    return {} if isinstance(f, Method) or not callable(f) else dict(inspect.signature(f).parameters)
+    return {} if isinstance(f, Method) or not callable(f) else settings_of(f)
 
 def _taken_somewhere(f)->set:
     "Settings that anything in a method's file takes: a file may hold several methods"

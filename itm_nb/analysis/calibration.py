@@ -7,6 +7,7 @@ __all__ = ['samplers', 'examine', 'pick_lines']
 
 # %% ../../nbs/8_analysis/06_calibration.ipynb #df4cef23
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..core.errors_files import DataError, read_json
 from ..core.names import own_file
 from ..core.random import order
-from ..methods.fne import PRIOR, merge, observed, posterior, weights
+from ..methods.fne import merge, observed, Posterior, posterior, weights
 from .audit import BANDS, FALSE, SAMPLERS, TRUE, Ranked
 from .audit_runs import audit_run, run_vectors, what_is_known
 
@@ -133,7 +134,7 @@ def grid(
     score:np.ndarray, y:np.ndarray,     # (n,) of pairs of strangers
     moments:dict,                       # name -> (2, 3) moments, e.g. of hardest negatives and of all
     curve:Callable=None,                # from `learned`; None: not shown
-    prior:float=PRIOR,                  # as released; the share that is true stands beside it
+    prior:float=Posterior.prior,        # as released; the share that is true stands beside it
 )->pd.DataFrame:                        # a line per probability
     "Calibration of every reading of the posterior"
     s, rows = torch.from_numpy(np.asarray(score)).double(), []
@@ -149,13 +150,14 @@ def grid(
 # %% ../../nbs/8_analysis/06_calibration.ipynb #911c2032
 def fne_sampler(
     m:Tensor,              # (2, 3) moments
+    how:Posterior=Posterior(),
+    margin:float=.2,       # of the floor
     permuted:int=0,        # mean over so many deals of the placebo; 0: the true posterior
-    **kw                   # of `fne.weights`
 )->Callable:               # Ranked -> (B, K) probabilities
     "How likely FNE draws each candidate"
     def sample(c:Ranked)->Tensor:
         deals = [c.uniform(f'permuted {k}', c.score.shape[1]) for k in range(permuted)] or [None]
-        return sum(_one(c, weights(c.score, c.pos, m, c.eligible, shuffle=x, **kw))
+        return sum(_one(c, weights(c.score, c.pos, m, c.eligible, how, margin, x))
                    for x in deals) / len(deals)
     return sample
 
@@ -227,11 +229,12 @@ def _once(sample:Callable)->Callable:
 
 def samplers(
     m:Tensor,              # (2, 3) moments
+    how:Posterior=Posterior(),
+    margin:float=.2,       # of the floor
     deals:int=8,           # of the placebo
-    **kw                   # of `fne.weights`
 )->dict:                   # name -> sampler
     "FNE's draw, and its rivals at the same hardness"
-    own = lambda permuted=0, **more: _once(fne_sampler(m, permuted, **kw | more))
+    own = lambda permuted=0, **more: _once(fne_sampler(m, replace(how, **more), margin, permuted))
     draw, flat, tau5, dealt = own(), own(threshold=1., cutdown=False), own(tau=5.), own(deals)
     return {'fne draw': draw, 'uniform above the floor': flat, 'fne permuted': dealt, 'fne draw, tau 5': tau5,
             'uniform, as hard as fne': as_hard_as(flat, draw),

@@ -14,6 +14,8 @@ import importlib.util
 import inspect
 import operator
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 from ..core.errors_files import DataError
@@ -96,6 +98,30 @@ def own_code(
     "The code of one's own that a name asks for; empty where everything is the package's"
     return [x for x in _paths(name) if x not in SOURCES]
 
+# %% ../../nbs/5_methods/09_registry.ipynb #e1137901
+def settings_of(
+    f:Callable,        # a function or class
+)->dict:               # name -> inspect.Parameter
+    "What a function takes, by name; the fields of its options stand in their place"
+    out = {}
+    for k, p in inspect.signature(f).parameters.items():
+        inside = asdict(p.default) if _options(p) else None
+        out |= {k: p} if inside is None else {x: p.replace(name=x, default=v) for x, v in inside.items()}
+    return out
+
+def _options(p)->bool:
+    "Is this parameter a dataclass of options, such as `Posterior()`?"
+    return is_dataclass(p.default) and not isinstance(p.default, (type, Method, Source))
+
+def _put_together(f, given)->dict:
+    "Flat settings, as text has them, in the options they are fields of"
+    out = dict(given)
+    for k, p in inspect.signature(f).parameters.items():
+        if _options(p):
+            own = {x: out.pop(x) for x in asdict(p.default) if x in out}
+            out |= {k: replace(p.default, **own)} if own else {}
+    return out
+
 # %% ../../nbs/5_methods/09_registry.ipynb #e11379aa
 def _part(text, kw, allow_code)->Method:
     "One method of a mixture, with its sources replaced where that is asked for"
@@ -121,14 +147,15 @@ def _made(path, maker, kind, kw, own):
     "Call a maker with the settings it knows, and with those that were written behind its name"
     plain = plain_settings(maker) if kind is Method else None
     if callable(maker) and not isinstance(maker, kind):
-        known = inspect.signature(maker).parameters if plain is None else plain
+        known = settings_of(maker) if plain is None else plain
         free = any(p.kind == p.VAR_KEYWORD for p in known.values())
-        if odd := [k for k in own if k not in known and not free]:
+        whole = [] if plain is not None else inspect.signature(maker).parameters.keys() - known.keys()
+        if odd := [k for k in own if k in whole or k not in known and not free]:
             near = difflib.get_close_matches(odd[0], known, 1)
             hint = f'did you mean {near[0]!r}?' if near else f'there are {sorted(known)}'
             raise ValueError(f'{path} has no setting {odd[0]!r}; {hint}')
         given = {k: v for k, v in kw.items() if k in known} | own
-        maker = maker(**given) if plain is None else plain_loss(maker, **given)
+        maker = maker(**_put_together(maker, given)) if plain is None else plain_loss(maker, **given)
     # a user's function may return (sources, terms)
     if kind is Method and isinstance(maker, tuple):
         maker = Method(*maker)

@@ -24,7 +24,7 @@ from ..data.scan_layout import open_npy
 from ..data.splits import fingerprint
 from ..models.frozen_cache import keep_more
 from ..models.parts import network_of
-from .fne import refined, Statistics
+from .fne import Posterior, refined, Statistics
 from .generator import (
     buckets, Captions, draw_words, fill, mask_copies, refill_law, suspects, word_classes)
 from .method import Method
@@ -302,7 +302,7 @@ def _picked(pick, pool, fetch, hard, most, margin, prior)->Source:
         return Source(pool, plain[pick](), fetch)
     if pick != 'fne':
         raise ValueError(f"pick is 'hardest', 'uniform' or 'fne', not {pick!r}")
-    return refined(Source(pool, None, fetch), Statistics(), margin=margin, prior=prior, monotone=True)
+    return refined(Source(pool, None, fetch), Statistics(), Posterior(prior, monotone=True), margin=margin)
 
 def static_tags(
     kind:str='generator',     # whose sentences: one of `KINDS`

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from ..core.commands import SetupError
@@ -19,7 +20,7 @@ from ..core.project import fold_file
 from ..training.checkpoint import Stopped
 from ..training.config import config
 from ..training.corpus import corpus, in_fold
-from ..training.loop import fit
+from ..training.loop import fit, Inputs, Saving
 from .execution import mark_failed, forward_signal, execute
 from .identity import OF_A_RUN
 from .parameters import parameters
@@ -36,12 +37,10 @@ def train_together(
     data = corpus(cfg, values['folder'], values['cache'], values['models'], values['workers'])
     if values['folds']:
         data = in_fold(data, fold_file(values['folds']), values['fold'])
-    more = {k: values[k] for k in ('lists', 'generator', 'known_false_negatives', 'track') if k in values}
-    if 'checkpoint_seconds' in values:
-        more |= dict(seconds=values['checkpoint_seconds'])
-    fit(cfg, run, data, values['folder'], values['device'], progress=values['progress'], init=values['init'],
-        carry=values['carry'],
-        allow_code=allow_code, **more)
+    given = {k: values[k] for k in asdict(Inputs()) if k in values}
+    saving = Saving(seconds=values.get('checkpoint_seconds', Saving.seconds))
+    fit(cfg, run, data, values['device'], Inputs(**given), saving, allow_code, values['progress'],
+        track=values.get('track', ''))
 
 def main(argv=None)->int:
     """What each process does: `python -m itm_nb.runs.multi_process FILE RUN [--allow-code]`, started by

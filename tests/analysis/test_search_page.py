@@ -21,7 +21,7 @@ from itm_nb.data.prepare import prepare
 from itm_nb.training.config import KNOWN, OF_CONFIG, config
 from itm_nb.training.corpus import corpus
 from itm_nb.training.fine_tune import fine_tune
-from itm_nb.training.loop import fit
+from itm_nb.training.loop import fit, Inputs
 from photos import folder_of, paint, tiny_clip
 
 EVIL = '<img src=x onerror="document.title=1"> & <script>document.title=2</script>'
@@ -112,7 +112,7 @@ def test_what_was_marked_is_left_out_of_the_next_training(served):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         t = fit(cfg, cfg_run, corpus(cfg, at/'photos', at/'cache', at/'models'), progress=False,
-                known_false_negatives=at/'marks.csv')
+                inputs=Inputs(known_false_negatives=at/'marks.csv'))
     assert 'known_false_negatives' in t.prints
 
 

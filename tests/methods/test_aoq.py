@@ -16,15 +16,16 @@ from itm_nb.data.batches import SPECIALS, Batches, Vocabulary
 from itm_nb.data.splits import fingerprint, Split
 from itm_nb.models.encode import embed
 from itm_nb.models.similarity import picked_of
-from itm_nb.methods.aoq import _AllTerms, PRESETS, STAGES, aoq, kept, lists_of, quintuplet
-from itm_nb.methods.fne import bank_source
+from itm_nb.methods.aoq import (
+    _AllTerms, PRESETS, STAGES, aoq, kept, lists_of, Mining, Quintuplet, quintuplet)
+from itm_nb.methods.fne import bank_source, Memory
 from itm_nb.methods.method import losses, explain, fetches, Method
 from itm_nb.methods.offline_mining import SHARE, depth, Draw, Lists, load_lists, mine_model, save_lists
 from itm_nb.methods.registry import named, schedule
 from itm_nb.methods.samplers import in_batch, semi_hard, Source, Step, top, DirectedStep
 from itm_nb.training.build import build
 from itm_nb.training.config import config, Config
-from itm_nb.training.loop import fit, load_picks
+from itm_nb.training.loop import fit, Inputs, load_picks, Saving
 from itm_nb.runs.identity import OF_A_RUN
 from itm_nb.runs.run_folder import finish
 from itm_nb.runs.sweep_plan import entries, read_sweep, sweep_file
@@ -94,7 +95,8 @@ CAPS = torch.tensor([0, 3, 1, 5, 9, 11, 13])      # 0 and 1 are of one image
 @pytest.mark.parametrize('seed', range(3))
 def test_the_whole_path_equals_a_plain_loop(stage, preset, seed, tmp_path):
     S, train = table(seed), train_of(); save(tmp_path, S, train.split, (4, 2)); hits = 0
-    method = aoq(stage, preset, lists=tmp_path, train=train, share=.25, reduce='sum'); sw = PRESETS[preset]
+    method = aoq(stage=stage, preset=preset, offline=Mining(tmp_path, .25), train=train, reduce='sum')
+    sw = PRESETS[preset]
     for epoch in range(4):
         parts = losses(method, step_of(train, Table(S), method, CAPS, seed, epoch))
         d = Draw(load_lists(tmp_path, {}), IMG_OF, 4, 2, sw['tied'])(CAPS, seed, epoch); hits += int((d['I3'] == d['I4']).sum())
@@ -118,14 +120,14 @@ def test_one_function_gives_the_terms_and_gradients_of_each(stage, clamp, detach
         y = [t.clone().requires_grad_() for t in x]
         cost = how(*y)
         return cost.detach(), torch.autograd.grad((cost*torch.linspace(-1, 1, 400)).sum(), y, allow_unused=True)
-    kw = dict(m_on=.2, m_off=0.)
-    weigh = dict(alpha=.3, beta=1.5, clamp=clamp, detach=detach)
+    weigh = dict(clamp=clamp, detach=detach)
     def plain(pos, on, off, away, pos_on):
         given = dict(off_ok=ok, unanchored_valid=far, pos_on=pos_on)
-        return sum(quintuplet(pos, on, off, away, stage=stage, **given, **kw,
+        return sum(quintuplet(pos, on, off, away, stage=stage, **given,
                               **(weigh if stage == 'adap' else {})).values())
+    hyper = dict(alpha=.3, beta=1.5) | weigh
     (cost, into), (want, slow) = both(plain), both(
-        lambda *y: _AllTerms.apply(*y, ok, far, .2, 0., STAGES.index(stage), weigh))
+        lambda *y: _AllTerms.apply(*y, ok, far, .2, 0., STAGES.index(stage), hyper))
     assert torch.equal(cost, want) and (cost > 0).sum() > 50
     for a, b in zip(into, slow):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=0, atol=1e-14))
@@ -134,7 +136,7 @@ def test_one_function_gives_the_terms_and_gradients_of_each(stage, clamp, detach
 @pytest.mark.parametrize('switch', [k for k in PRESETS['faithful'] if k not in ('detach', 'reduce')])
 def test_each_switch_alone_changes_the_loss(switch, tmp_path):
     S, train = table(1).detach()*2, train_of(); S[0,:3] += 2.; save(tmp_path, S, train.split, (4, 2))       # captions of one image are its hardest
-    made = lambda **kw: aoq('adap', 'faithful', lists=tmp_path, train=train, share=.25, alpha=.1, **kw)
+    made = lambda **kw: aoq(Quintuplet(alpha=.1), Mining(tmp_path, .25), preset='faithful', train=train, **kw)
     both = [[one(made(**kw), train, S, e) for e in range(6)] for kw in ({}, {switch: PRESETS['corrected'][switch]})]
     assert both[0] != both[1] and all(map(np.isfinite, both[0] + both[1]))
 
@@ -142,7 +144,7 @@ def test_each_switch_alone_changes_the_loss(switch, tmp_path):
 def test_detaching_changes_the_gradient_alone(tmp_path):
     S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); got = []
     for kw in (dict(), dict(detach=True), dict(placebo='detached')):
-        m = aoq(lists=tmp_path, train=train, share=.25, **kw); loss = sum(losses(m, step_of(train, Table(S), m, CAPS)).values())
+        m = aoq(offline=Mining(tmp_path, .25), train=train, **kw); loss = sum(losses(m, step_of(train, Table(S), m, CAPS)).values())
         got.append((float(loss.detach()), torch.autograd.grad(loss, S)[0]))
     assert got[0][0] == got[1][0] == got[2][0] and torch.equal(got[1][1], got[2][1]) and not torch.allclose(got[0][1], got[1][1])
 
@@ -150,7 +152,7 @@ def test_detaching_changes_the_gradient_alone(tmp_path):
 # ---------------------------------------------------------------- placebos
 
 def test_random_needs_no_lists_and_is_never_the_own_image(tmp_path):
-    train = train_of(); m = aoq('quin', placebo='random', train=train); S = table()
+    train = train_of(); m = aoq(stage='quin', placebo='random', train=train); S = table()
     for e in range(20):
         f = fetches(m, torch.as_tensor(train.split.cap_ids[CAPS.numpy()]), 0, e); b = train.take(CAPS, f)
         assert (b['text.off3']['img_ids'] != b['img_ids']).all() and (b['image.off3']['img_ids'] != b['img_ids']).all()
@@ -158,7 +160,7 @@ def test_random_needs_no_lists_and_is_never_the_own_image(tmp_path):
 
 
 def test_second_draws_are_anchored_and_their_own(tmp_path):
-    S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (12, 5)); m = aoq('quin', lists=tmp_path, train=train, share=.8, placebo='second')
+    S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (12, 5)); m = aoq(stage='quin', offline=Mining(tmp_path, .8), train=train, placebo='second')
     step = step_of(train, Table(S), m, CAPS); total_, other = 0., 0
     for side in ('i2t', 't2i'):
         c = m.sources['off'].pool(DirectedStep(step, side)); x = {k: v.detach() for k, v in c.also.items()}; own = IMG_OF[CAPS]
@@ -177,7 +179,7 @@ def test_permuted_and_constant_weights(tmp_path):
 
 @pytest.mark.parametrize('stage, placebo, says', [('tri', 'second', 'for the stages'), ('online', 'random', 'for the stages'), ('quin', 'permuted', 'for the stages'), ('adap', 'none', 'no placebo'), ('five', '', 'stage is one of')])
 def test_what_does_not_fit_is_said(stage, placebo, says):
-    with pytest.raises(ValueError, match=says): aoq(stage, placebo=placebo, train=train_of())
+    with pytest.raises(ValueError, match=says): aoq(stage=stage, placebo=placebo, train=train_of())
     with pytest.raises(ValueError, match='no switch called'): aoq(train=train_of(), clampp=True)
 
 
@@ -188,14 +190,15 @@ def test_lists_that_do_not_belong_here(tmp_path):
     lists_of(tmp_path/'good', split, .2); lists_of(tmp_path/'run', split, .2)
     save(tmp_path/'other', S[:,:14], train_of(IMG_OF[:14]).split); (tmp_path/'half').mkdir(); (tmp_path/'half'/'i2t_idx.npy').write_bytes((tmp_path/'good'/'i2t_idx.npy').read_bytes())
     for at, share, says in (('', .2, 'no mined lists'), (tmp_path/'other', .2, 'lists of data'), (tmp_path/'half', .2, 'no lists.json'), (tmp_path/'good', .5, 'entries')):
-        with pytest.raises(DataError, match=says): aoq(lists=at, train=train, share=share)
-    with pytest.raises(DataError, match='no training data'): aoq(lists=tmp_path/'good')
+        with pytest.raises(DataError, match=says): aoq(offline=Mining(at, share), train=train)
+    with pytest.raises(DataError, match='no training data'): aoq(offline=Mining(tmp_path/'good'))
 
 
 def test_an_anchor_without_negatives_costs_nothing(tmp_path):
     "Lists with empty rows: the anchor gets itself, and nothing of it counts"
     S, train = table(), train_of(); split = train.split; lists = save(tmp_path, S, split, (4, 2)); lists['i2t'].idx[0] = -1; lists['t2i'].idx[0] = -1; save_lists(tmp_path, lists, dict(data=fingerprint(split)))
-    m = aoq('quin', lists=tmp_path, train=train, share=.25); step = step_of(train, Table(S), m, CAPS)
+    m = aoq(stage='quin', offline=Mining(tmp_path, .25), train=train)
+    step = step_of(train, Table(S), m, CAPS)
     for side in ('i2t', 't2i'):
         c = m.sources['off'].pool(DirectedStep(step, side)); ok = [side == 't2i' and k == 2 or k not in (0, 2) for k in range(len(CAPS))]; ok[0] = False
         assert c.eligible[:,0].tolist() == ok and not c.also['unanchored_valid'][0] and not c.also['unanchored_valid'][2]
@@ -203,7 +206,7 @@ def test_an_anchor_without_negatives_costs_nothing(tmp_path):
 
 
 def test_any_pick_may_be_the_online_negative(tmp_path):
-    S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25)
+    S, train = table(), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(offline=Mining(tmp_path, .25), train=train)
     a = aoq(on='semi_hard', **kw); b = aoq(**kw).but(on=Source(in_batch, semi_hard)); c = aoq(on=top(1), **kw); d = aoq(**kw); e = aoq(on=top(3), **kw)
     assert one(a, train, S) == one(b, train, S) != one(d, train, S) == one(c, train, S); assert abs(one(e, train, S) - one(d, train, S)) < 1e-12
 
@@ -248,12 +251,12 @@ def test_the_weight_is_detached_wherever_the_online_negative_is_not_the_hardest(
 
 
 def test_the_mixture_of_another_pool_and_of_a_pick_of_ones_own(tmp_path):
-    train = train_of(); save(tmp_path, table(), train.split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25)
+    train = train_of(); save(tmp_path, table(), train.split, (4, 2)); kw = dict(offline=Mining(tmp_path, .25), train=train)
     def force(**more):
         off = torch.tensor([.5], requires_grad=True); one_ = torch.ones(1, 1).bool(); p = torch.tensor([.6])
         n = {'on': torch.tensor([[.45]]), 'on.valid': one_, 'on.pos': p, 'off': off[:,None], 'off.valid': one_, 'off.pos': p}; aoq(**kw, **more).terms['aoq'](n).backward(); return off.grad.item()
     assert force() == pytest.approx(-.05/.3, abs=1e-6) == force(pool=in_batch, detach=False)
-    assert force(pool=in_batch) == force(on=top(2)) == force(pool=bank_source(queue=8).pool) == 0
+    assert force(pool=in_batch) == force(on=top(2)) == force(pool=bank_source(memory=Memory(8)).pool) == 0
 
 
 # ---------------------------------------------------------------- from a finished run to lists to training
@@ -286,7 +289,7 @@ def test_mined_lists_are_those_of_brute_force(mined):
     ('fne', dict(method="aoq(share=0.02),on=itm_nb.fne:bank_source()")), ('fne detached', dict(method='aoq_fne(share=0.02, queue=64)')),
     ('late', dict(method="aoq(placebo='constant', share=0.02)", warmup=1))])
 def test_every_kind_of_model_trains_on_mined_lists(name, change, mined, tmp_path):
-    t = fit(replace(TINY, **dict(method='aoq(share=0.02)', epochs=1 + (name == 'late')) | change), tmp_path/name, progress=False, lists=str(mined[0]))
+    t = fit(replace(TINY, **dict(method='aoq(share=0.02)', epochs=1 + (name == 'late')) | change), tmp_path/name, progress=False, inputs=Inputs(lists=str(mined[0])))
     told = [json.loads(l) for l in (tmp_path/name/'log.jsonl').read_text().splitlines()]; m = [l['monitor'] for l in told if 'monitor' in l][-1]
     assert all(np.isfinite(l['loss']) for l in told if 'loss' in l) and {'weight_mean', 'pulled', 'collisions', 'active_offline'} <= m.keys()
     rows = load_picks(tmp_path/name/'picks.bin'); assert {b'on', b'off'} <= set(rows['source']) and (rows['other_image'] != rows['image']).all() if name != 'faithful' else True
@@ -296,9 +299,9 @@ def test_every_kind_of_model_trains_on_mined_lists(name, change, mined, tmp_path
 def test_lists_of_other_data_are_refused_by_a_run(mined, tmp_path):
     for cfg, lists, says in ((replace(TINY, method='aoq(share=0.02)', seed=5), mined[0], 'lists of data'), (replace(TINY, method='aoq()'), '', 'no mined lists'),
                              (replace(TINY, method='aoq(share=0.5)'), mined[0], 'share=0.5')):
-        with pytest.raises(DataError, match=says): fit(cfg, tmp_path/says.split()[0], progress=False, lists=str(lists))
+        with pytest.raises(DataError, match=says): fit(cfg, tmp_path/says.split()[0], progress=False, inputs=Inputs(lists=str(lists)))
     with pytest.raises(ValueError, match='needs a captioner'): fit(replace(TINY, method='vsepp|caption()'), tmp_path/'mute', progress=False)
-    with pytest.raises(ValueError, match='nothing is mined'): aoq(placebo='random', refresh=1, train=mined[1].train, model=mined[1].core)
+    with pytest.raises(ValueError, match='nothing is mined'): aoq(offline=Mining(refresh=1), placebo='random', train=mined[1].train, model=mined[1].core)
 
 
 def test_mining_that_is_stopped_leaves_nothing_to_be_accepted(mined, tmp_path):
@@ -306,23 +309,24 @@ def test_mining_that_is_stopped_leaves_nothing_to_be_accepted(mined, tmp_path):
     def tick(n): raise Stop
     img, txt = embed(mined[1].core, mined[1].train)
     with pytest.raises(Stop): save_lists(tmp_path, mine_model(mined[1].core, img, txt, mined[1].train.img_of, (20, 5), tick), dict(data=fingerprint(mined[1].train.split)))
-    with pytest.raises(DataError, match='no lists.json'): aoq(lists=tmp_path, train=mined[1].train)
+    with pytest.raises(DataError, match='no lists.json'): aoq(offline=Mining(tmp_path), train=mined[1].train)
     half = tmp_path/'half'; shutil.copytree(mined[0]/'lists', half); (half/'t2i_idx.npy').write_bytes((half/'t2i_idx.npy').read_bytes()[:-8])
-    with pytest.raises(DataError, match='missing or changed'): aoq(lists=half, train=mined[1].train)
+    with pytest.raises(DataError, match='missing or changed'): aoq(offline=Mining(half), train=mined[1].train)
 
 
 def test_counts_and_the_running_mean_survive_a_resume(mined, tmp_path):
-    cfg = replace(TINY, method="aoq(placebo='constant', share=0.02)", epochs=1); whole = fit(cfg, tmp_path/'whole', progress=False, lists=str(mined[0]))
+    cfg = replace(TINY, method="aoq(placebo='constant', share=0.02)", epochs=1); whole = fit(cfg, tmp_path/'whole', progress=False, inputs=Inputs(lists=str(mined[0])))
     def stop(n):
         if n == 9: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), on_step=stop, every=5)
-    fit(cfg, tmp_path/'two', progress=False, lists=str(mined[0]), every=5); assert whole.steps > 9
+    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, inputs=Inputs(lists=str(mined[0])), on_step=stop, saving=Saving(every=5))
+    fit(cfg, tmp_path/'two', progress=False, inputs=Inputs(lists=str(mined[0])), saving=Saving(every=5))
+    assert whole.steps > 9
     for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
 
 
 @pytest.mark.parametrize('given', [True, False])
 def test_lists_that_keep_up_are_those_of_the_model_of_the_day_and_survive_a_resume(given, mined, tmp_path):
-    lists = dict(lists=str(mined[0])) if given else {}; cfg = replace(TINY, method='aoq(share=0.02, refresh=1)', decay='none', epochs=1)
+    lists = dict(inputs=Inputs(lists=str(mined[0]))) if given else {}; cfg = replace(TINY, method='aoq(share=0.02, refresh=1)', decay='none', epochs=1)
     one = fit(cfg, tmp_path/'one', progress=False, **lists); cfg = replace(cfg, epochs=2); whole = fit(cfg, tmp_path/'whole', progress=False, **lists)
     keeper = next(o for o in whole.stateful() if hasattr(o, 'every')); want = mine_model(one.core, *embed(one.core, one.train), one.train.img_of, (20, 5))
     for side in want: assert torch.equal(keeper.lists[side].idx, want[side].idx), side
@@ -330,8 +334,8 @@ def test_lists_that_keep_up_are_those_of_the_model_of_the_day_and_survive_a_resu
     assert 'lists_kept' not in told[0] and 0 < told[-1]['lists_kept'] < 1
     def stop(n):
         if n == whole.per_epoch + 4: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, on_step=stop, every=3, **lists)
-    fit(cfg, tmp_path/'two', progress=False, every=3, **lists)
+    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'two', progress=False, on_step=stop, saving=Saving(every=3), **lists)
+    fit(cfg, tmp_path/'two', progress=False, saving=Saving(every=3), **lists)
     for f in ('log.jsonl', 'picks.bin', 'best/model.safetensors'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
 
 

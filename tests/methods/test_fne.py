@@ -1,6 +1,6 @@
 """FNE and its memory against slow references: moments, weights and draws by plain loops, the ring against a list, resume and several devices to the last bit."""
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import numpy as np
@@ -105,14 +105,20 @@ def slow_weight(s, pos, m, eligible, margin=.2, tau=.5, prior=1e-4, threshold=1e
     return math.exp(-tau*(s-pos)**2) if cutdown else 1.
 
 
+def told(**kw):
+    "Settings as a function takes them: those of `Posterior` in one"
+    own = {k: kw.pop(k) for k in [*kw] if k in asdict(fne.Posterior())}
+    return dict(how=fne.Posterior(**own)) | kw
+
+
 @pytest.mark.parametrize('kw', [{}, dict(tau=5.), dict(prior=.01), dict(threshold=.5), dict(threshold=1.), dict(min_count=2000), dict(floor='per_anchor'), dict(floor='none'),
                                 dict(cutdown=False), dict(margin=.05), dict(margin=-1.)], ids=str)
 def test_weights_against_loops(kw):
     g = torch.Generator().manual_seed(0); m = known(.6, .008, .36, .009)
     score, pos = torch.rand(6, 40, generator=g, dtype=torch.double), .4+.3*torch.rand(6, generator=g, dtype=torch.double); eligible = torch.rand(6, 40, generator=g) > .2
     want = [[slow_weight(float(score[i,j]), float(pos[i]), m, bool(eligible[i,j]), **kw) for j in range(40)] for i in range(6)]
-    np.testing.assert_allclose(fne.weights(score, pos, m, eligible, **kw), want, atol=1e-10)
-    w = fne.weights(score.float(), pos.float(), m, eligible, **kw); assert w.dtype == torch.float32
+    np.testing.assert_allclose(fne.weights(score, pos, m, eligible, **told(**kw)), want, atol=1e-10)
+    w = fne.weights(score.float(), pos.float(), m, eligible, **told(**kw)); assert w.dtype == torch.float32
     np.testing.assert_allclose(w, want, atol=2e-4)
 
 
@@ -135,7 +141,8 @@ def test_draws_follow_the_weights(kw):
     g = torch.Generator().manual_seed(1); R, n, K = 40, 400, 25
     base = torch.rand(R, K, generator=g); eligible = torch.rand(R, K, generator=g) > .1; pos = torch.full((R,), .6)
     score, eligible, pos = (x.repeat_interleave(n, 0) for x in (base, eligible, pos)); m = Given(known(.6, .006, .4, .006))
-    with torch.no_grad(): p = fne.fne_pick(m, **kw)(of_scores(score, eligible, pos), rows(torch.arange(R*n)))
+    pick = fne.fne_pick(m, **told(**kw))
+    with torch.no_grad(): p = pick(of_scores(score, eligible, pos), rows(torch.arange(R*n)))
     assert p.valid.all() and p.idx.shape == (R*n, 1) and (p.weights.gather(1, p.idx) > 0).all()
     want = n*expected(p.weights[::n].double()); seen = F.one_hot(p.idx[:,0], K).view(R, n, K).sum(1)
     big = want > 5; assert (seen[want == 0] == 0).all()
@@ -157,14 +164,14 @@ def test_weighing_only_what_stands_above_the_floor_changes_nothing(kw):
     g = torch.Generator().manual_seed(2); B, K = 64, 300
     score = .3*torch.randn(B, K, generator=g); eligible = torch.rand(B, K, generator=g) > .05; eligible[3] = False
     c = of_scores(score, eligible, .5+.1*torch.rand(B, generator=g)); v = rows(torch.arange(B)); m = Given(known(.6, .006, .4, .006))
-    a, b = (fne.fne_pick(m, compact=x, **kw)(c, v) for x in (True, False))
+    a, b = (fne.fne_pick(m, compact=x, **told(**kw))(c, v) for x in (True, False))
     assert torch.equal(a.valid, b.valid) and torch.equal(a.idx*a.valid, b.idx*b.valid) and not a.valid[3]
-    with torch.no_grad(): torch.testing.assert_close(*(fne.fne_pick(m, compact=x, **kw)(c, v).weights for x in (True, False)))
+    with torch.no_grad(): torch.testing.assert_close(*(fne.fne_pick(m, compact=x, **told(**kw))(c, v).weights for x in (True, False)))
 
 
 def test_the_placebo_draws_from_the_same_candidates_with_the_same_weights():
     g = torch.Generator().manual_seed(3); score = torch.rand(200, 60, generator=g); c = of_scores(score, yes(score), torch.full((200,), .6)); v = rows(torch.arange(200)); m = Given(known(.6, .006, .4, .006))
-    with torch.no_grad(): real, fake = (fne.fne_pick(m, tau=5., threshold=-1., permuted=x)(c, v).weights for x in (False, True))
+    with torch.no_grad(): real, fake = (fne.fne_pick(m, fne.Posterior(tau=5., threshold=-1.), permuted=x)(c, v).weights for x in (False, True))
     assert torch.equal(real > 0, fake > 0); torch.testing.assert_close(real.sort(1)[0], fake.sort(1)[0]); assert not torch.equal(real, fake)
     high = score > .75; both = [float(w[high].sum()/w.sum()) for w in (real, fake)]; assert both[0] < .5*both[1]        # the real one avoids high scores, the placebo does not
 
@@ -199,7 +206,7 @@ def step_of(model, ids, epoch=0, seed=0):
 @pytest.mark.parametrize('queue', [0, 1, 4])
 def test_small_batches_and_empty_memories(preset, ids, queue):
     "A loss, and a gradient that is finite, whatever there is to draw from"
-    torch.manual_seed(0); model = Towers(); m = fne.fne(preset, queue=queue)
+    torch.manual_seed(0); model = Towers(); m = fne.fne(memory=fne.Memory(queue), preset=preset)
     for t in range(3):
         s = step_of(model, ids, epoch=t, seed=t)
         for o in m.stateful(): [getattr(o, hook)(s) for hook in ('before_step', 'observe') if hasattr(o, hook)]
@@ -210,7 +217,7 @@ def test_small_batches_and_empty_memories(preset, ids, queue):
 
 
 def test_only_anchors_learn_and_by_the_formula():
-    torch.manual_seed(0); model = Towers(); parts = fne.fne_parts(queue=12); m = fne.fne(parts=parts, margin=1.); bank, stats, _ = parts; B = 6
+    torch.manual_seed(0); model = Towers(); parts = fne.fne_parts(memory=fne.Memory(12)); m = fne.fne(parts=parts, margin=1.); bank, stats, _ = parts; B = 6
     for t in range(4): s = step_of(model, range(10*t, 10*t+B), seed=t); bank.before_step(s); stats.observe(s); bank.after_step(s)
     s = step_of(model, [3, 50, 51, 52, 53, 54], seed=9); v, t = s.images.detach().requires_grad_(), s.texts.detach().requires_grad_()
     leaf = Step(model, v, t, s.img, s.cap, 0, 0, s.batch); bank.before_step(leaf); stats.observe(leaf)
@@ -242,7 +249,7 @@ def test_dropout_in_the_copy_is_a_switch():
 
 def test_mixtures_share_one_memory():
     "The memory under another pick, the draw on another pool; one bank told once"
-    bank, stats, kw = fne.fne_parts(queue=20); own = fne.fne(parts=(bank, stats, kw))
+    bank, stats, kw = fne.fne_parts(memory=fne.Memory(20)); own = fne.fne(parts=(bank, stats, kw))
     both = own | Method(dict(hard=Source(bank.pool, hardest, stateful=(bank,)), on=Source(seam.in_batch, fne.fne_pick(stats), stateful=(stats,))),
                                       dict(hard=triplet_term('hard'), on=triplet_term('on')))
     assert both.stateful() == [bank, stats]
@@ -263,7 +270,7 @@ def test_nothing_waits_for_the_device():
     with pytest.raises(RuntimeError): v.sum().item()
     for preset in fne.PRESETS:
         for kw in ({}, dict(floor='per_anchor'), dict(floor='none'), dict(permuted=True), dict(fallback='none'), dict(monotone=True, space='log')):
-            bank, stats, given = fne.fne_parts(preset, queue=13); m = fne.fne(parts=(bank, stats, given), **kw); stats.start = 0; stats.moments = stats.moments.to('meta')
+            bank, stats, given = fne.fne_parts(preset, fne.Memory(13)); m = fne.fne(parts=(bank, stats, given), **told(**kw)); stats.start = 0; stats.moments = stats.moments.to('meta')
             bank.ring.make(v.detach())
             for _ in range(4): s.made = {(id(bank), 'vectors'): (v.detach(), t.detach())}; stats.observe(s); sum(losses(m, s).values()); bank.fill_from = 0; bank.after_step(s)
     a, b = Towers().to('meta'), Towers().to('meta'); Momentum(a).follow(b)
@@ -272,7 +279,7 @@ def test_nothing_waits_for_the_device():
 # ---- whole runs
 def training(preset='corrected', drop=0., **kw):
     "The package's loop, the toy dual encoder, one epoch of warm-up"
-    t = seam.training('dual', 'vsepp', drop=drop); t.phases = ((0, vse0()), (1, fne.fne(preset, queue=70, min_count=10, **kw)))
+    t = seam.training('dual', 'vsepp', drop=drop); t.phases = ((0, vse0()), (1, fne.fne(memory=fne.Memory(70), preset=preset, **told(min_count=10, **kw))))
     return t
 
 
@@ -371,7 +378,7 @@ def test_a_known_prior_is_the_share_of_true_pairs():
     for i in range(t.shape[0]):
         for j in range(t.shape[1]): true += s.img_of[j] != i and t[i,j] == 2; some += s.img_of[j] != i and t[i,j] != 1
     assert math.isclose(fne.true_share(drawn().world), true/some)
-    with pytest.raises(ValueError, match='needs a world'): fne.fne(prior='known')
+    with pytest.raises(ValueError, match='needs a world'): fne.fne(fne.Posterior('known'))
 
 
 # ---- calibration
@@ -393,12 +400,13 @@ def test_as_hard_as_keeps_every_anchors_hardness():
     g = torch.Generator().manual_seed(0); score = torch.rand(9, 30, generator=g); own = torch.zeros(9, 30, dtype=torch.bool); own[torch.arange(9), torch.arange(9)] = True
     c = ranked(score, own); m = known(.7, .01, .4, .02); eligible = c.eligible; flat = lambda c: c.eligible.double()/c.eligible.sum(1, keepdim=True)
     for kw in ({}, dict(tau=5.), dict(tau=50., prior=.1), dict(floor='per_anchor')):
-        draw = calibration.fne_sampler(m, min_count=0, **kw); rival = calibration.fne_sampler(m, threshold=1., cutdown=False, **{k: v for k, v in kw.items() if k == 'floor'})
+        how = fne.Posterior(min_count=0, **kw); draw = calibration.fne_sampler(m, how)
+        rival = calibration.fne_sampler(m, fne.Posterior(threshold=1., cutdown=False, floor=how.floor))
         s = torch.where(eligible, c.score, 0.).double(); a, b = draw(c), calibration.as_hard_as(rival, draw)(c)
         torch.testing.assert_close((a*s).sum(1), (b*s).sum(1), atol=1e-6, rtol=0); torch.testing.assert_close(b.sum(1), torch.ones(9, dtype=torch.double)); assert (b[rival(c) == 0] == 0).all()
-        want = fne.weights(c.score, c.pos, m, c.eligible, min_count=0, **kw); rows = want.sum(1) > 0; torch.testing.assert_close(a[rows], (want/want.sum(1, keepdim=True)).double()[rows], rtol=1e-5, atol=1e-7)
+        want = fne.weights(c.score, c.pos, m, c.eligible, how); rows = want.sum(1) > 0; torch.testing.assert_close(a[rows], (want/want.sum(1, keepdim=True)).double()[rows], rtol=1e-5, atol=1e-7)
         assert all(abs(float(p[0]) - 1) < 1e-9 for p in a[~rows])
-    log = torch.log(calibration.as_hard_as(flat, calibration.fne_sampler(m, tau=5., min_count=0, floor='none'))(c)[0][:20]); step = log.diff()/c.score[0][:20].diff()
+    log = torch.log(calibration.as_hard_as(flat, calibration.fne_sampler(m, fne.Posterior(tau=5., min_count=0, floor='none')))(c)[0][:20]); step = log.diff()/c.score[0][:20].diff()
     assert (step - step.mean()).abs().max() < 1e-3*step.abs().max() + 1e-6                         # an exponential tilt of the rival and nothing else
 
 

@@ -5,6 +5,7 @@ statistics, weights, draws, memory, and the border from epoch 0 (hardest in batc
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,9 @@ def replay(c, z, bank={}, statistics={}, pick={}, warm=None, keep=None, clip=Non
         b.ring.images, b.ring.texts, b.ring.ids = (torch.from_numpy(z[f'init/{k}'].copy()) for k in ('image_queue', 'text_queue', 'idx_queue'))
         b.ring.images, b.ring.texts, b.ring.ids, b.ring.at = b.ring.images.T.contiguous(), b.ring.texts.T.contiguous(), b.ring.ids[0], int(z['init/queue_ptr'][0])
     kw = dict(min_count=c['nums_right_sims'], tau=c['tau'], prior=1/c['prior_denominator'], threshold=1-c['no_match_threshold']) | p['pick'] | pick
-    phases = ((0, warm or fne.fne_warmup(c['margin'])), (1, fne.fne(margin=c['margin'], parts=(b, s, {}), **kw)))
+    own = {k: kw.pop(k) for k in [*kw] if k in asdict(fne.Posterior())}
+    made = fne.fne(fne.Posterior(**own), margin=c['margin'], parts=(b, s, {}), **kw)
+    phases = ((0, warm or fne.fne_warmup(c['margin'])), (1, made))
     opt = torch.optim.Adam(model.parameters(), c['lr']); model.train()
     for t in range(c['steps0']+c['steps1']):
         out, epoch = {}, int(z[f'step/{t}/epoch']); given = lambda k: torch.from_numpy(z[f'batch/{t}/{k}'])

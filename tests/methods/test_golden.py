@@ -26,7 +26,8 @@ from itm_nb.methods.generator import (
 from itm_nb.methods.losses import hinge, triplet_term
 from itm_nb.methods.samplers import Candidates, top
 from itm_nb.methods.tags_dc import (
-    PRESETS, discrimination, mean_where, synthetic, tags_terms, warm_linear, word_counts, word_loss)
+    PRESETS, discrimination, mean_where, synthetic, tags_terms, TagsTerms, warm_linear, word_counts,
+    word_loss)
 
 torch.set_num_threads(1)
 HOME = Path(__file__).parents[1]/'golden'
@@ -202,13 +203,14 @@ def check_bfan(block):
 
 def aoq_sides(S, o1, o2, u3, u4, hyper, **kw):
     "Both directions of the released loss, every row of the batch taken for another image (as released: only the diagonal is left out)"
-    from itm_nb.methods.aoq import adaptive_weight, quintuplet
+    from itm_nb.methods.aoq import adaptive_weight, Quintuplet, quintuplet
     from itm_nb.methods.losses import hinge
     hyper = {k: float(v) for k, v in hyper.items()}
     own = torch.eye(len(S), dtype=torch.bool); out = {}
     for side, M, off, apart in (('i2t', S, o1, u3), ('t2i', S.T, o2, u4)):
         on, at = M.masked_fill(own, -torch.inf).max(1); k = dict(alpha=hyper['alpha'], beta=hyper['beta'])
-        parts = quintuplet(S.diagonal(), on, off, apart, hyper['margin_online'], hyper['margin_offline'], **k, **kw)
+        how = Quintuplet(hyper['margin_online'], hyper['margin_offline'], **k)
+        parts = quintuplet(S.diagonal(), on, off, apart, how, **kw)
         out[side] = parts, dict(hard=at, s_on=on, hinge_on=hinge(S.diagonal(), on, hyper['margin_online']), weight=adaptive_weight(on, off, **k))
     return out
 
@@ -421,10 +423,10 @@ class Cosine: matrix, pairs, at = Model.matrix, Model.pairs, Model.at
 def check_fne_constants(b):
     import inspect
     default = lambda f: {k: v.default for k, v in inspect.signature(f).parameters.items()}
-    w = default(fne.weights)
-    for name in ('margin', 'tau'): near(w[name], b[name])
-    near(1/w['prior'], b['prior_denominator']); near(1-w['threshold'], b['no_match_threshold']); assert w['min_count'] == b['min_accepted_pairs_exclusive']
-    for f in (fne.fne, fne.fne_pick, fne.floor_of, fne.fallback_negative): near(default(f)['margin'], b['margin'])
+    w = fne.Posterior()
+    near(w.tau, b['tau'])
+    near(1/w.prior, b['prior_denominator']); near(1-w.threshold, b['no_match_threshold']); assert w.min_count == b['min_accepted_pairs_exclusive']
+    for f in (fne.weights, fne.fne, fne.fne_pick, fne.floor_of, fne.fallback_negative): near(default(f)['margin'], b['margin'])
 
 
 def check_fne_stats(b):
@@ -486,8 +488,9 @@ def cases_of_weights(b, count=500):
 
 
 def whole_weights(s, pos, m, eligible, space='linear', **kw):
-    w = fne.weights(s, pos, m, eligible, **kw, space=space)
-    return fne.with_fallback(w, fne.fallback_negative(s, pos, eligible, kw.get('margin', .2), 'hinge')[0])
+    margin = kw.pop('margin', .2)
+    w = fne.weights(s, pos, m, eligible, fne.Posterior(**kw), margin, space=space)
+    return fne.with_fallback(w, fne.fallback_negative(s, pos, eligible, margin, 'hinge')[0])
 
 
 def check_fne_weights(b):
@@ -550,7 +553,7 @@ def check_fne_whole(b):
     "Features in, loss and gradients out: through Bank, Statistics and the source"
     v, t, vm, tm, vq, tq = (tensor(b[k]) for k in ('image_feat', 'text_feat', 'image_feat_m', 'text_feat_m', 'image_queue_rows', 'text_queue_rows'))
     v.requires_grad_(); t.requires_grad_(); ids = torch.tensor(b['batch_ids'])
-    bank, stats, kw = fne.fne_parts('faithful', queue=len(vq))
+    bank, stats, kw = fne.fne_parts('faithful', fne.Memory(len(vq)))
     bank.ring.make(vq); bank.ring.images, bank.ring.texts, bank.ring.ids, bank.ring.written = vq, tq, torch.tensor(b['queue_ids']), len(vq)
     st = Step(Cosine(), v, t, ids, ids, epoch=1); st.made[id(bank), 'vectors'] = (vm, tm); before = b['stats_before']
     stats.epoch, stats.moments = 1, tensor([moments_of(before[f'{k}_count'], before[f'{k}_mean'], before[f'{k}_var']) for k in ('pos', 'neg')])
@@ -594,7 +597,7 @@ def check_tags_triplet(block):
     near(cost.detach(), block['loss_mean']); near(s.detach(), block['scores']); near(z.grad, block['grad_logits_of_mean'])
     near(hinge(s[:,:1], s[:,1:], block['margin']).detach(), block['loss_elementwise']); near(s[:,1:] <= s[:,:1], block['corrects'])
     named = {'syn': z[:,1:], 'syn.pos': z[:,0], 'syn.valid': ok}
-    near(tags_terms(synthetic=1., margin=block['margin'], squash=True)['synthetic'](named).detach(), block['loss_mean'])
+    near(tags_terms(TagsTerms(synthetic=1., margin=block['margin']), squash=True)['synthetic'](named).detach(), block['loss_mean'])
 
 
 def check_tags_mlm(block):
@@ -624,7 +627,7 @@ def check_tags_correction(block):
     loss = word_loss(z, y, block['ignore'], block['prob_floor'])
     near(loss[hit].detach(), block['loss_per_masked_position']); near(z[hit].argmax(-1) == y[hit], block['corrects'])
     named = {'syn.cor': loss[None], 'syn.hit': hit[None], 'syn.valid': torch.ones(1, len(y), dtype=torch.bool)}
-    cost = tags_terms(correction=1., preset='faithful')['correction'](named); cost.backward()
+    cost = tags_terms(TagsTerms(correction=1.), preset='faithful')['correction'](named); cost.backward()
     near(cost.detach(), block['loss_mean']); near(z.grad, block['grad_logits_of_mean'])
 
 
@@ -640,7 +643,7 @@ def check_tags_total(block):
     d, yes = part['discrimination'].expm1().log(), torch.ones(1, 1, 1, dtype=torch.bool)                     # -log softmax of (0, d) at 0 is the component
     named = {'syn': part['synthetic'][:,None] - .2, 'syn.pos': floats([0]), 'syn.valid': yes[0], 'syn.mlm': part['mlm'], 'syn.cor': part['correction'].view(1, 1, 1),
              'syn.hit': yes, 'syn.word': yes, 'syn.kept': ~yes, 'syn.disc': torch.stack([0*d, d], -1).view(1, 1, 1, 2), 'on.pos': floats([0]), 'on.valid': yes[0]}
-    value = sum(t(named) for t in tags_terms(**{k: w[k] for k in ('synthetic', 'mlm', 'discrimination', 'correction')}).values())
+    value = sum(t(named) for t in tags_terms(TagsTerms(**{k: w[k] for k in ('synthetic', 'mlm', 'discrimination', 'correction')})).values())
     for k in ('text_to_image', 'image_to_text'): value = value + triplet_term('on', .2, weight=w[k])(named | {'on': part[k][:,None] - .2})
     near(value, block['total'])
 

@@ -18,7 +18,7 @@ from itm_nb.methods.samplers import Step
 from itm_nb.models.similarity import Model
 from itm_nb.training.config import Config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import fit
+from itm_nb.training.loop import fit, Saving
 
 HOME = Path(os.environ.get('ITM_GOLDEN') or Path(__file__).parents[1]/'golden')
 FILE = HOME/'rivals.json'
@@ -229,11 +229,11 @@ def test_a_rival_stopped_and_gone_on_with(name, tmp_path):
     "By name, as a sweep has it: a run that was killed ends with the weights and the state of one that was not"
     cfg = Config(data='scenes', preset='tiny', method=name, text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=16, epochs=2,
                  batch=64)
-    world = corpus(cfg); whole = fit(cfg, tmp_path/'a', world, progress=False, every=5)
+    world = corpus(cfg); whole = fit(cfg, tmp_path/'a', world, progress=False, saving=Saving(every=5))
     def stop(k):
         if k == 7: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'b', world, progress=False, every=5, on_step=stop)
-    again = fit(cfg, tmp_path/'b', world, progress=False, every=5)
+    with pytest.raises(KeyboardInterrupt): fit(cfg, tmp_path/'b', world, progress=False, saving=Saving(every=5), on_step=stop)
+    again = fit(cfg, tmp_path/'b', world, progress=False, saving=Saving(every=5))
     for k, v in whole.core.state_dict().items(): assert v.isfinite().all() and torch.equal(v, again.core.state_dict()[k])
     for a, b in zip(whole.stateful(), again.stateful()):
         for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]), k

@@ -20,7 +20,7 @@ from itm_nb.methods.samplers import Candidates, draw, hardest, in_batch, searchi
 from itm_nb.training.checkpoint import save_checkpoint
 from itm_nb.training.config import Config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import _pack, fit, prepare, resume, share, train_step, Training
+from itm_nb.training.loop import _pack, fit, prepare, resume, Saving, share, train_step, Training
 
 TINY = Config(preset='tiny', text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=0, epochs=2, batch=32, method='vsepp', dropout=0., lr=1e-2)
 
@@ -232,7 +232,7 @@ def worker(folder):
             t = training(kind, name); c = run(t, 4)
             out |= {f'{kind}.{name}.{k}': v for k, v in everything_of(t).items()} | {f'{kind}.{name}.cost.{i}.{k}': v for i, x in enumerate(c) for k, v in x.items()}
     save_file({k: v.contiguous().clone() for k, v in out.items()}, f'{folder}/out_{world}_{rank}.safetensors')
-    t = fit(replace(TINY, epochs=1), f'{folder}/run_{world}', data(), progress=False, every=3)
+    t = fit(replace(TINY, epochs=1), f'{folder}/run_{world}', data(), progress=False, saving=Saving(every=3))
     if world == 2:
         try: share(torch.arange(31)); raise SystemExit('31 over 2 devices was not refused')
         except ValueError as e: assert 'cannot be shared by 2 devices' in str(e)

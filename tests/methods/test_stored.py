@@ -20,7 +20,7 @@ from itm_nb.models.similarity import image_inputs
 from itm_nb.training.config import check_method, check_together, Config
 from itm_nb.training.corpus import corpus
 from itm_nb.training.generator_training import ask, fit_generator, lesson
-from itm_nb.training.loop import fit, prepare, train_step
+from itm_nb.training.loop import fit, Inputs, prepare, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'runs'))
 from test_strong_base import made_up_photos
@@ -99,7 +99,8 @@ def test_a_run_trains_on_stored_sentences(made, method, tmp_path):
     "Same seed, same bytes; another kind of sentences, other weights"
     at, data, *_ = made
     def weights(i, m):
-        t = fit(heads(at, method=m), tmp_path/str(i), data, progress=False, generator=at/'generator')
+        inputs = Inputs(generator=at/'generator')
+        t = fit(heads(at, method=m), tmp_path/str(i), data, progress=False, inputs=inputs)
         return t.core.state_dict()
     runs = [weights(i, m) for i, m in enumerate((method, method, 'vsepp|static_tags()'))]
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values()))

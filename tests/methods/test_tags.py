@@ -20,7 +20,7 @@ from itm_nb.methods.generator import (
     unit_law, TextGenerator)
 from itm_nb.methods.method import losses, Method
 from itm_nb.methods.samplers import Step, top, DirectedStep
-from itm_nb.methods.tags_dc import PRESETS, mlm_warmup, tags, tags_terms
+from itm_nb.methods.tags_dc import PRESETS, mlm_warmup, tags, tags_terms, TagsTerms
 from itm_nb.analysis.perplexity import Ngrams
 
 torch.set_num_threads(1)
@@ -129,7 +129,8 @@ def test_seeds_and_epochs():
 def test_whole_method_trains_and_every_head_learns(kind):
     "Both stages through the package's own `losses`; a batch of one; gradients reach the heads that are asked for"
     model = model_of(kind); source = synthetic_source(Synthetic(data()[5], 2, 3, heads=True), 3)
-    method = Method(dict(syn=source), tags_terms(discrimination=.5, correction=.5, squash=kind == 'cross'))
+    terms = tags_terms(TagsTerms(discrimination=.5, correction=.5), squash=kind == 'cross')
+    method = Method(dict(syn=source), terms)
     for cap in (torch.arange(6), torch.arange(1)):
         model.zero_grad(); parts = losses(method, step_of(model, cap)); assert set(parts) == {f'{k}/i2t' for k in ('synthetic', 'mlm', 'discrimination', 'correction')}
         sum(parts.values()).backward(); assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and all(v.isfinite() for v in parts.values())
@@ -140,7 +141,7 @@ def test_whole_method_trains_and_every_head_learns(kind):
 def test_a_generator_that_yields_nothing(kind):
     "One word to draw from, and it occurs in the captions: for some captions nothing is eligible. No NaN, no cost from them, and they are counted"
     _, _, lex, tokens, _, known = data(); only = Lexicon.of(lex.names, set(range(len(lex.names))) - {int(tokens[0,1])}, lex.mask); model = model_of(kind)
-    g = Synthetic(replace(known, lexicon=only), 2, 2, heads=True); method = Method(dict(syn=synthetic_source(g, 3)), tags_terms(discrimination=1., correction=1.))
+    g = Synthetic(replace(known, lexicon=only), 2, 2, heads=True); method = Method(dict(syn=synthetic_source(g, 3)), tags_terms(TagsTerms(discrimination=1., correction=1.)))
     same = np.flatnonzero(data()[0].img_of == data()[0].img_of[0]); step = step_of(model, torch.as_tensor(same))
     c = g.pool(DirectedStep(step, 'i2t')); assert (c.also['clean'] == 0).any() and (c.score[~c.eligible] == -torch.inf).all()
     parts = losses(method, step_of(model, torch.as_tensor(same[(c.also['clean'] == 0).numpy()])))
@@ -334,7 +335,7 @@ def test_tags_trains_through_the_loop_and_goes_on_after_a_stop(tmp_path):
 def test_the_lesson_alone_is_the_lesson_of_those_who_write():
     "What the arm vsepp_mlm of tags_flickr8k rests on: `mlm_warmup` with as many copies and the writers' share losses and teaches what `tags` teaches beside its sentences"
     train, vocab = data()[4], data()[1]; cap = order(len(data()[3]), 0, 3)[:24]; grads = {}
-    for name, make, term in (('alone', lambda m: mlm_warmup(1., 4, .15, train=train, vocab=vocab, model=m), 'masked'), ('writer', lambda m: tags(mlm=1., train=train, vocab=vocab, model=m), 'mlm')):
+    for name, make, term in (('alone', lambda m: mlm_warmup(1., 4, .15, train=train, vocab=vocab, model=m), 'masked'), ('writer', lambda m: tags(losses=TagsTerms(mlm=1.), train=train, vocab=vocab, model=m), 'mlm')):
         m = model_of(); found = make(m)
         method = Method(found.sources, {term: found.terms[term]}); parts = losses(method, step_of(m, cap, seed=1, epoch=1)); sum(parts.values()).backward()
         grads[name] = [float(sum(parts.values()).detach())] + [p.grad.clone() for p in m.parameters() if p.grad is not None]

@@ -9,7 +9,7 @@ import torch
 from itm_nb.core.random import order
 from itm_nb.training.config import config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import _pack, fit, prepare, train_step
+from itm_nb.training.loop import _pack, fit, prepare, Saving, train_step
 from devices import in_worlds, started
 
 torch.set_num_threads(1)
@@ -69,7 +69,7 @@ def whole(tmp_path_factory):
     @cache
     def run_of(arm):
         at = tmp_path_factory.mktemp(arm)/'whole'
-        fit(cfg_of(arm), at, data(), progress=False, every=3)
+        fit(cfg_of(arm), at, data(), progress=False, saving=Saving(every=3))
         return at
     return run_of
 
@@ -81,10 +81,10 @@ def test_killed_and_resumed(arm, step, whole, tmp_path):
     cfg, ways = cfg_of(arm), [whole(arm), tmp_path/'killed']
     pid = os.fork()
     if pid == 0:
-        try: fit(cfg, ways[1], data(), progress=False, every=3, on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
+        try: fit(cfg, ways[1], data(), progress=False, saving=Saving(every=3), on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-    fit(cfg, ways[1], data(), progress=False, every=3)
+    fit(cfg, ways[1], data(), progress=False, saving=Saving(every=3))
     for name in ('log.jsonl', 'best/model.safetensors', 'last/tensors.safetensors'): assert (ways[0]/name).read_bytes() == (ways[1]/name).read_bytes(), name
 
 

@@ -14,7 +14,7 @@ from itm_nb.methods.generator import (
     _corrections, fill, Lexicon, mlm_loss, penalty, refill, refill_law, suspects)
 from itm_nb.methods.samplers import Candidates, top
 from itm_nb.methods.tags_dc import (
-    correction_term, discrimination_term, synthetic, tags_terms, warm_linear, word_counts)
+    correction_term, discrimination_term, synthetic, tags_terms, TagsTerms, warm_linear, word_counts)
 
 torch.set_num_threads(1)
 FOLDER = Path(os.environ.get('ITM_GOLDEN') or Path(__file__).parents[1]/'golden')/'traces'
@@ -111,7 +111,7 @@ def replay_pair(model, c, b, s, switch, drop, check):
     p = top(H)(Candidates(adjusted[None], eligible, None, None), None); kept = made[0][p.idx[0]]
     same(kept, s['syn_candidates'][s['syn_kept']], 0, 'kept rows')              # ties between equal rows are not ours to order
     neg = score(kept); check('syn_logits', torch.cat([positive(), neg]))
-    syn = tags_terms(synthetic=1., margin=margin, squash=True)['synthetic']({'syn': neg[None], 'syn.pos': positive(), 'syn.valid': p.valid}); check('syn_loss', syn)
+    syn = tags_terms(TagsTerms(synthetic=1., margin=margin), squash=True)['synthetic']({'syn': neg[None], 'syn.pos': positive(), 'syn.valid': p.valid}); check('syn_loss', syn)
     # a caption looks for its image; an image (of another loader) for its caption
     t2i = triplet(model, lambda k: model.pairs(img[k], cap.expand(len(k), -1)), len(img), H, margin)
     other = model.image(t(b['img_img_feat'])[None], torch.ones(1, len(b['img_img_feat']), dtype=torch.bool), t(b['img_img_pos_feat'])[None])

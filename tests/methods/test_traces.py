@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itm_nb.methods.aoq import adaptive_weight, quintuplet
+from itm_nb.methods.aoq import adaptive_weight, Quintuplet, quintuplet
 from itm_nb.models.cross_attention import bfan, cross_attention, l2_normalize
 from itm_nb.models.encoders import GRUTower, RegionTower
 from itm_nb.models.vsrn import (
@@ -107,11 +107,13 @@ class Replay:
             (i3, _), t3, n3 = e['_off']; (i4, _), t4, n4 = e['_off2']
             off = dict(i2t=self.pairs(img, t3, n3), t2i=self.pairs(i3, txt, n)); apart = dict(i2t=self.pairs(i3, t3, n3), t2i=self.pairs(i4, t4, n4))
             ok = self.get(f'batch/{b}/I3') != self.get(f'batch/{b}/I4') if self.mistake == 'pairs_with_I3_equal_I4_masked' else None
-            kw = dict(m_on=self.c['marginonline'], m_off=self.c['marginoffline']); w = dict(alpha=self.c['alpha'], beta=self.c['beta'])
-            parts = {s: quintuplet(pos, on[s], off[s], apart[s], unanchored_valid=ok, detach=self.mistake == 'detached_weights', **kw, **w) for s in on}
+            w = dict(alpha=self.c['alpha'], beta=self.c['beta']); how = Quintuplet(self.c['marginonline'], self.c['marginoffline'], **w)
+            parts = {s: quintuplet(pos, on[s], off[s], apart[s], how, unanchored_valid=ok, detach=self.mistake == 'detached_weights') for s in on}
             named |= dict(pos=pos, unanch_33=apart['i2t'], unanch_44=apart['t2i'], term_unanch_33=parts['i2t']['unanchored'], term_unanch_44=parts['t2i']['unanchored'])
             for s in on: named |= {f's_on_{s}': on[s], f'off_{s}': off[s], f'weight_{s}': adaptive_weight(on[s], off[s], **w), f'term_off_{s}': parts[s]['offline']}
-        else: parts = {s: quintuplet(pos, on[s], pos, pos, self.c['margin'], stage='online') for s in on}
+        else:
+            how = Quintuplet(self.c['margin'])
+            parts = {s: quintuplet(pos, on[s], pos, pos, how, stage='online') for s in on}
         named |= {f'term_on_{s}': parts[s]['online'] for s in on}; loss = sum(v.sum() for p in parts.values() for v in p.values())
         if self.vsrn:
             labels, keep = self.get(f'batch/{b}/caption_labels'), self.get(f'batch/{b}/caption_masks') > 0

@@ -27,7 +27,7 @@ from itm_nb.models.parts import ImageParts, network_of, TextParts
 from itm_nb.models.pretrained import describe, find, layers, tower
 from itm_nb.training.config import config, Config
 from itm_nb.training.corpus import Corpus, in_fold
-from itm_nb.training.loop import evaluate, fit, prepare, train_step
+from itm_nb.training.loop import evaluate, fit, Inputs, prepare, train_step
 from itm_nb.runs.identity import run_id
 
 SMALL = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
@@ -411,7 +411,7 @@ def test_a_run_of_pieces_can_start_from_another(drawn, tmp_path):
                              epochs=1))
     d = data(cfg, drawn, tmp_path/'s')
     first = fit(cfg, tmp_path/'a', d, progress=False).core.state_dict()
-    t = fit(replace(cfg, lr=1e-9, seed=1), tmp_path/'b', d, progress=False, init=tmp_path/'a')
+    t = fit(replace(cfg, lr=1e-9, seed=1), tmp_path/'b', d, progress=False, inputs=Inputs(init=tmp_path/'a'))
     for k, v in t.core.state_dict().items(): assert same(v.float(), first[k].float(), 1e-5), k
 
 

@@ -15,7 +15,7 @@ from itm_nb.models.factory import from_pretrained
 from itm_nb.training.build import build
 from itm_nb.training.config import config, Config
 from itm_nb.training.corpus import corpus, Corpus
-from itm_nb.training.loop import PICK, evaluate, fit, load_picks, prepare
+from itm_nb.training.loop import PICK, evaluate, fit, load_picks, prepare, Saving
 from itm_nb.runs.external_scores import ensemble
 from itm_nb.runs.run_record import picks
 
@@ -42,8 +42,9 @@ def test_stopped_and_gone_on_with_is_the_same(kind, tmp_path):
     class Enough(Exception): pass
     def stop(step):
         if step == half: raise Enough
-    with pytest.raises(Enough): fit(cfg, tmp_path/'twice', data, progress=False, every=1, on_step=stop)
-    again = fit(cfg, tmp_path/'twice', data, progress=False, every=1)
+    with pytest.raises(Enough):
+        fit(cfg, tmp_path/'twice', data, progress=False, saving=Saving(every=1), on_step=stop)
+    again = fit(cfg, tmp_path/'twice', data, progress=False, saving=Saving(every=1))
     for k, v in whole.core.state_dict().items(): assert torch.equal(v, again.core.state_dict()[k]), k
     for f in ('log.jsonl', 'picks.bin', 'ranks_val.npz'):
         assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'twice'/f).read_bytes(), f

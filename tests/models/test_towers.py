@@ -27,7 +27,7 @@ from itm_nb.models.similarity import Model
 from itm_nb.training.checkpoint import Stopped
 from itm_nb.training.config import config, Config, current_names
 from itm_nb.training.corpus import corpus, Corpus
-from itm_nb.training.loop import evaluate, fit, prepare, train_step
+from itm_nb.training.loop import evaluate, fit, prepare, Saving, train_step
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -119,14 +119,14 @@ def test_it_learns_something(drawn, tmp_path):
 def test_killed_and_resumed_with_pictures(step, drawn, tmp_path):
     cfg = config(BASE | PAIRS['vit_bert'] | dict(freeze='1', layer_decay=.5, weight_decay=.01))
     ways = [tmp_path/'whole', tmp_path/'killed']
-    fit(cfg, ways[0], pictures(cfg, drawn), progress=False, every=2)
+    fit(cfg, ways[0], pictures(cfg, drawn), progress=False, saving=Saving(every=2))
     pid = os.fork()
     if pid == 0:
-        try: fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False, every=2,
-                 on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
+        try: fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False,
+                 saving=Saving(every=2), on_step=lambda s: os.kill(os.getpid(), signal.SIGKILL) if s == step else None)
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-    fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False, every=2)
+    fit(cfg, ways[1], pictures(cfg, drawn, tmp_path/'cache', 2), progress=False, saving=Saving(every=2))
     assert digest(ways[0]) == digest(ways[1])
 
 

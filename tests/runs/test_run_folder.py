@@ -21,7 +21,7 @@ from itm_nb.core.sealed_files import broken, content, result, seal
 from itm_nb.training.config import config
 from itm_nb.training import loop
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import fit
+from itm_nb.training.loop import fit, Inputs, Saving
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(preset='tiny', dim=16, d_word=8, image_hidden=16, epochs=2, batch=100, dropout=.1, method='vsepp', progress=False, sweep='t')
@@ -41,8 +41,8 @@ def work(nb, values, out, bar=False, on_step=None, every=3):
     "What the notebook `train` does, without a kernel"
     os.environ['ITM_DRIVEN'] = '1'; data = world_of(values)
     try:
-        t = fit(config({k: v for k, v in values.items() if k not in identity.OF_A_RUN}), out, data, progress=False, every=every, on_step=on_step,
-                **{k: values[k] for k in ('init', 'carry', 'lists', 'generator')})
+        t = fit(config({k: v for k, v in values.items() if k not in identity.OF_A_RUN}), out, data, progress=False, saving=Saving(every=every), on_step=on_step,
+                inputs=Inputs(**{k: values[k] for k in ('init', 'carry', 'lists', 'generator')}))
         run_record.conclude(values, out, t, data); run_folder.finish(out)
     finally: del os.environ['ITM_DRIVEN']
     return 0
@@ -338,7 +338,7 @@ def count_operations(die_at):
 
 
 def only_trained(nb, values, out, bar=False):
-    fit(config({k: v for k, v in values.items() if k not in identity.OF_A_RUN}), out, world_of(values), progress=False, every=2); run_folder.finish(out); return 0
+    fit(config({k: v for k, v in values.items() if k not in identity.OF_A_RUN}), out, world_of(values), progress=False, saving=Saving(every=2)); run_folder.finish(out); return 0
 
 
 SHORT = dict(TINY, batch=400, epochs=2)

@@ -214,14 +214,14 @@ def tiny(tmp_path_factory):
     "Two finished runs on the tiny world, as the template makes them, and its data"
     from itm_nb.training.config import config
     from itm_nb.training.corpus import corpus
-    from itm_nb.training.loop import fit
+    from itm_nb.training.loop import fit, Inputs
     folder, done = tmp_path_factory.mktemp('tiny'), []
     for arm, more in (('warm', dict(method='vse0')), ('fork', dict(method='vsepp', init='warm'))):
         given = dict(preset='tiny', dim=32, d_word=16, image_hidden=32, epochs=2, batch=32, arm=arm) | more
         if done: given['init'] = str(done[0][1])
         values = parameters.resolve(parameters.parameters(project.template('train')), given)
         cfg = config({k: v for k, v in values.items() if k not in identity.OF_A_RUN}); data = corpus(cfg)
-        run = folder/identity.run_id('train', values); t = fit(cfg, run, data, progress=False, init=values['init'])
+        run = folder/identity.run_id('train', values); t = fit(cfg, run, data, progress=False, inputs=Inputs(init=values['init']))
         done.append((run_record.conclude(values, run, t, data), run, t))
     return done, data, folder
 

@@ -24,7 +24,7 @@ from itm_nb.methods.memory_bank import Ring
 from itm_nb.training import loop
 from itm_nb.training.config import config
 from itm_nb.training.corpus import corpus, Corpus
-from itm_nb.training.loop import fit
+from itm_nb.training.loop import fit, Saving
 
 SMALL = dict(preset='tiny', epochs=2, batch=64, dim=16, d_word=16, image_hidden=16, dropout=0., heads=2,
              layers=1)
@@ -160,7 +160,7 @@ def ran(cfg, run, device, every=200, stop=None):
                          operations=sum(LEDGER.operations.values())/(LAST-FIRST))
         if step == stop: raise KeyboardInterrupt
     t = fit(cfg, run, few(cfg, run.with_name('pictures')), device=device, progress=False, on_step=look,
-            every=every)
+            saving=Saving(every=every))
     return [json.loads(line) for line in (run/'log.jsonl').read_text().splitlines()], t, costs
 
 

@@ -16,7 +16,7 @@ from itm_nb.core.errors_files import DataError
 from itm_nb.training import loop
 from itm_nb.training.checkpoint import load_checkpoint, locked, Stopped
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import fit
+from itm_nb.training.loop import fit, Saving
 
 SMALL = replace(TINY, batch=100)
 
@@ -32,7 +32,7 @@ def one_after_the_other(world, tmp_path_factory):
     run = tmp_path_factory.mktemp('in_turn')
     with pytest.MonkeyPatch.context() as m:
         m.setattr(loop.Aside, 'begin', lambda self, work, *args: work(*args))
-        fit(SMALL, run, world, progress=False, every=2)
+        fit(SMALL, run, world, progress=False, saving=Saving(every=2))
     return digest(run)
 
 
@@ -60,7 +60,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(one_after_the_other, world, t
     def told(step):
         done[0] = step
         before.append((step, list(written)))
-    fit(SMALL, tmp_path, world, progress=False, every=2, on_step=told)
+    fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=told)
     assert dict(before)[3] == []
     assert written == sorted(set(written)) and written[0] == 2
     assert digest(tmp_path) == one_after_the_other
@@ -83,7 +83,7 @@ def test_a_checkpoint_holds_the_step_it_was_asked_for(world, tmp_path, monkeypat
         if step == 4:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        fit(SMALL, tmp_path, world, progress=False, every=2, on_step=told)
+        fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=told)
     tensors, state = load_checkpoint(tmp_path/'last')
     assert state['step'] == 2 and state['history'] == kept[2][1]
     assert tensors.keys() == kept[2][0].keys()
@@ -99,7 +99,7 @@ def test_there_is_one_writer_and_it_ends_with_the_training(world, tmp_path, monk
         assert sum(t.name.startswith('checkpoint') for t in threading.enumerate()) == 1
         real(*what)
     monkeypatch.setattr(loop, 'save_checkpoint', save)
-    fit(SMALL, tmp_path, world, progress=False, every=1)
+    fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=1))
     assert len(at_work) > 4 and set(at_work) == {'checkpoint_0'}
     assert not [t for t in threading.enumerate() if t.name.startswith('checkpoint')]
 
@@ -128,11 +128,11 @@ def test_an_error_or_a_stop_waits_for_what_is_being_written(how, one_after_the_o
         if step == 3:
             os.kill(os.getpid(), how)
     with pytest.raises(KeyboardInterrupt if how is KeyboardInterrupt else Stopped):
-        fit(SMALL, tmp_path, world, progress=False, every=2, on_step=told)
+        fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=told)
     assert len(late) > 20 and not free
     with locked(tmp_path):
         assert load_checkpoint(tmp_path/'last')[1]['step'] == (2 if how is KeyboardInterrupt else 3)
-    fit(SMALL, tmp_path, world, progress=False, every=2)
+    fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2))
     assert digest(tmp_path) == one_after_the_other
 
 
@@ -156,11 +156,11 @@ def test_a_full_disk_ends_the_run_and_it_can_be_gone_on_with(error, at, one_afte
     with monkeypatch.context() as m:
         m.setattr(loop, 'save_checkpoint', full)
         with pytest.raises(DataError, match=f'after step {at} cannot be written .*No space left on device'):
-            fit(SMALL, tmp_path, world, progress=False, every=2, on_step=steps.append)
+            fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=steps.append)
     assert at <= steps[-1] <= at+2 and not (tmp_path/'ranks_val.npz').exists()
     found = load_checkpoint(tmp_path/'last')
     assert found is None if at == 2 else found[1]['step'] == max(s for s in range(2, at, 2))
-    fit(SMALL, tmp_path, world, progress=False, every=2)
+    fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2))
     assert digest(tmp_path) == one_after_the_other
 
 
@@ -177,7 +177,8 @@ def test_a_failed_write_is_told_before_the_next_checkpoint(world, tmp_path, monk
                                                            waited([t.aside.work]), real(t, *a))[1])
     steps = []
     with pytest.raises(DataError, match='after step 2 cannot be written'):
-        fit(replace(SMALL, batch=40), tmp_path, world, progress=False, every=2, on_step=steps.append)
+        cfg = replace(SMALL, batch=40)
+        fit(cfg, tmp_path, world, progress=False, saving=Saving(every=2), on_step=steps.append)
     assert steps == [1, 2, 3]
 
 
@@ -204,11 +205,12 @@ def test_killed_while_steps_go_on_beside_a_write(at, one_after_the_other, world,
         done = [0]
         slow(pytest.MonkeyPatch(), lambda: done[0] > at and os.kill(os.getpid(), signal.SIGKILL), at=at)
         try:
-            fit(SMALL, tmp_path, world, progress=False, every=2, on_step=lambda s: done.__setitem__(0, s))
+            tell = lambda s: done.__setitem__(0, s)
+            fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2), on_step=tell)
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     found = load_checkpoint(tmp_path/'last')
     assert found is None if at == 2 else found[1]['step'] < at
-    fit(SMALL, tmp_path, world, progress=False, every=2)
+    fit(SMALL, tmp_path, world, progress=False, saving=Saving(every=2))
     assert digest(tmp_path) == one_after_the_other

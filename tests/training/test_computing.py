@@ -14,7 +14,7 @@ from itm_nb.training.build import memory_needed, warn_of_memory
 from itm_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from itm_nb.training.config import config, Config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import _only_deterministic, _products, fit, prepare, train_step
+from itm_nb.training.loop import _only_deterministic, _products, fit, prepare, Saving, train_step
 
 TINY = Config(preset='tiny', text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=16, epochs=1,
               batch=64, method='vsepp')
@@ -75,7 +75,7 @@ def test_when_a_checkpoint_is_written(every, seconds, wanted, world, tmp_path, m
     saved = []
     monkeypatch.setattr(loop, '_keep', lambda t, run: saved.append(t.step))
     monkeypatch.setattr(loop, '_finished', lambda t, run: t)
-    t = fit(TINY, tmp_path, world, progress=False, every=every, seconds=seconds)
+    t = fit(TINY, tmp_path, world, progress=False, saving=Saving(every=every, seconds=seconds))
     n = t.steps
     assert saved == dict(all=[*range(1, n+1)], ends=[n],
                          thirds=sorted({*range(3, n+1, 3), n}))[wanted]
@@ -86,7 +86,7 @@ def test_a_checkpoint_from_before_these_settings_is_gone_on_with(world, tmp_path
         if step == 4:
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        fit(TINY, tmp_path, world, progress=False, every=2, on_step=stop)
+        fit(TINY, tmp_path, world, progress=False, saving=Saving(every=2), on_step=stop)
     tensors, state = load_checkpoint(tmp_path/'last')
     for name in ('compile', 'deterministic'):
         assert state['config'].pop(name) == getattr(Config(), name)

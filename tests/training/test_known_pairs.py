@@ -7,7 +7,7 @@ from itm_nb.core.errors_files import DataError
 from itm_nb.data.known_pairs import mark_pair
 from itm_nb.training.config import config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import fit, load_picks
+from itm_nb.training.loop import fit, Inputs, load_picks
 
 TINY = dict(preset='tiny', dim=16, d_word=8, image_hidden=16, epochs=2, batch=50, dropout=0.)
 
@@ -34,7 +34,8 @@ def test_a_marked_pair_is_never_a_negative(world, tmp_path, method):
     marked = [p for p in before if p[1] in text][:40]
     for image, caption in marked:
         mark_pair(tmp_path/'list.csv', str(image), text[caption])
-    fit(cfg, tmp_path/'again', world, progress=False, known_false_negatives=tmp_path/'list.csv')
+    inputs = Inputs(known_false_negatives=tmp_path/'list.csv')
+    fit(cfg, tmp_path/'again', world, progress=False, inputs=inputs)
     said = {(i, text[c]) for i, c in marked}
     after = {(i, text[c]) for i, c in pairs_of(tmp_path/'again') if c in text}
     assert len(marked) == 40 and not said & after and len(after) > 40
@@ -45,7 +46,7 @@ def test_no_list_and_a_list_of_nothing_train_the_same(world, tmp_path):
     cfg = config(TINY | dict(method='infonce'))
     fit(cfg, tmp_path/'a', world, progress=False)
     (tmp_path/'list.csv').write_text('image,caption\n')
-    fit(cfg, tmp_path/'b', world, progress=False, known_false_negatives=tmp_path/'list.csv')
+    fit(cfg, tmp_path/'b', world, progress=False, inputs=Inputs(known_false_negatives=tmp_path/'list.csv'))
     assert (tmp_path/'a'/'log.jsonl').read_bytes() == (tmp_path/'b'/'log.jsonl').read_bytes()
 
 
@@ -58,7 +59,7 @@ def test_infonce_leaves_a_marked_pair_out_of_the_softmax(world, tmp_path):
     some = type(world)(**{**world.__dict__, 'split': lambda part: few if part == 'train'
                           else world.split(part)})
     t = fit(config(TINY | dict(method='infonce', epochs=1)), tmp_path/'run', some, progress=False,
-            known_false_negatives=tmp_path/'all.csv')
+            inputs=Inputs(known_false_negatives=tmp_path/'all.csv'))
     assert '"loss": 0.0' in (tmp_path/'run'/'log.jsonl').read_text() and t.step > 0
 
 
@@ -71,9 +72,9 @@ def test_another_list_is_another_run(world, tmp_path):
     a, b = tmp_path/'a.csv', tmp_path/'b.csv'
     mark_pair(a, str(world.split('train').img_ids[0]), world.split('train').captions[9])
     mark_pair(b, str(world.split('train').img_ids[1]), world.split('train').captions[9])
-    fit(cfg, tmp_path/'run', world, progress=False, known_false_negatives=a)
+    fit(cfg, tmp_path/'run', world, progress=False, inputs=Inputs(known_false_negatives=a))
     with pytest.raises(DataError, match='other data'):
-        fit(cfg, tmp_path/'run', world, progress=False, known_false_negatives=b)
+        fit(cfg, tmp_path/'run', world, progress=False, inputs=Inputs(known_false_negatives=b))
     known = parameters(template('train'))
     plain = resolve(known, {})
     ids = {run_id('train', plain | dict(known_false_negatives=str(x))) for x in ('', a, b)}

@@ -19,7 +19,7 @@ from itm_nb.training.build import build
 from itm_nb.training.checkpoint import Busy, load_checkpoint, locked, save_checkpoint, Stopped
 from itm_nb.training.config import config, Config
 from itm_nb.training.corpus import corpus
-from itm_nb.training.loop import evaluate, fit, prepare, train_step
+from itm_nb.training.loop import evaluate, fit, prepare, Saving, train_step
 
 TINY = Config(preset='tiny', text='mean', text_pool='mean', dim=16, d_word=8, image_hidden=16, epochs=2, batch=64, method='vsepp', warmup=1, dropout=.1)
 
@@ -32,7 +32,7 @@ def world(): return corpus(TINY)
 def whole(world, tmp_path_factory):
     "An uninterrupted run and the bytes it left"
     run = tmp_path_factory.mktemp('whole')
-    t = fit(TINY, run, world, progress=False, every=5); evaluate(run, world)
+    t = fit(TINY, run, world, progress=False, saving=Saving(every=5)); evaluate(run, world)
     return t.steps, digest(run)
 
 
@@ -46,7 +46,7 @@ def killed(run, world, cfg, step, how=signal.SIGKILL, every=5):
     "Train in a process of its own that dies at a step; returns how it ended"
     pid = os.fork()
     if pid == 0:
-        try: fit(cfg, run, world, progress=False, every=every, on_step=lambda s: os.kill(os.getpid(), how) if s == step else None)
+        try: fit(cfg, run, world, progress=False, saving=Saving(every=every), on_step=lambda s: os.kill(os.getpid(), how) if s == step else None)
         except Stopped: os._exit(75)
         except BaseException: os._exit(1)
         os._exit(0)
@@ -57,7 +57,7 @@ def check_kill(run, world, whole, step):
     status = killed(run, world, TINY, step)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert not (run/'ranks_val.npz').exists()
-    fit(TINY, run, world, progress=False, every=5); evaluate(run, world)
+    fit(TINY, run, world, progress=False, saving=Saving(every=5)); evaluate(run, world)
     assert digest(run) == whole[1]
 
 
@@ -74,14 +74,14 @@ def test_sigkill_and_resume_often(i, tmp_path, world, whole):
 
 def test_killed_again_and_again(tmp_path, world, whole):
     for step in range(3, whole[0], 7): killed(tmp_path, world, TINY, step)
-    fit(TINY, tmp_path, world, progress=False, every=5); evaluate(tmp_path, world)
+    fit(TINY, tmp_path, world, progress=False, saving=Saving(every=5)); evaluate(tmp_path, world)
     assert digest(tmp_path) == whole[1]
 
 
 def test_sigterm_saves_and_stops(tmp_path, world, whole):
     assert os.waitstatus_to_exitcode(killed(tmp_path, world, TINY, 7, signal.SIGTERM, every=1000)) == 75
     assert load_checkpoint(tmp_path/'last')[1]['step'] == 7
-    fit(TINY, tmp_path, world, progress=False, every=5); evaluate(tmp_path, world)
+    fit(TINY, tmp_path, world, progress=False, saving=Saving(every=5)); evaluate(tmp_path, world)
     assert digest(tmp_path) == whole[1]
 
 
@@ -95,7 +95,7 @@ def test_killed_while_writing_a_checkpoint(point, tmp_path, world, whole):
         (tmp_path/'new.tmp'/'tensors.safetensors').write_bytes(b'half')
     elif (tmp_path/'last').is_dir():
         os.replace(tmp_path/'last', tmp_path/'new.tmp')
-    fit(TINY, tmp_path, world, progress=False, every=5); evaluate(tmp_path, world)
+    fit(TINY, tmp_path, world, progress=False, saving=Saving(every=5)); evaluate(tmp_path, world)
     assert digest(tmp_path) == whole[1]
 
 
