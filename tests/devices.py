@@ -46,7 +46,7 @@ def forked(work, rank, world, port):
 def in_worlds(work, before=lambda: None):
     """`work(folder)` on as many devices as each further argument says, one world after the other. `before` is
     done once, and all of them have what it makes"""
-    importlib.import_module('torch._dynamo')     # else the first optimiser imports it, in every process
+    importlib.import_module('torch._dynamo')    # a second, once; else the first optimiser of each process does
     before()
     folder, *worlds = sys.argv[1:]
     for world in map(int, worlds):
