@@ -170,7 +170,7 @@ def test_second_draws_are_anchored_and_their_own(tmp_path):
 
 
 def test_permuted_and_constant_weights(tmp_path):
-    S, train = table(2), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(lists=tmp_path, train=train, share=.25, reduce='sum')
+    S, train = table(2), train_of(); split = train.split; save(tmp_path, S, split, (4, 2)); kw = dict(offline=Mining(tmp_path, .25), train=train, reduce='sum')
     plain, mixed, flat = (aoq(placebo=p, **kw) for p in ('', 'permuted', 'constant')); watch = flat.sources['off'].stateful[0]
     values = [one(m, train, S) for m in (plain, mixed, flat)]; assert len(set(values)) == 3
     assert watch.run[1] == 2*len(CAPS) and one(flat, train, S) != values[2]      # the mean goes on
