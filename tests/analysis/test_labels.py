@@ -109,7 +109,7 @@ def test_the_cut_down_is_of_easy_candidates_and_nobody_else():
     suspect = P > 1e-3
     assert suspect.tolist() == [False, True, True,
                                 True][:1] + [bool(p > 1e-3) for p in P[1:]] and suspect[-1] and not suspect[0]
-    whole, no_cut, branch = (fne.weights(score, pos, m, eligible, tau=5., **kw)[0]
+    whole, no_cut, branch = (fne.weights(score, pos, m, eligible, fne.Posterior(tau=5., **kw))[0]
                              for kw in ({}, dict(cutdown=False), dict(threshold=1.)))
     # the cut-down: easy ones, whatever else
     easy = ~suspect; assert (whole[easy] < no_cut[easy]).all() and (no_cut[easy] == 1).all()
