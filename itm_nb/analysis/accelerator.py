@@ -79,7 +79,8 @@ def comes_back(
     return dict(twice=whole == again, resumed=whole == left)
 
 def _kill_one(begin, folder, took, share)->tuple:   # (was it alive?, seconds of a whole run)
-    "SIGKILL a run at a share of its time; one that was done by then tells its own time, and begins anew"
+    """SIGKILL a run at a share of its time. One that was done by then was faster than thought: its own time
+    counts from then on, and it begins anew, without the kills before"""
     for _ in range(3):
         began, p = time.perf_counter(), begin('killed')
         try:

@@ -642,7 +642,7 @@ REPORTS = dict(    # templates that read records, and those that stand alone
                      'arms without a defect; an arm is theirs if its name begins with theirs'),
              _METRIC, _DELTA, _RECORDS, _FIGURES, _OUT),
     dose=(replace(_ONLY, default='core_flickr8k,flickr8k_quality_heads,flickr8k_core,flickr8k_core_eight',
-                  help='the points: sweeps by name, or one sweep and its profiles'),
+                  help='points: sweeps, or one sweep and its profiles'),
           Setting('base', 'vsepp', 'arm that is subtracted, and whose quality is the dose'),
           _METRIC, _RECORDS, _FIGURES, _OUT),
     factorial=(

@@ -7,6 +7,7 @@ __all__ = ['fine_tune']
 
 # %% ../../nbs/6_training/06_fine_tune.ipynb #ea1b114d
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.commands import SetupError
 from ..core.errors_files import DataError
@@ -54,7 +55,7 @@ def _of_two(vision:str, text:str, seeing:Network)->dict:
     "Settings that follow from two networks that are no pair"
     return dict(data='images', vision=vision, text_model=text, tokenizer='own', dim=256, method='infonce',
                 size=seeing.config.get('image_size', 224), image_pool='mean', text_parts='heads_words',
-                dropout=.3, temperature=.07)
+                dropout=.35, temperature=.07)
 
 # %% ../../nbs/6_training/06_fine_tune.ipynb #ffe1cac3
 def _weighty(name:str, models)->tuple:   # (name under which it is found, Network)
@@ -82,11 +83,17 @@ def _pair(name:str, models)->tuple:   # (name under which it is found, Network)
 
 def _found(name:str, models)->tuple:   # (what it sets, the pair or None)
     "What `model` names: a pair, or two networks joined with a plus"
-    if '+' not in name:
+    if not _joined(name):
         at, net = _pair(name, models)
         return _of_pair(at, net), net
-    (vision, seeing), (text, _) = (_weighty(half.strip(), models) for half in name.split('+', 1))
+    (vision, seeing), (text, reading) = (_weighty(half.strip(), models) for half in name.split('+', 1))
+    if 'vocab_size' in seeing.config or 'vocab_size' not in reading.config:
+        raise SetupError(f'model {name!r}: first the network that sees, then the one that reads: VISION+TEXT')
     return _of_two(vision, text, seeing), None
+
+def _joined(name)->bool:
+    "Two names with a plus between, and not a folder that has a plus in its name?"
+    return '+' in name and not Path(name).is_dir()
 
 def _absent(name, models)->str:
     "What to do without the network"
@@ -102,7 +109,7 @@ def pair_config(
     models='',         # folder of networks; '': models
 )->tuple:              # (Config, hash of its weights)
     "A pair of networks as it comes, nothing trained; SetupError where it is not there"
-    if '+' in name:
+    if _joined(name):
         raise SetupError(f'model {name!r}: two networks that have never met find nothing; train them first: '
                          f'itm_run train -p folder PHOTOS -p model {name}, then itm_search RUN PHOTOS')
     at, net = _pair(name, models)

@@ -1,4 +1,5 @@
 "Stored synthetic negatives from end to end: a generator, its store, and runs that draw there"
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from itm_nb.methods.stored_sentences import (
 from itm_nb.models.parts import network_of
 from itm_nb.models.similarity import image_inputs
 from itm_nb.training.config import check_method, check_together, Config
+from itm_nb.training import generator_training
 from itm_nb.training.corpus import corpus
 from itm_nb.training.generator_training import ask, fit_generator, lesson
 from itm_nb.training.loop import fit, Inputs, prepare, train_step
@@ -117,3 +119,14 @@ def test_wrong_uses_are_refused(made):
         named('static_tags()', train=l.val, generator=str(at/'generator'))
     with pytest.raises(ValueError, match='own tokens'):
         lesson(replace(l.cfg, tokenizer='words'), data)
+
+
+def test_a_generator_whose_checkpoint_cannot_be_written_says_so(made, tmp_path, monkeypatch):
+    "At its next step or at the end, with the folder and what to do"
+    def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(generator_training, 'save_checkpoint', full)
+    _, data, l, *_ = made
+    l = lesson(l.cfg, data, upper=2)
+    with pytest.raises(DataError, match='cannot be written') as e:
+        fit_generator(l, tmp_path, seconds=0)
+    assert str(tmp_path) in str(e.value) and not (tmp_path/'last').exists()
